@@ -1,0 +1,451 @@
+"""Every setting of lm2_jax: typed, validated, loaded from YAML. No jax here.
+
+A config file holds any subset of the keys below; `--set a.b=c` overrides single keys. All mistakes are collected and
+reported at once, each with the file, the key, the value found and what would be right.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lm2_jax.errors import UserError
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+AxisSize = Annotated[int, Field(ge=-1)]
+
+
+class Section(BaseModel):
+    """A frozen group of settings: hashable, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class RopeScaling(Section):
+    """Llama-3's stretching of low RoPE frequencies."""
+
+    factor: Annotated[float, Field(ge=1)] = 32.0
+    low_freq_factor: Annotated[float, Field(gt=0)] = 1.0
+    high_freq_factor: Annotated[float, Field(gt=0)] = 4.0
+    original_max_position_embeddings: PositiveInt = 8192
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError("high_freq_factor must be larger than low_freq_factor")
+        return self
+
+
+class ModelConfig(Section):
+    """The Llama decoder that every memory kind shares."""
+
+    vocab_size: PositiveInt | None = None  # null: the tokenizer's size
+    d_model: PositiveInt = 96
+    num_layers: PositiveInt = 3
+    num_heads: PositiveInt = 4
+    num_kv_heads: PositiveInt = 4
+    head_dim: PositiveInt | None = None  # null: d_model / num_heads
+    d_ff: PositiveInt = 256
+    rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    tie_embeddings: bool = True
+    conv_width: Literal[0, 4] = 0  # kernel of the residual causal depthwise convolution; 0: none (Llama-compatible)
+
+    @property
+    def attention_head_dim(self) -> int:
+        """Width of one self-attention head."""
+        return self.head_dim or self.d_model // self.num_heads
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        problems = []
+        if self.head_dim is None and self.d_model % self.num_heads:
+            problems.append(f"num_heads {self.num_heads} does not divide d_model {self.d_model}")
+        elif self.attention_head_dim % 2:
+            problems.append(f"head_dim {self.attention_head_dim} is odd; RoPE rotates pairs, so it must be even")
+        if self.num_heads % self.num_kv_heads:
+            problems.append(f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+class MemoryConfig(Section):
+    """What remembers across segments. See DESIGN in the README for the equations behind the lm2 knobs."""
+
+    kind: Literal["lm2", "rmt", "none"] = "lm2"
+    num_slots: PositiveInt = 16  # lm2: slots N of each bank; rmt: memory tokens m
+    width: PositiveInt | None = None  # lm2: slot width M; null: d_model
+    num_heads: PositiveInt = 4  # lm2: heads of the read and of the write attention
+    num_layers: PositiveInt | None = None  # lm2: the first so many blocks have a bank; null: all of them
+    gates: Literal["convex", "independent"] = "convex"  # g_in = 1 - g_f, or a gate of its own (the paper's)
+    forget_bias: float = 2.0  # b_f; positive: remember at first
+    input_bias: float = -1.0  # b_i; independent gates only
+    candidate_mlp: bool = True  # two-layer MLP on the candidate
+    bank_gates: bool = True  # gates also see tanh(Bank) (W'_f, W'_i)
+    slot_attention: bool = True  # slots also attend to slots, not to tokens only
+    output_projection: bool = True  # W_O after the read and after the write attention
+
+
+class StoriesConfig(Section):
+    """bAbI-style question stories scattered among background sentences (data.source: stories)."""
+
+    tasks: Annotated[tuple[Literal["qa1", "qa2", "qa3", "qa4", "qa5"], ...], Field(min_length=1)] = ("qa1",)
+    facts: tuple[PositiveInt, PositiveInt] = (1, 10)  # fewest and most statements in a story (generator)
+    questions_between: tuple[NonNegativeInt, NonNegativeInt] = (0, 3)  # questions asked while the story goes on
+    questions_after: tuple[PositiveInt, PositiveInt] = (1, 4)  # questions at its end
+    per_epoch: PositiveInt = 1_000_000  # stories the generator makes before the epoch count moves on
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Self:
+        for name in ("facts", "questions_between", "questions_after"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name}: {low} is above {high}; write [fewest, most]")
+        return self
+
+
+class DataConfig(Section):
+    """Where documents come from and how they are laid into lanes of segments."""
+
+    source: Literal["stories", "text", "jsonl", "bin"] = "stories"
+    path: tuple[str, ...] | None = None  # files or globs; stories: real bAbI files instead of the generator
+    validation_path: tuple[str, ...] | None = None  # null: a share of the documents is held out
+    validation_fraction: Fraction = 0.05
+    document_separator: str | None = None  # text: a regular expression; a new document starts where it matches
+    background: tuple[str, ...] | None = None  # stories: text files to scatter facts in; null: built-in sentences
+    stories: StoriesConfig = StoriesConfig()
+    segment_length: PositiveInt = 32  # T
+    segments_per_window: PositiveInt = 4  # S
+    batch_size: PositiveInt = 32  # B, lanes over all devices
+    boundaries: Literal["segment", "packed", "stream"] = "segment"
+    prefetch: NonNegativeInt = 2  # windows made ahead in a thread; 0: none
+
+    @model_validator(mode="before")
+    @classmethod
+    def _single_path_is_a_list(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            paths = ("path", "validation_path", "background")
+            values = {k: (v,) if k in paths and isinstance(v, str) else v for k, v in values.items()}
+        return values
+
+    @model_validator(mode="after")
+    def _source_has_data(self) -> Self:
+        if self.source != "stories" and not self.path:
+            raise ValueError(f"data.path is missing; source {self.source} reads the files it names")
+        if self.document_separator is not None:
+            try:
+                re.compile(self.document_separator)
+            except re.error as error:
+                raise ValueError(f"document_separator is no regular expression: {error}") from None
+        return self
+
+
+class TokenizerConfig(Section):
+    """Text to ids and back."""
+
+    kind: Literal["stories", "bytes", "sentencepiece", "tokenizers", "llama3"] = "stories"
+    path: str | None = None  # the tokenizer's file; stories and bytes have none
+
+    @model_validator(mode="after")
+    def _file(self) -> Self:
+        needs_file = self.kind not in ("stories", "bytes")
+        if needs_file and not self.path:
+            raise ValueError(f"path is missing; kind {self.kind} reads a file")
+        if self.path and not needs_file:
+            raise ValueError(f"path {self.path!r} given, but kind {self.kind} reads no file")
+        return self
+
+
+class OptimConfig(Section):
+    """AdamW, its schedule and the loss."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    schedule: Literal["linear", "cosine", "constant"] = "linear"  # linear: constant, then down over decay_fraction
+    warmup_steps: NonNegativeInt = 50
+    decay_fraction: Fraction = 0.3  # linear: the last share of the steps
+    final_fraction: Fraction = 0.0  # of learning_rate, at the last step
+    b1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    b2: Annotated[float, Field(ge=0, lt=1)] = 0.98
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: NonNegativeFloat = 0.01
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    accumulation_steps: PositiveInt = 1  # microbatches per step, each batch_size / accumulation_steps lanes
+    lm_loss_weight: NonNegativeFloat = 1.0  # weight of the loss over all tokens; answers of stories weigh 1 more
+
+
+class MeshConfig(Section):
+    """Devices along each mesh axis; -1 (one axis at most): all that are left."""
+
+    data: AxisSize = 1
+    fsdp: AxisSize = -1
+    tensor: AxisSize = 1
+
+    @model_validator(mode="after")
+    def _one_free_axis(self) -> Self:
+        sizes = (self.data, self.fsdp, self.tensor)
+        if 0 in sizes or sizes.count(-1) > 1:
+            raise ValueError(f"axis sizes {sizes}: each must be at least 1, and one of them may be -1 (the rest)")
+        return self
+
+
+class StageConfig(Section):
+    """One stage of the curriculum; the last one lasts until train.steps."""
+
+    segments: PositiveInt
+    segment_length: PositiveInt
+    steps: PositiveInt | None = None  # at most so many steps; null: no limit
+    advance_accuracy: Fraction | None = None  # go on once answers reach this training accuracy
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    run_dir: str = "runs/default"
+    steps: PositiveInt = 650
+    seed: NonNegativeInt = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters and banks stay float32
+    schedule: Literal["auto", "segment", "layer"] = "auto"  # order of the double loop over segments and layers
+    remat: Literal["none", "block", "full"] = "none"  # recompute: nothing, each block, each block and each segment
+    log_every: PositiveInt = 10
+    max_skipped_steps: NonNegativeInt = 20  # non-finite steps in a row before the run stops
+    curriculum: tuple[StageConfig, ...] = ()
+
+    @model_validator(mode="after")
+    def _stages_end(self) -> Self:
+        for number, stage in enumerate(self.curriculum[:-1]):
+            if stage.steps is None and stage.advance_accuracy is None:
+                raise ValueError(f"curriculum.{number} never ends: give it steps or advance_accuracy")
+        return self
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written and how many are kept."""
+
+    every_steps: PositiveInt = 100
+    keep: PositiveInt = 3
+
+
+class EvalConfig(Section):
+    """Validation while training, and the table of accuracy by context length at the end."""
+
+    every_steps: NonNegativeInt = 100  # 0: only at the end
+    windows: PositiveInt = 8  # validation windows of batch_size lanes
+    lengths: tuple[PositiveInt, ...] = (1, 2, 4, 8, 16, 32)  # stories: context lengths in segments
+    questions: PositiveInt = 1000  # stories: questions per length
+    path: tuple[str, ...] | None = None  # stories: bAbI test files to report beside the held-out stories
+
+    @model_validator(mode="before")
+    @classmethod
+    def _single_path_is_a_list(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("path"), str):
+            values = {**values, "path": (values["path"],)}
+        return values
+
+
+class Config(Section):
+    """A whole run. `load_config` reads it, `save_config` writes it."""
+
+    model: ModelConfig = ModelConfig()
+    memory: MemoryConfig = MemoryConfig()
+    data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    optim: OptimConfig = OptimConfig()
+    mesh: MeshConfig = MeshConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @property
+    def memory_width(self) -> int:
+        """Slot width M of the lm2 banks."""
+        return self.memory.width or self.model.d_model
+
+    @property
+    def num_memory_layers(self) -> int:
+        """How many blocks, from the first, carry a bank (0 for kinds without one)."""
+        if self.memory.kind != "lm2":
+            return 0
+        return self.memory.num_layers or self.model.num_layers
+
+    @property
+    def stages(self) -> tuple[StageConfig, ...]:
+        """The curriculum, or the one stage that `data` describes."""
+        window = StageConfig(segments=self.data.segments_per_window, segment_length=self.data.segment_length)
+        return self.train.curriculum or (window,)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        problems = []
+        memory, data = self.memory, self.data
+        if memory.kind == "lm2":
+            for name, width in (("model.d_model", self.model.d_model), ("memory.width", self.memory_width)):
+                if width % memory.num_heads:
+                    problems.append(f"memory.num_heads {memory.num_heads} does not divide {name} {width}")
+            if self.num_memory_layers > self.model.num_layers:
+                problems.append(
+                    f"memory.num_layers {memory.num_layers} is above model.num_layers {self.model.num_layers}"
+                )
+        if memory.kind == "rmt":
+            if data.boundaries == "packed":
+                problems.append("data.boundaries packed: rmt keeps one state per lane; use segment or stream")
+            if self.train.schedule == "layer":
+                problems.append("train.schedule layer: rmt needs a segment's last layer before the next; use segment")
+        if data.batch_size % self.optim.accumulation_steps:
+            problems.append(
+                f"optim.accumulation_steps {self.optim.accumulation_steps} does not divide "
+                f"data.batch_size {data.batch_size}"
+            )
+        if self.optim.warmup_steps > self.train.steps:
+            problems.append(f"optim.warmup_steps {self.optim.warmup_steps} is above train.steps {self.train.steps}")
+        if data.source == "stories":
+            if data.boundaries != "segment":
+                problems.append(f"data.boundaries {data.boundaries}: stories start at segments; use segment")
+        elif self.tokenizer.kind == "stories":
+            problems.append(
+                f"tokenizer.kind stories knows only the generator's words; data.source {data.source} "
+                "needs bytes, sentencepiece, tokenizers or llama3"
+            )
+        elif self.optim.lm_loss_weight == 0:
+            problems.append(f"optim.lm_loss_weight 0: data.source {data.source} has no answers, nothing would be learnt")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+# --- Reading and writing -------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 numbers (3e-4 is a float) and no duplicate keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Reads a YAML config and applies overrides of the form "a.b=c" (the value is YAML).
+
+    Raises UserError with every problem found: unreadable file, unknown keys (with a suggestion), wrong types, values
+    that do not fit together.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a text file ({error})") from None
+    return parse_config(text, overrides, where=str(path))
+
+
+def parse_config(text: str, overrides: Iterable[str] = (), where: str = "config") -> Config:
+    """As `load_config`, from YAML text; `where` names it in messages."""
+    values = _parse_yaml(text, where)
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: holds {type(values).__name__}; expected sections such as 'model:' and 'data:'")
+    for override in overrides:
+        _apply_override(values, override)
+    try:
+        return Config.model_validate(values)
+    except pydantic.ValidationError as error:
+        problems = [line for item in error.errors() for line in _explain(item)]
+        raise UserError("\n".join(f"{where}: {problem}" for problem in problems)) from None
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Writes the complete config as YAML that `load_config` reads back to an equal one."""
+    Path(path).write_text(dump_config(config), encoding="utf-8")
+
+
+def dump_config(config: Config) -> str:
+    """The complete config as YAML text."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=100)
+
+
+def replace(config: Config, **changes: Mapping[str, Any]) -> Config:
+    """A validated copy with some keys changed: `replace(config, memory={"kind": "none"})`."""
+    values = config.model_dump()
+    for section, keys in changes.items():
+        values[section].update(keys)
+    return Config.model_validate(values)
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{where}:{line} is not valid YAML: {getattr(error, 'problem', error)}") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{where}: is not valid YAML: {error}") from None
+
+
+def _apply_override(values: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"--set {override!r}: write KEY=VALUE, for example --set train.steps=100")
+    *sections, last = key.strip().split(".")
+    node = values
+    for section in sections:
+        node = node.setdefault(section, {})
+        if node is None or not isinstance(node, dict):
+            raise UserError(f"--set {override!r}: {section!r} is a single value, not a section with keys of its own")
+    node[last] = _parse_yaml(text, f"--set {key}")
+
+
+def _explain(item: Mapping[str, Any]) -> list[str]:
+    """Readable lines for one pydantic error."""
+    key = ".".join(str(part) for part in item["loc"])
+    found = item.get("input")
+    if item["type"] == "extra_forbidden":
+        known = _known_keys(item["loc"][:-1])
+        close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+        return [f"{key}: unknown key; {hint}"]
+    if item["type"] == "value_error":
+        prefix = f"{key}: " if key else ""
+        return [prefix + line for line in str(item["ctx"]["error"]).split("\n")]
+    expected = item["msg"].replace("Input should be", "should be").replace("Field required", "is missing")
+    return [f"{key}: found {found!r}; {expected[0].lower()}{expected[1:]}"]
+
+
+def _known_keys(location: Sequence[str | int]) -> list[str]:
+    model: type[BaseModel] = Config
+    for part in location:
+        if isinstance(part, int):
+            continue
+        model = _section_type(model.model_fields[part].annotation)
+    return list(model.model_fields)
+
+
+def _section_type(annotation: Any) -> type[BaseModel]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(_section_type(arg) for arg in get_args(annotation) if arg not in (type(None), Ellipsis))
