@@ -1,0 +1,22 @@
+"""The model: Llama blocks and the memory kinds. `build_model` makes one from a config."""
+
+from __future__ import annotations
+
+from lm2_jax.config import Config
+from lm2_jax.errors import UserError
+from lm2_jax.model.decoder import Decoder
+from lm2_jax.model.kind import MemoryKind
+from lm2_jax.model.memory import LM2
+from lm2_jax.model.rmt import RMT
+
+KINDS: dict[str, type[MemoryKind]] = {"lm2": LM2, "rmt": RMT, "none": MemoryKind}
+
+
+def build_model(config: Config) -> Decoder:
+    """A linen module: `init(key, tokens_BT, memory)`, `apply({"params": ...}, tokens_BT, memory)`, `init_memory(B)`.
+
+    Raises UserError if model.vocab_size is not known (null stands for the tokenizer's size, which train.py fills in).
+    """
+    if config.model.vocab_size is None:
+        raise UserError("model.vocab_size: null; give the number of token ids, as no tokenizer fills it in here")
+    return Decoder(config, KINDS[config.memory.kind](config))

@@ -1,0 +1,83 @@
+"""What a memory kind supplies; nothing else in the code asks which kind it is.
+
+A kind answers three questions: what is the memory at a document's start, what does a block do with its part of it,
+and what happens around a segment. The base class answers for `none`: a Llama without memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lm2_jax.config import Config
+from lm2_jax.model.layers import Initializer, Layout
+
+Memory = Any  # a pytree of float32 arrays
+Parameters = Mapping[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryKind:
+    """No memory: every segment is read by itself.
+
+    Attributes:
+      config: the run's config.
+      num_bank_layers: how many blocks, from the first, carry a bank.
+      layer_by_layer: a block's bank depends on earlier segments only through this very bank, so a window may run layer
+        by layer.
+      lane_axis: the axis of the lanes B in every leaf of the memory.
+    """
+
+    config: Config
+    layer_by_layer = True
+    lane_axis = 0
+
+    @property
+    def num_bank_layers(self) -> int:
+        """Blocks that carry a bank."""
+        return 0
+
+    def parameters(self) -> dict[str, tuple[Initializer, tuple[int, ...]]]:
+        """Learned arrays of the memory outside the blocks: name to (initialiser, shape)."""
+        return {}
+
+    def initial(self, parameters: Parameters | None) -> Memory:
+        """The memory of a lane at a document's start, without the lane axis; without parameters zeros of its shape."""
+        return ()
+
+    def block_memory(self) -> Callable[[], nn.Module] | None:
+        """Makes the module that a block with a bank calls: (x' [B,S,T,D], bank, layout) -> (added to x, bank)."""
+        return None
+
+    def enter(
+        self, parameters: Parameters, x_BSTD: jax.Array, layout: Layout, memory: Memory
+    ) -> tuple[jax.Array, Layout, Memory]:
+        """What the blocks see of the embedded tokens [B,S,T,D]."""
+        return x_BSTD, layout, memory
+
+    def leave(self, y_BSTD: jax.Array, layout: Layout, memory: Memory) -> tuple[jax.Array, Memory]:
+        """The tokens' part of the last layer's output [B,S,T,D], and the memory after the segment."""
+        return y_BSTD, memory
+
+    def init_memory(self, batch_size: int, parameters: Parameters | None) -> Memory:
+        """The memory of `batch_size` lanes, all at a document's start."""
+
+        def every_lane(x: jax.Array) -> jax.Array:
+            return jnp.repeat(jnp.expand_dims(x, self.lane_axis), batch_size, axis=self.lane_axis)
+
+        return jax.tree.map(every_lane, self.initial(parameters))
+
+    def choose_lanes(self, take_B: jax.Array, taken: Memory, otherwise: Memory) -> Memory:
+        """Lane by lane: `taken` where take_B, else `otherwise`; both memories of B lanes."""
+
+        def choose(a: jax.Array, b: jax.Array) -> jax.Array:
+            shape = [1] * b.ndim
+            shape[self.lane_axis] = -1
+            return jnp.where(take_B.reshape(shape), a, b)
+
+        return jax.tree.map(choose, taken, otherwise)

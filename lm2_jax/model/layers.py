@@ -1,0 +1,164 @@
+"""The parts of a Llama block, over any number of leading axes.
+
+Axes: B lanes, S segments, T tokens, D model width, F feed-forward width, H heads, G kv heads, K head width.
+Weights are float32; activations have the dtype of x. Logical axis names of the weights ("embed", "heads", "mlp", ...)
+are mapped to the device mesh in sharding.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from lm2_jax.config import ModelConfig, RopeScaling
+
+Initializer = Callable[..., jax.Array]
+
+
+@struct.dataclass
+class Layout:
+    """Which position belongs to which document.
+
+    Attributes:
+      document_BST: int32, 0 for padding, then 1, 2, ... the documents inside the segment in order.
+      position_BST: int32 RoPE position; memory tokens of rmt sit at 0, where RoPE rotates nothing.
+      reset_BS: bool, the segment's first document starts here: it finds the initial memory.
+      packed: static; whether document numbers above 1 can occur.
+    """
+
+    document_BST: jax.Array
+    position_BST: jax.Array
+    reset_BS: jax.Array
+    packed: bool = struct.field(pytree_node=False)
+
+
+def matrix(axes: tuple[str | None, ...], scale: float = 1.0) -> Initializer:
+    """Initialiser of a weight [in, out]: normal with variance scale / in, and its logical axes."""
+    initializer = nn.initializers.variance_scaling(scale, "fan_in", "normal", in_axis=0, out_axis=1)
+    return nn.with_logical_partitioning(initializer, axes)
+
+
+def vector(value: float, axis: str | None) -> Initializer:
+    """Initialiser of a constant vector and its logical axis."""
+    return nn.with_logical_partitioning(nn.initializers.constant(value), (axis,))
+
+
+def dense(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [..., in] times weight [in, out], in x's dtype."""
+    return x @ weight.astype(x.dtype)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x²) + eps) · scale over the last axis, computed in float32, returned in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + eps) * scale).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with a learned scale."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., D] to the same shape."""
+        return rms_norm(x, self.param("scale", vector(1.0, "norm"), x.shape[-1:]), self.eps)
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
+    """Radians per position, float32 [K/2]: theta^(-2i/K), with Llama-3's scaling of slow turns if given."""
+    frequencies_K = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling is None:
+        return frequencies_K
+    turns_K = scaling.original_max_position_embeddings * frequencies_K / (2 * math.pi)
+    keep_K = (turns_K - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep_K = jnp.clip(keep_K, 0.0, 1.0)
+    return frequencies_K * (keep_K + (1 - keep_K) / scaling.factor)
+
+
+def rotate(x_BTHK: jax.Array, position_BT: jax.Array, frequencies_K: jax.Array) -> jax.Array:
+    """Rotary position embedding, rotate-half form: feature i pairs with feature i + K/2."""
+    angle_BT1K = position_BT[..., None, None].astype(jnp.float32) * frequencies_K
+    cos, sin = jnp.cos(angle_BT1K), jnp.sin(angle_BT1K)
+    first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTHK.dtype)
+
+
+def causal_attention(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, document_BT: jax.Array) -> jax.Array:
+    """Softmax attention to earlier positions of the same document, softmax in float32; [B,T,H,K].
+
+    The one place that chooses an attention implementation.
+    """
+    T = q_BTHK.shape[1]
+    mask_BTT = document_BT[:, :, None] == document_BT[:, None, :]
+    mask_BTT &= jnp.tril(jnp.ones((T, T), bool))
+    return jax.nn.dot_product_attention(q_BTHK, k_BTGK, v_BTGK, mask=mask_BTT[:, None])
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query causal self-attention within each segment, with RoPE; no biases."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BSTD: jax.Array, layout: Layout) -> jax.Array:
+        """x [B,S,T,D], already normalised, to the same shape."""
+        c = self.config
+        B, S, T, D = x_BSTD.shape
+        H, G, K = c.num_heads, c.num_kv_heads, c.attention_head_dim
+        output_scale = 1 / (2 * c.num_layers)
+        w_q = self.param("query", matrix(("embed", "heads")), (D, H * K))
+        w_k = self.param("key", matrix(("embed", "kv_heads")), (D, G * K))
+        w_v = self.param("value", matrix(("embed", "kv_heads")), (D, G * K))
+        w_o = self.param("output", matrix(("heads", "embed"), output_scale), (H * K, D))
+
+        x_NTD = x_BSTD.reshape(B * S, T, D)  # N = B·S: every segment by itself
+        position_NT, document_NT = layout.position_BST.reshape(B * S, T), layout.document_BST.reshape(B * S, T)
+        frequencies_K = rope_frequencies(K, c.rope_theta, c.rope_scaling)
+        q_NTHK = rotate(dense(x_NTD, w_q).reshape(B * S, T, H, K), position_NT, frequencies_K)
+        k_NTGK = rotate(dense(x_NTD, w_k).reshape(B * S, T, G, K), position_NT, frequencies_K)
+        v_NTGK = dense(x_NTD, w_v).reshape(B * S, T, G, K)
+        attended_NTHK = causal_attention(q_NTHK, k_NTGK, v_NTGK, document_NT)
+        return dense(attended_NTHK.reshape(B, S, T, H * K), w_o)
+
+
+class SwiGLU(nn.Module):
+    """Llama's feed-forward: down(silu(gate(x)) ⊙ up(x)); no biases."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., D], already normalised, to the same shape."""
+        c = self.config
+        w_gate = self.param("gate", matrix(("embed", "mlp")), (c.d_model, c.d_ff))
+        w_up = self.param("up", matrix(("embed", "mlp")), (c.d_model, c.d_ff))
+        w_down = self.param("down", matrix(("mlp", "embed"), 1 / (2 * c.num_layers)), (c.d_ff, c.d_model))
+        return dense(nn.silu(dense(x, w_gate)) * dense(x, w_up), w_down)
+
+
+class CausalConv(nn.Module):
+    """Depthwise causal convolution over the tokens of a document within a segment.
+
+    Beyond every segment, document and padding edge it sees zeros, so that memory stays the only link.
+    """
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x_BSTD: jax.Array, document_BST: jax.Array) -> jax.Array:
+        """x [B,S,T,D], already normalised, to the same shape."""
+        initializer = nn.with_logical_partitioning(nn.initializers.normal(1 / self.width), (None, "norm"))
+        kernel_WD = self.param("kernel", initializer, (self.width, x_BSTD.shape[-1])).astype(x_BSTD.dtype)
+        y_BSTD = x_BSTD * kernel_WD[0]
+        for back in range(1, min(self.width, x_BSTD.shape[2])):
+            before_BSTD = jnp.pad(x_BSTD[:, :, :-back], ((0, 0), (0, 0), (back, 0), (0, 0)))
+            same_BST = document_BST[:, :, back:] == document_BST[:, :, :-back]
+            same_BST = jnp.pad(same_BST, ((0, 0), (0, 0), (back, 0)))
+            y_BSTD += jnp.where(same_BST[..., None], before_BSTD, 0) * kernel_WD[back]
+        return y_BSTD

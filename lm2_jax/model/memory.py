@@ -1,0 +1,212 @@
+"""Kind `lm2`: a bank of memory slots in every block, read by its tokens and rewritten once per segment.
+
+The equations are those of the LM2 paper (arXiv 2502.06049, section 2), made strictly causal and free in their sizes:
+a segment's tokens read the bank as the previous segments left it, and write it after the segment's last token.
+
+Axes: B lanes, S segments, T tokens, D model width, N memory slots, M slot width.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lm2_jax.config import Config, MemoryConfig
+from lm2_jax.model.kind import Memory, MemoryKind, Parameters
+from lm2_jax.model.layers import Initializer, Layout, dense, matrix, rms_norm, vector
+
+_EXTRA_SLOTS_SEED = 2502_06049  # of the constant rows beyond the identity
+
+
+def initial_bank(num_slots: int, width: int) -> jax.Array:
+    """The bank at a document's start, float32 [N,M]: rows of the identity, then fixed random rows of norm 1."""
+    rows_NM = jnp.eye(min(num_slots, width), width, dtype=jnp.float32)
+    if num_slots > width:
+        extra_NM = jax.random.normal(jax.random.key(_EXTRA_SLOTS_SEED), (num_slots - width, width), jnp.float32)
+        rows_NM = jnp.concatenate([rows_NM, extra_NM / jnp.linalg.norm(extra_NM, axis=-1, keepdims=True)])
+    return rows_NM
+
+
+def attend(
+    q_BQM: jax.Array, k_BKM: jax.Array, v_BKM: jax.Array, num_heads: int, mask_BK: jax.Array | None = None
+) -> jax.Array:
+    """Multi-head attention without projections; softmax in float32. mask_BK: which keys may be seen. [B,Q,M]."""
+
+    def split(x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:-1], num_heads, -1)
+
+    mask = None if mask_BK is None else mask_BK[:, None, None, :]
+    return jax.nn.dot_product_attention(split(q_BQM), split(k_BKM), split(v_BKM), mask=mask).reshape(q_BQM.shape)
+
+
+def read(p: Parameters, config: MemoryConfig, x_BTD: jax.Array, slots_BNM: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Tokens ask, slots answer (paper 2.1).
+
+    E_mem = MHA(q = x' W_Q, k = Bank' W_K, v = Bank' W_V);  g_out = sigmoid(E_mem W_out + b_out)
+
+    Args:
+      x_BTD: x', the normalised input of the block's self-attention.
+      slots_BNM: Bank', the normalised bank, in x's dtype.
+
+    Returns:
+      g_out ⊙ E_mem and g_out, both [B,T,D].
+    """
+    keys_BND, values_BND = dense(slots_BNM, p["read_key"]), dense(slots_BNM, p["read_value"])
+    e_mem_BTD = attend(dense(x_BTD, p["read_query"]), keys_BND, values_BND, config.num_heads)
+    if config.output_projection:
+        e_mem_BTD = dense(e_mem_BTD, p["read_output"])
+    g_out_BTD = nn.sigmoid(dense(e_mem_BTD, p["output_gate"]) + p["output_gate_bias"].astype(x_BTD.dtype))
+    return g_out_BTD * e_mem_BTD, g_out_BTD
+
+
+def write(
+    p: Parameters, config: MemoryConfig, eps: float, x_BTD: jax.Array, bank_BNM: jax.Array, token_BT: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Slots ask, the segment's tokens and the slots answer; gates mix the answer in (paper 2.2).
+
+    U = MHA(q = Bank' W'_Q, k, v from [x' ; Bank']);  C = candidate(Bank' + U)
+    g_f = sigmoid(U W_f + tanh(Bank) W'_f + b_f);  g_in = 1 - g_f, or sigmoid(U W_i + tanh(Bank) W'_i + b_i)
+    Bank <- g_in ⊙ tanh(C) + g_f ⊙ Bank
+
+    Args:
+      x_BTD: x', the normalised input of the block's self-attention.
+      bank_BNM: the float32 bank at the segment's start.
+      token_BT: which tokens are written.
+
+    Returns:
+      the new bank, g_in and g_f; all float32 [B,N,M].
+    """
+    slots_BNM = rms_norm(bank_BNM, p["bank_norm"], eps).astype(x_BTD.dtype)
+
+    # The answer of tokens and slots
+    keys, values, seen = dense(x_BTD, p["write_key"]), dense(x_BTD, p["write_value"]), token_BT
+    if config.slot_attention:
+        shared = "slot_key" not in p  # M = D: tokens and slots share their projections
+        slot_keys = dense(slots_BNM, p["write_key"] if shared else p["slot_key"])
+        slot_values = dense(slots_BNM, p["write_value"] if shared else p["slot_value"])
+        keys, values = jnp.concatenate([keys, slot_keys], axis=1), jnp.concatenate([values, slot_values], axis=1)
+        seen = jnp.concatenate([seen, jnp.ones(slots_BNM.shape[:2], bool)], axis=1)
+    u_BNM = attend(dense(slots_BNM, p["write_query"]), keys, values, config.num_heads, seen)
+    if config.output_projection:
+        u_BNM = dense(u_BNM, p["write_output"])
+
+    # The candidate
+    c_BNM = rms_norm(slots_BNM + u_BNM, p["candidate_norm"], eps)
+    if config.candidate_mlp:
+        hidden_BNM = nn.silu(dense(c_BNM, p["candidate_up"]))
+        c_BNM = rms_norm(c_BNM + dense(hidden_BNM, p["candidate_down"]), p["candidate_norm_2"], eps)
+
+    # The gates
+    def gate(name: str) -> jax.Array:
+        g_BNM = dense(u_BNM, p[f"{name}_gate"]).astype(jnp.float32)
+        if config.bank_gates:
+            held_BNM = jnp.tanh(bank_BNM).astype(x_BTD.dtype)
+            g_BNM += dense(held_BNM, p[f"{name}_gate_bank"]).astype(jnp.float32)
+        return nn.sigmoid(g_BNM + p[f"{name}_gate_bias"])
+
+    g_f_BNM = gate("forget")
+    g_in_BNM = 1 - g_f_BNM if config.gates == "convex" else gate("input")
+    return g_in_BNM * jnp.tanh(c_BNM.astype(jnp.float32)) + g_f_BNM * bank_BNM, g_in_BNM, g_f_BNM
+
+
+class BankMemory(nn.Module):
+    """One block's bank over a window: the recurrence (`write`, scanned over the segments), then all reads at once.
+
+    In packed segments, tokens of a document that began inside the segment read the initial bank, and only the segment's
+    last document writes, from the initial bank if it began here.
+    """
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x_BSTD: jax.Array, bank_BNM: jax.Array, layout: Layout) -> tuple[jax.Array, jax.Array]:
+        """x' [B,S,T,D] and the bank before the window to (g_out ⊙ E_mem [B,S,T,D], the bank after the window)."""
+        memory, eps = self.config.memory, self.config.model.norm_eps
+        N, M = bank_BNM.shape[-2:]
+        p = {name: self.param(name, init, shape) for name, (init, shape) in _parameters(self.config).items()}
+        start_BNM = jnp.broadcast_to(initial_bank(N, M), bank_BNM.shape)
+
+        def step(
+            bank_BNM: jax.Array, segment: tuple[jax.Array, jax.Array, jax.Array]
+        ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+            x_BTD, document_BT, reset_B = segment
+            found_BNM = jnp.where(reset_B[:, None, None], start_BNM, bank_BNM)
+            last_B = jnp.max(document_BT, axis=1)
+            token_BT = (document_BT == last_B[:, None]) & (document_BT > 0)
+            from_BNM = jnp.where((last_B > 1)[:, None, None], start_BNM, found_BNM) if layout.packed else found_BNM
+            new_BNM, g_in_BNM, g_f_BNM = write(p, memory, eps, x_BTD, from_BNM, token_BT)
+            new_BNM = jnp.where((last_B > 0)[:, None, None], new_BNM, found_BNM)
+            return new_BNM, (found_BNM, jnp.mean(g_in_BNM), jnp.mean(g_f_BNM))
+
+        segments = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (x_BSTD, layout.document_BST, layout.reset_BS))
+        bank_BNM, (found_SBNM, g_in_S, g_f_S) = jax.lax.scan(step, bank_BNM, segments)
+
+        read_segments = jax.vmap(functools.partial(read, p, memory), in_axes=1, out_axes=1)
+        slots_BSNM = rms_norm(jnp.moveaxis(found_SBNM, 0, 1), p["bank_norm"], eps).astype(x_BSTD.dtype)
+        gated_BSTD, g_out_BSTD = read_segments(x_BSTD, slots_BSNM)
+        if layout.packed:
+            slots_BSNM = jnp.broadcast_to(rms_norm(start_BNM, p["bank_norm"], eps)[:, None], slots_BSNM.shape)
+            gated_start_BSTD, _ = read_segments(x_BSTD, slots_BSNM.astype(x_BSTD.dtype))
+            gated_BSTD = jnp.where((layout.document_BST > 1)[..., None], gated_start_BSTD, gated_BSTD)
+
+        for name, value in (("input", g_in_S), ("forget", g_f_S), ("output", g_out_BSTD)):
+            self.sow("gates", name, jnp.mean(value.astype(jnp.float32)))
+        return gated_BSTD, bank_BNM
+
+
+def _parameters(config: Config) -> dict[str, tuple[Initializer, tuple[int, ...]]]:
+    """Name to (initialiser, shape) of one block's memory."""
+    c, D, M = config.memory, config.model.d_model, config.memory_width
+    output_scale = 1 / (2 * config.model.num_layers)
+    to_slots = (matrix(("slot_in", "slot_out")), (M, M))
+    shapes = {
+        "bank_norm": (vector(1.0, "norm"), (M,)),
+        "read_query": (matrix(("embed", "heads")), (D, D)),
+        "read_key": (matrix(("slot_in", "heads")), (M, D)),
+        "read_value": (matrix(("slot_in", "heads")), (M, D)),
+        "output_gate": (matrix(("embed", "heads")), (D, D)),
+        "output_gate_bias": (vector(0.0, "norm"), (D,)),
+        "write_query": to_slots,
+        "write_key": (matrix(("embed", "slot_out")), (D, M)),
+        "write_value": (matrix(("embed", "slot_out")), (D, M)),
+        "candidate_norm": (vector(1.0, "norm"), (M,)),
+    }
+    if c.output_projection:
+        shapes["read_output"] = (matrix(("heads", "embed"), output_scale), (D, D))
+        shapes["write_output"] = to_slots
+    if c.slot_attention and M != D:
+        shapes["slot_key"] = shapes["slot_value"] = to_slots
+    if c.candidate_mlp:
+        shapes["candidate_up"] = shapes["candidate_down"] = to_slots
+        shapes["candidate_norm_2"] = (vector(1.0, "norm"), (M,))
+    biases = {"forget": c.forget_bias} | ({"input": c.input_bias} if c.gates == "independent" else {})
+    for name, bias in biases.items():
+        shapes[f"{name}_gate"] = to_slots
+        shapes[f"{name}_gate_bias"] = (vector(bias, "norm"), (M,))
+        if c.bank_gates:
+            shapes[f"{name}_gate_bank"] = to_slots
+    return shapes
+
+
+class LM2(MemoryKind):
+    """Memory: the banks of all blocks that have one, float32 [L,B,N,M]."""
+
+    lane_axis = 1
+
+    @property
+    def num_bank_layers(self) -> int:
+        """Blocks that carry a bank."""
+        return self.config.num_memory_layers
+
+    def initial(self, parameters: Parameters | None) -> Memory:
+        """The same constant bank for every layer, [L,N,M]."""
+        bank_NM = initial_bank(self.config.memory.num_slots, self.config.memory_width)
+        return jnp.broadcast_to(bank_NM, (self.num_bank_layers, *bank_NM.shape))
+
+    def block_memory(self) -> Callable[[], nn.Module]:
+        """Read and write of one bank."""
+        return functools.partial(BankMemory, self.config)
