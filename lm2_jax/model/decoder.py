@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from lm2_jax.config import Config
 from lm2_jax.model.kind import Memory, MemoryKind, Parameters
-from lm2_jax.model.layers import CausalConv, Layout, RMSNorm, SelfAttention, SwiGLU
+from lm2_jax.model.layers import CausalConv, Layout, RMSNorm, SelfAttention, SwiGLU, unbox
 from lm2_jax.model.rmt import EMBEDDING_STD
 
 
@@ -156,7 +156,7 @@ class Decoder(nn.Module):
     @nn.nowrap
     def init(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """{"params": ...} of plain arrays; takes (key, tokens_BT, memory). `init_with_axes` keeps the logical axes."""
-        return nn.unbox(self.init_with_axes(*args, **kwargs))
+        return unbox(self.init_with_axes(*args, **kwargs))
 
     @nn.nowrap
     def init_with_axes(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -1,0 +1,95 @@
+"""The device mesh (data, fsdp, tensor), and which axis of which array lies along which mesh axis."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lm2_jax.config import Config
+from lm2_jax.errors import UserError
+from lm2_jax.model.layers import unbox
+
+LANES = ("data", "fsdp")  # the mesh axes that lanes are spread over
+
+# Logical axis of a weight or activation -> mesh axis.
+RULES = (
+    ("batch", LANES),
+    ("embed", "fsdp"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("mlp", "tensor"),
+    ("vocab", "tensor"),
+    ("slot_in", "fsdp"),
+    ("slot_out", "tensor"),
+    ("activation", None),
+    ("norm", None),
+    ("layers", None),
+)
+
+
+def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh that config.mesh asks for; an axis of -1 takes the devices that the others leave.
+
+    Raises UserError if the devices do not make up the mesh, or the lanes do not divide over it.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {"data": config.mesh.data, "fsdp": config.mesh.fsdp, "tensor": config.mesh.tensor}
+    fixed = math.prod(size for size in sizes.values() if size > 0)
+    sizes = {axis: len(devices) // fixed if size == -1 else size for axis, size in sizes.items()}
+    asked = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+    if math.prod(sizes.values()) != len(devices):
+        raise UserError(f"mesh: {asked} does not make up {len(devices)} devices; set one axis to -1 for the rest")
+    lanes, shards = config.data.batch_size // config.optim.accumulation_steps, sizes["data"] * sizes["fsdp"]
+    if lanes % shards:
+        raise UserError(
+            f"data.batch_size {config.data.batch_size} with optim.accumulation_steps "
+            f"{config.optim.accumulation_steps}: {lanes} lanes do not divide over data x fsdp = {shards} devices"
+        )
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh) -> Iterator[None]:
+    """Within it, jitted functions see the mesh and the logical axis rules; without it constraints vanish silently."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        yield
+
+
+def state_shardings(mesh: Mesh, boxed_state: Any, lane_axis: int) -> Any:
+    """Shardings of a train state whose arrays are boxed with logical axes; memory leaves have lanes at `lane_axis`.
+
+    An axis that its mesh axis does not divide is left whole on every device.
+    """
+    specs = nn.logical_to_mesh(nn.get_partition_spec(boxed_state), RULES)
+    lanes = PartitionSpec(*[None] * lane_axis, LANES)
+    specs = specs.replace(memory=jax.tree.map(lambda _: lanes, boxed_state.memory))
+
+    def shard(array: Any, spec: PartitionSpec) -> NamedSharding:
+        return NamedSharding(mesh, _fit(mesh, spec, array.shape))
+
+    return jax.tree.map(shard, unbox(boxed_state), specs)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Lanes first: [B, ...] spread over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(LANES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def _fit(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...]) -> PartitionSpec:
+    def fits(size: int, axes: Any) -> bool:
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        return size % math.prod(mesh.shape[name] for name in names) == 0
+
+    axes = tuple(spec) + (None,) * (len(shape) - len(spec))
+    return PartitionSpec(*(a if fits(size, a) else None for size, a in zip(shape, axes, strict=True)))

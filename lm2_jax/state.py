@@ -1,0 +1,60 @@
+"""The train state: everything on the devices that a step reads and writes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from lm2_jax.model.decoder import Decoder
+from lm2_jax.model.layers import unbox
+from lm2_jax.sharding import state_shardings
+
+
+@chex.dataclass(frozen=True)
+class TrainState:
+    """A pytree; never changed, only replaced.
+
+    Attributes:
+      step: int32, windows trained on so far (skipped ones included).
+      params: float32 weights.
+      opt_state: optax state.
+      memory: the lanes' memory after the last window, no gradient.
+      skipped: int32, steps without an update because something was not finite.
+      skipped_in_a_row: int32, of those, the ones since the last good step.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    memory: Any
+    skipped: jax.Array
+    skipped_in_a_row: jax.Array
+
+
+def create_state(
+    model: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh, batch_size: int, seed: int
+) -> tuple[TrainState, TrainState]:
+    """A fresh state, every array made where it will live, and its shardings: abstract -> shardings -> jitted init."""
+
+    def init(key: jax.Array) -> TrainState:
+        memory = model.init_memory(1)
+        boxed = model.init_with_axes(key, jnp.zeros((1, 1), jnp.int32), memory)["params"]
+        params = unbox(boxed)
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(
+            step=zero,
+            params=boxed,
+            opt_state=optimizer.init(boxed),
+            memory=model.init_memory(batch_size, params),
+            skipped=zero,
+            skipped_in_a_row=zero,
+        )
+
+    key = jax.random.key(seed)
+    shardings = state_shardings(mesh, jax.eval_shape(init, key), model.kind.lane_axis)
+    return jax.jit(lambda key: unbox(init(key)), out_shardings=shardings)(key), shardings
