@@ -312,13 +312,17 @@ class Config(Section):
         if data.source == "stories":
             if data.boundaries != "segment":
                 problems.append(f"data.boundaries {data.boundaries}: stories start at segments; use segment")
-        elif self.tokenizer.kind == "stories":
+        elif data.source == "bin" and self.model.vocab_size is None:
+            problems.append("model.vocab_size is missing; .bin shards hold ids, no text to tokenise")
+        elif data.source != "bin" and self.tokenizer.kind == "stories":
             problems.append(
                 f"tokenizer.kind stories knows only the generator's words; data.source {data.source} "
                 "needs bytes, sentencepiece, tokenizers or llama3"
             )
-        elif self.optim.lm_loss_weight == 0:
-            problems.append(f"optim.lm_loss_weight 0: data.source {data.source} has no answers, nothing would be learnt")
+        if data.source != "stories" and self.optim.lm_loss_weight == 0:
+            problems.append(
+                f"optim.lm_loss_weight 0: data.source {data.source} has no answers, nothing would be learnt"
+            )
         if problems:
             raise ValueError("\n".join(problems))
         return self

@@ -49,9 +49,7 @@ def loss_weights(batch: Batch, lm_loss_weight: float) -> jax.Array:
     return token_weight * token_BST + answer_weight * answer_BST
 
 
-def window_loss(
-    model: Decoder, params: Any, hidden_BSTD: jax.Array, batch: Batch, weights_BST: jax.Array
-) -> LossSums:
+def window_loss(model: Decoder, params: Any, hidden_BSTD: jax.Array, batch: Batch, weights_BST: jax.Array) -> LossSums:
     """Projects to the vocabulary one segment at a time, so that logits of one segment are held at once."""
 
     @jax.checkpoint

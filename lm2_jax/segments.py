@@ -71,7 +71,9 @@ def run_window(
     packed: whether document numbers above 1 can occur; False saves the reads of the initial bank that packing needs.
     """
 
-    def window(tokens_BST: jax.Array, memory: Memory, document_BST: Any, reset_BS: Any) -> tuple[jax.Array, Memory, Any]:
+    def window(
+        tokens_BST: jax.Array, memory: Memory, document_BST: Any, reset_BS: Any
+    ) -> tuple[jax.Array, Memory, Any]:
         (hidden_BSTD, memory), sown = model.apply(
             {"params": params}, tokens_BST, memory, document_BST, reset_BS, packed, method="window", mutable=["gates"]
         )

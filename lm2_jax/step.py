@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from lm2_jax.config import Config
 from lm2_jax.loss import Batch, LossSums, loss_weights, window_loss
 from lm2_jax.model.decoder import Decoder
 from lm2_jax.model.kind import Memory

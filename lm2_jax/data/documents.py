@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import abc
+import codecs
 import dataclasses
+import itertools
+import json
+import re
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
+
+from lm2_jax.data.paths import expand_paths
+from lm2_jax.errors import UserError
+from lm2_jax.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,3 +31,272 @@ class Document:
 
     tokens: np.ndarray
     answers: np.ndarray
+
+
+class DocumentSource(Protocol):
+    """Documents by number. The same number gives the same document, always; `repr` says in a few words what it is."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Document: ...
+
+
+class _FileSource(abc.ABC):
+    """Documents that are byte spans of files: found once at the start, read again on every access.
+
+    Raises UserError with the problems of all files, or if there is no document at all.
+    """
+
+    def __init__(self, paths: Sequence[str | Path], key: str) -> None:
+        self._paths = expand_paths(paths, key)
+        spans, problems = array("q"), []
+        for number, path in enumerate(self._paths):
+            try:
+                for start, end in self._find(path):
+                    spans.extend((number, start, end))
+            except UserError as error:
+                problems.append(str(error))
+            except OSError as error:
+                problems.append(f"{path}: cannot be read ({error.strerror})")
+        if problems:
+            raise UserError("\n".join(problems))
+        if not spans:
+            raise UserError(f"{key}: no documents; all files are empty: {', '.join(map(str, self._paths))}")
+        self._spans = np.array(spans, np.int64).reshape(-1, 3)  # file number, first byte, byte after the last
+
+    @abc.abstractmethod
+    def _find(self, path: Path) -> Iterable[tuple[int, int]]:
+        """Checks a file and gives the byte spans of its documents."""
+
+    @abc.abstractmethod
+    def _parse(self, data: bytes) -> np.ndarray:
+        """Tokens [n] of one span's bytes."""
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __getitem__(self, index: int) -> Document:
+        number, start, end = self._spans[index].tolist()
+        with self._paths[number].open("rb") as file:
+            file.seek(start)
+            tokens = self._parse(file.read(end - start)).astype(np.int32)
+        return Document(tokens, np.zeros(len(tokens), bool))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(files={len(self._paths)}, documents={len(self)})"
+
+
+class TextSource(_FileSource):
+    """UTF-8 text files, each one document or several; documents of white space alone are left out.
+
+    Args:
+      paths: files and globs.
+      separator: a regular expression (`^` and `$` match at lines); a new document starts where a match does.
+      key: the setting that `paths` come from, for messages.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        tokenizer: Tokenizer,
+        separator: str | None = None,
+        key: str = "data.path",
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._separator = separator
+        super().__init__(paths, key)
+
+    def _find(self, path: Path) -> Iterator[tuple[int, int]]:
+        _reject_compressed(path)
+        data = path.read_bytes()
+        start = _bom_size(data)
+        text = _decode(data[start:], path, start)
+        cuts = (match.start() for match in re.finditer(self._separator, text, re.M)) if self._separator else ()
+        for first, last in itertools.pairwise((0, *cuts, len(text))):
+            end = start + len(text[first:last].encode())
+            if text[first:last].strip():
+                yield start, end
+            start = end
+
+    def _parse(self, data: bytes) -> np.ndarray:
+        return _tokenize(data.decode(), self._tokenizer)
+
+
+class JsonLinesSource(_FileSource):
+    """JSON lines: each an object whose `text` is a document; blank lines and texts of white space are left out.
+
+    Args:
+      paths: files and globs; uncompressed.
+      key: the setting that `paths` come from, for messages.
+    """
+
+    def __init__(self, paths: Sequence[str | Path], tokenizer: Tokenizer, key: str = "data.path") -> None:
+        self._tokenizer = tokenizer
+        super().__init__(paths, key)
+
+    def _find(self, path: Path) -> Iterator[tuple[int, int]]:
+        _reject_compressed(path)
+        with path.open("rb") as file:
+            start = _bom_size(file.read(3))
+            file.seek(start)
+            for number, line in enumerate(file, start=1):
+                end = start + len(line)
+                if line.strip() and _json_text(_decode(line, path, start), f"{path}: line {number}").strip():
+                    yield start, end
+                start = end
+
+    def _parse(self, data: bytes) -> np.ndarray:
+        return _tokenize(json.loads(data.decode())["text"], self._tokenizer)
+
+
+class BinSource(_FileSource):
+    """Shards of the official code: 256 int32 (magic, version, number of tokens, zeros), then the tokens as uint32.
+
+    A document begins at each begin token; what stands before a shard's first one is a document too.
+
+    Args:
+      paths: files and globs.
+      vocab_size: of the model; every id must be below it.
+      bos_id: the begin token, Llama-3's unless told otherwise.
+      key: the setting that `paths` come from, for messages.
+    """
+
+    _MAGIC, _VERSION, _HEADER_BYTES = 20240801, 7, 1024
+    _CHUNK = 1 << 22  # tokens looked at together
+
+    def __init__(
+        self, paths: Sequence[str | Path], vocab_size: int, bos_id: int = 128_000, key: str = "data.path"
+    ) -> None:
+        self._vocab_size = vocab_size
+        self._bos_id = bos_id
+        super().__init__(paths, key)
+
+    def _find(self, path: Path) -> Iterator[tuple[int, int]]:
+        count = self._check_header(path)
+        if not count:
+            return
+        tokens = np.memmap(path, "<u4", mode="r", offset=self._HEADER_BYTES, shape=(count,))
+        document = 0
+        for start in range(0, count, self._CHUNK):
+            chunk = tokens[start : start + self._CHUNK]
+            if (largest := int(chunk.max())) >= self._vocab_size:
+                raise UserError(
+                    f"{path}: token {start + int(chunk.argmax())} is id {largest}, but model.vocab_size is "
+                    f"{self._vocab_size}; set it to the vocabulary that the shard was made with"
+                )
+            for begin in (start + np.flatnonzero(chunk == self._bos_id)).tolist():
+                if begin > document:
+                    yield self._offset(document), self._offset(begin)
+                document = begin
+        yield self._offset(document), self._offset(count)
+
+    def _check_header(self, path: Path) -> int:
+        """Number of tokens in a sound shard."""
+        header = np.fromfile(path, "<i4", count=256)
+        if len(header) < 256:
+            raise UserError(f"{path}: ends inside its header; a shard starts with {self._HEADER_BYTES} bytes of it")
+        magic, version, count = header[:3].tolist()
+        if (magic, version) != (self._MAGIC, self._VERSION):
+            raise UserError(
+                f"{path}: magic {magic}, version {version}; expected {self._MAGIC}, {self._VERSION} (uint32 tokens)"
+            )
+        if (size := path.stat().st_size) != self._offset(count):
+            raise UserError(
+                f"{path}: {size} bytes, but its header promises {count} tokens, that is {self._offset(count)} bytes; "
+                f"the file is {'cut short' if size < self._offset(count) else 'longer than that'}"
+            )
+        return count
+
+    def _offset(self, token: int) -> int:
+        return self._HEADER_BYTES + 4 * token
+
+    def _parse(self, data: bytes) -> np.ndarray:
+        return np.frombuffer(data, "<u4")
+
+
+def _tokenize(text: str, tokenizer: Tokenizer) -> np.ndarray:
+    begin, end = ([] if id is None else [id] for id in (tokenizer.bos_id, tokenizer.eos_id))
+    return np.array(begin + tokenizer.encode(text) + end)
+
+
+def _bom_size(data: bytes) -> int:
+    return len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
+
+
+def _decode(data: bytes, path: Path, offset: int) -> str:
+    """Text of the bytes that stand at `offset` of a file."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text, byte {offset + error.start} is {data[error.start]:#04x}") from None
+
+
+def _json_text(line: str, where: str) -> str:
+    """The `text` of one JSON line."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f'{where}: holds {type(value).__name__}; expected an object, {{"text": "..."}}')
+    if "text" not in value:
+        raise UserError(f"{where}: has no 'text'; its keys are {', '.join(map(repr, value)) or 'none'}")
+    text = value["text"]
+    if not isinstance(text, str):
+        raise UserError(f"{where}: 'text' is {type(text).__name__}; expected a string")
+    if re.search("[\ud800-\udfff]", text):
+        raise UserError(f"{where}: 'text' holds half a surrogate pair (\\ud800-\\udfff), which is no character")
+    return text
+
+
+def _reject_compressed(path: Path) -> None:
+    if path.suffix in (".gz", ".zst", ".bz2", ".xz"):
+        raise UserError(f"{path}: is compressed; unpack it first, only plain files are read")
+
+
+# --- Held-out documents --------------------------------------------------------------------------------------------
+
+
+class Subset:
+    """Some documents of a source, in its order.
+
+    Args:
+      indices: int [n], their numbers in `source`.
+    """
+
+    def __init__(self, source: DocumentSource, indices: np.ndarray) -> None:
+        self._source = source
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Document:
+        return self._source[int(self._indices[index])]
+
+    def __repr__(self) -> str:
+        return f"Subset({len(self)} of {self._source!r})"
+
+
+def split_documents(
+    source: DocumentSource, validation_fraction: float, seed: int
+) -> tuple[DocumentSource, DocumentSource | None]:
+    """Training and validation documents: a share of `source`, drawn by `seed`, is held out.
+
+    The share is rounded to whole documents, at least one; with a fraction of 0 nothing is held out (None).
+
+    Raises UserError when no document would be left for training.
+    """
+    if validation_fraction == 0:
+        return source, None
+    total = len(source)
+    held_out = max(1, round(validation_fraction * total))
+    if held_out >= total:
+        raise UserError(
+            f"data.validation_fraction {validation_fraction} holds out {held_out} of {total} documents and leaves none "
+            "to train on; cut the text with data.document_separator, name other files in data.validation_path, or set "
+            "data.validation_fraction to 0"
+        )
+    # RandomState: numpy promises never to change its streams, so a resumed run holds out the same documents.
+    order = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed))).permutation(total)
+    return Subset(source, np.sort(order[held_out:])), Subset(source, np.sort(order[:held_out]))

@@ -123,9 +123,7 @@ class Decoder(nn.Module):
     def project(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., D] to logits [..., V], float32."""
         table_VD = self.embedding if self.config.model.tie_embeddings else self.head
-        return jnp.einsum(
-            "...d,vd->...v", hidden, table_VD.astype(hidden.dtype), preferred_element_type=jnp.float32
-        )
+        return jnp.einsum("...d,vd->...v", hidden, table_VD.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
     def __call__(
         self,
@@ -172,9 +170,7 @@ class Decoder(nn.Module):
         return self.kind.init_memory(batch_size, params)
 
 
-def _layout(
-    tokens_BST: jax.Array, document_BST: jax.Array | None, reset_BS: jax.Array | None, packed: bool
-) -> Layout:
+def _layout(tokens_BST: jax.Array, document_BST: jax.Array | None, reset_BS: jax.Array | None, packed: bool) -> Layout:
     if document_BST is None:
         document_BST, packed = jnp.ones(tokens_BST.shape, jnp.int32), False
     if reset_BS is None:

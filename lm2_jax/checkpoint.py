@@ -1,0 +1,198 @@
+"""Checkpoints: Orbax, asynchronous and atomic, verified when they are read.
+
+A checkpoint is a directory named by its step, with four items: `params`, `training` (optimizer state, memory, counters),
+`progress` (JSON: where the data, the curriculum and the counts stand) and `config` (JSON: the run's whole config).
+`progress` holds a checksum of every array, so that a damaged checkpoint is found out and the one before it is taken.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from lm2_jax.config import CheckpointConfig, Config, load_config, parse_config
+from lm2_jax.errors import UserError
+from lm2_jax.model import build_model
+from lm2_jax.model.decoder import Decoder
+from lm2_jax.state import TrainState
+
+Progress = dict[str, Any]  # JSON
+
+
+class DamagedError(Exception):
+    """A checkpoint that cannot be read, or whose arrays are not the ones that were saved."""
+
+
+class Checkpoints:
+    """The checkpoints of one run directory."""
+
+    def __init__(self, run_dir: Path, config: CheckpointConfig) -> None:
+        """Opens run_dir/checkpoints, which is made if it is not there; what an interrupted save left is removed."""
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save at length
+        self.directory = (run_dir / "checkpoints").absolute()
+        self._config = config
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.LatestN(self._config.keep),
+            save_decision_policy=checkpoint_managers.FixedIntervalPolicy(1),  # train.py decides when
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
+        )
+        return ocp.CheckpointManager(self.directory, options=options)
+
+    def save(self, state: TrainState, progress: Progress, config: Config) -> None:
+        """Starts to save; returns once the arrays are copied. The checkpoint appears under its step when complete."""
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        params, training = _split(state)
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(params),
+                training=ocp.args.StandardSave(training),
+                progress=ocp.args.JsonSave({**progress, "checksums": _checksums((params, training))}),
+                config=ocp.args.JsonSave(config.model_dump(mode="json")),
+            ),
+        )
+
+    def restore_latest(self, like: TrainState, shardings: TrainState) -> tuple[TrainState, Progress] | None:
+        """The newest checkpoint that is whole, placed by `shardings`; None if there is none at all.
+
+        A damaged one is named on standard error and moved aside, to `damaged_checkpoints/`.
+        Raises UserError if every checkpoint is damaged.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                return self._restore(step, like, shardings)
+            except DamagedError as error:
+                aside = self._move_aside(step)
+                print(f"warning: checkpoint {step} is damaged ({error}); moved to {aside}", file=sys.stderr)
+        if steps:
+            raise UserError(
+                f"{self.directory}: all {len(steps)} checkpoints were damaged and moved aside; "
+                "start again in another train.run_dir, or run once more to start this one afresh"
+            )
+        return None
+
+    def wait(self) -> None:
+        """Until every save that was started is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Finishes the saves and ends Orbax's threads."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def _restore(self, step: int, like: TrainState, shardings: TrainState) -> tuple[TrainState, Progress]:
+        def target(x: jax.Array, sharding: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        params, training = _split(jax.tree.map(target, like, shardings))
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(params),
+                    training=ocp.args.StandardRestore(training),
+                    progress=ocp.args.JsonRestore(),
+                ),
+            )
+            saved = restored.progress.pop("checksums")
+        except Exception as error:  # whatever Orbax, TensorStore or JSON make of damaged files
+            raise DamagedError(_first_line(error)) from error
+        found = _checksums((restored.params, restored.training))
+        if found != saved:
+            raise DamagedError(f"{sum(a != b for a, b in zip(saved, found, strict=True))} arrays fail their checksum")
+        return TrainState(params=restored.params, **restored.training), restored.progress
+
+    def _move_aside(self, step: int) -> Path:
+        self._manager.close()
+        aside = self.directory.parent / "damaged_checkpoints"
+        aside.mkdir(exist_ok=True)
+        number = 0
+        while (target := aside / f"{step}{f'.{number}' if number else ''}").exists():
+            number += 1
+        (self.directory / str(step)).rename(target)
+        self._manager = self._open()
+        return target
+
+
+def load(path: str | Path) -> tuple[Decoder, Any]:
+    """The model and its parameters from a run directory (its newest checkpoint) or from one checkpoint of it.
+
+    Returns the linen module and the tree under "params". Raises UserError if there is no readable checkpoint.
+    """
+    path = Path(path).absolute()
+    if not path.is_dir():
+        raise UserError(f"{path}: no such directory; give a run directory or one of its checkpoints")
+    if (path / "config.yaml").is_file():
+        steps = sorted((int(p.name) for p in (path / "checkpoints").glob("*") if p.name.isdigit()), reverse=True)
+        if not steps:
+            raise UserError(f"{path}: a run directory without a checkpoint")
+        config = load_config(path / "config.yaml")
+        path = path / "checkpoints" / str(steps[0])
+    else:
+        try:
+            config = parse_config((path / "config" / "metadata").read_text(encoding="utf-8"), where=f"{path}/config")
+        except OSError:
+            raise UserError(f"{path}: neither a run directory (no config.yaml) nor a checkpoint (no config)") from None
+    model = build_model(config)
+    abstract = jax.eval_shape(
+        lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32), model.init_memory(1))["params"], jax.random.key(0)
+    )
+    on_one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_one), abstract)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            params = checkpointer.restore(path / "params", abstract)
+    except Exception as error:  # whatever Orbax or TensorStore make of damaged files
+        raise UserError(f"{path}: the checkpoint cannot be read ({_first_line(error)}); take an older one") from error
+    return model, params
+
+
+def load_memory(path: str | Path) -> Any:
+    """The start memory that a converted or saved directory carries; None for run directories, which carry none."""
+    if not Path(path).is_dir():
+        raise UserError(f"{path}: no such directory")
+    return None
+
+
+def read_run_config(run_dir: Path) -> Config | None:
+    """The config that a run directory was started with; None if it holds none."""
+    path = run_dir / "config.yaml"
+    return load_config(path) if path.exists() else None
+
+
+def _split(state: TrainState) -> tuple[Any, dict[str, Any]]:
+    training = {name: getattr(state, name) for name in state.__dataclass_fields__ if name != "params"}
+    return state.params, training
+
+
+@jax.jit
+def _checksum_arrays(tree: Any) -> jax.Array:
+    def checksum(x: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(x, jnp.uint32).reshape(-1)
+        place = 2 * jax.lax.iota(jnp.uint32, bits.size) + 1  # odd: no bit of a value is lost in the product
+        return jnp.sum(bits * place, dtype=jnp.uint32)
+
+    return jnp.stack([checksum(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def _checksums(tree: Any) -> list[int]:
+    """One 32-bit number per array, the same on any mesh: integer sums do not depend on their order."""
+    return [int(value) for value in _checksum_arrays(tree)]
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else 'no details'}"

@@ -1,0 +1,246 @@
+"""Lanes: documents -> lanes of segments -> windows, saved and restored exactly.
+
+B lanes (batch rows), S segments in a window, T tokens in a segment.
+
+A lane reads one document from its first token to its last, then takes another. One rule decides which: **the next
+document goes to the lane that is free first, ties to the lowest lane.** A document of n tokens has n - 1 positions:
+token i is the input and token i + 1 the target. Documents a, b, c, d, ... with 6, 3, 7, 2, ... positions, 2 lanes and
+segments of 4 (a dot is padding; the model's memory is reset at a `^`):
+
+    boundaries "segment"                        boundaries "packed"
+             lane 0   a a a a|a a . .|d d . .            lane 0   a a a a|a a d d|e e ...
+                      ^               ^                           ^               ^
+             lane 1   b b b .|c c c c|c c c .            lane 1   b b b c|c c c c|c c f ...
+                      ^       ^                                   ^
+                                                     document_BST   1 1 1 2|1 1 1 1|1 1 2 ...   (of lane 1)
+
+- `segment`: a document starts at a segment's start and its tail is padded; a lane is free after the last segment.
+- `packed`: documents follow each other inside a segment; a lane is free after the last position. No reset marks c: it
+  starts inside a segment, where its number tells the model to keep it apart from b.
+- `stream`: laid out like packed, but as one endless document: every number is 1 and nothing is reset.
+
+The rule looks at lengths only, so the segments are the same however many of them make a window, and a place in the
+stream is small: per lane its document and how far it is, and the next document to hand out.
+"""
+
+from __future__ import annotations
+
+import heapq
+import weakref
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, TypedDict
+
+import grain
+import numpy as np
+from grain.experimental import ThreadPrefetchDatasetIterator
+
+from lm2_jax.data.documents import Document
+from lm2_jax.errors import UserError
+
+Boundaries = Literal["segment", "packed", "stream"]
+
+
+class Window(TypedDict):
+    """S consecutive segments of every lane. Padding has token, target and document 0."""
+
+    tokens_BST: np.ndarray  # int32, the inputs
+    targets_BST: np.ndarray  # int32, the token after each input in its document
+    document_BST: np.ndarray  # int32, 1, 2, ...: the documents inside a segment, in order
+    reset_BS: np.ndarray  # bool, the segment's first document starts here
+    answers_BST: np.ndarray  # bool, the target is part of an answer
+
+
+class Placement(NamedTuple):
+    """A document and where it lies in its lane, counted in positions from the window's start."""
+
+    ordinal: int
+    document: Document
+    start: int  # negative: so many positions were read in earlier windows
+
+    @property
+    def end(self) -> int:
+        """One past its last position; beyond the window where later windows go on with it."""
+        return self.start + len(self.document.tokens) - 1
+
+    def after(self, length: int) -> Placement | None:
+        """As seen from a window that starts `length` positions later; None if it has ended by then."""
+        return self._replace(start=self.start - length) if self.end > length else None
+
+
+def shuffled_documents(source: Sequence[Document], seed: int) -> grain.MapDataset[Document]:
+    """An endless dataset of documents by ordinal: position p of epoch e is ordinal e * len(source) + p.
+
+    Every epoch is another permutation of `source`, drawn from `seed` and the epoch alone.
+    """
+    return grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
+
+
+class LaneDataset(grain.IterDataset[Window]):
+    """An endless stream of windows, read from documents by ordinal.
+
+    The iterator's state is one JSON object, {"ordinals": [B], "offsets": [B], "next": n, "epoch": e}: per lane the
+    document it is in (-1: none) and the positions already read of it, the next ordinal to hand out, and that one's
+    epoch. It holds for any number and length of segments, so a run may go on with longer windows.
+    """
+
+    def __init__(
+        self,
+        documents: grain.MapDataset[Document],
+        *,
+        num_lanes: int,
+        segments: int,
+        segment_length: int,
+        boundaries: Boundaries,
+        documents_per_epoch: int,
+    ) -> None:
+        super().__init__(documents)
+        self.documents = documents
+        self.num_lanes = num_lanes
+        self.segments = segments
+        self.segment_length = segment_length
+        self.boundaries = boundaries
+        self.documents_per_epoch = documents_per_epoch
+
+    @property
+    def window_length(self) -> int:
+        """Positions of one lane in a window, S * T."""
+        return self.segments * self.segment_length
+
+    def __iter__(self) -> LaneIterator:
+        return LaneIterator(self)
+
+    def usable_document(self, ordinal: int) -> tuple[int, Document]:
+        """The first document at or after `ordinal` that has a target, and its ordinal.
+
+        Raises UserError if a whole epoch has none.
+        """
+        # Two epochs' worth of ordinals in a row contain one whole epoch, whatever the two shuffles.
+        for candidate in range(ordinal, ordinal + 2 * self.documents_per_epoch):
+            document = self.documents[candidate]
+            if len(document.tokens) >= 2:
+                return candidate, document
+        raise UserError(
+            f"data: none of the {self.documents_per_epoch} documents has 2 tokens or more; "
+            "a document needs an input and a target"
+        )
+
+    def free_at(self, placement: Placement) -> int:
+        """The position at which the lane of `placement` takes its next document."""
+        if self.boundaries == "segment":
+            return -(-placement.end // self.segment_length) * self.segment_length
+        return placement.end
+
+    def lay_out(self, placements: Sequence[tuple[int, Placement]]) -> Window:
+        """The window of all (lane, placement) that reach into it."""
+        shape = (self.num_lanes, self.window_length)
+        tokens, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        answers, filled, starts = np.zeros(shape, bool), np.zeros(shape, bool), np.zeros(shape, bool)
+        for lane, placement in placements:
+            document, start = placement.document, placement.start
+            begin, end = max(start, 0), min(placement.end, self.window_length)
+            tokens[lane, begin:end] = document.tokens[begin - start : end - start]
+            targets[lane, begin:end] = document.tokens[begin - start + 1 : end - start + 1]
+            answers[lane, begin:end] = document.answers[begin - start + 1 : end - start + 1]
+            filled[lane, begin:end] = True
+            starts[lane, begin] = start >= 0 and self.boundaries != "stream"
+
+        by_segment = (self.num_lanes, self.segments, self.segment_length)
+        starts_BST = starts.reshape(by_segment)
+        reset_BS = starts_BST[:, :, 0].copy()
+        # Count the starts; a document that came from the lane's previous segment is number 1 without one.
+        number_BST = starts_BST.cumsum(axis=-1, dtype=np.int32) + ~reset_BS[:, :, None]
+        return Window(
+            tokens_BST=tokens.reshape(by_segment),
+            targets_BST=targets.reshape(by_segment),
+            document_BST=number_BST * filled.reshape(by_segment),
+            reset_BS=reset_BS,
+            answers_BST=answers.reshape(by_segment),
+        )
+
+
+class LaneIterator(grain.DatasetIterator[Window]):
+    """The windows of a LaneDataset. If reading a document raises, the iterator stays where it was."""
+
+    def __init__(self, dataset: LaneDataset) -> None:
+        super().__init__()
+        self._dataset = dataset
+        self._reading: list[Placement | None] = [None] * dataset.num_lanes
+        self._next = 0
+
+    def __next__(self) -> Window:
+        """Hands out documents until no lane is free inside the window."""
+        self._assert_not_closed()
+        dataset, length, next_ordinal = self._dataset, self._dataset.window_length, self._next
+        placements = [(lane, reading) for lane, reading in enumerate(self._reading) if reading is not None]
+        free = [(dataset.free_at(reading) if reading else 0, lane) for lane, reading in enumerate(self._reading)]
+        heapq.heapify(free)  # the lane that is free first on top; pairs compare, so ties go to the lowest lane
+        while free[0][0] < length:
+            start, lane = free[0]
+            ordinal, document = dataset.usable_document(next_ordinal)
+            placement, next_ordinal = Placement(ordinal, document, start), ordinal + 1
+            placements.append((lane, placement))
+            heapq.heapreplace(free, (dataset.free_at(placement), lane))
+        window = dataset.lay_out(placements)
+
+        last = dict(placements)  # of a lane's placements, the last one stays
+        self._reading = [last[lane].after(length) for lane in range(dataset.num_lanes)]
+        self._next = next_ordinal
+        return window
+
+    def get_state(self) -> dict[str, Any]:
+        """The place after the windows returned so far."""
+        return {
+            "ordinals": [reading.ordinal if reading else -1 for reading in self._reading],
+            "offsets": [-reading.start if reading else 0 for reading in self._reading],
+            "next": self._next,
+            "epoch": self._next // self._dataset.documents_per_epoch,
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on from a place saved by any LaneDataset over the same documents with as many lanes.
+
+        Raises ValueError for another number of lanes, UserError if a document has become too short to go on in.
+        """
+        dataset, ordinals, offsets = self._dataset, state["ordinals"], state["offsets"]
+        if not len(ordinals) == len(offsets) == dataset.num_lanes:
+            raise ValueError(
+                f"the saved data position has {len(ordinals)} lanes, this run has {dataset.num_lanes}; "
+                "resume with the number of lanes it was saved with"
+            )
+        reading: list[Placement | None] = [None] * dataset.num_lanes
+        for lane, (ordinal, offset) in enumerate(zip(ordinals, offsets, strict=True)):
+            if ordinal >= 0:
+                reading[lane] = placement = Placement(ordinal, dataset.documents[ordinal], -offset)
+                if placement.end <= 0:
+                    raise UserError(
+                        f"data: document {ordinal} has {len(placement.document.tokens)} tokens, but the saved data "
+                        f"position is {offset} tokens into it; resume with the data it was saved with"
+                    )
+        self._reading, self._next = reading, state["next"]
+
+
+def make_iterator(dataset: LaneDataset, prefetch: int) -> grain.DatasetIterator[Window]:
+    """The windows of `dataset`; a thread keeps `prefetch` of them ready (0: no thread).
+
+    `get_state` describes what follows the last window received, whatever the thread has made since; errors in the
+    thread are raised by the `next` whose window they prevented. `close` ends the thread and drops what it made.
+    """
+    return _PrefetchIterator(iter(dataset), prefetch) if prefetch else iter(dataset)
+
+
+class _PrefetchIterator(ThreadPrefetchDatasetIterator[Window]):
+    """Grain's, which fails in its destructor when that closes it (again) after Grain's modules are torn down."""
+
+    def __init__(self, windows: grain.DatasetIterator[Window], prefetch: int) -> None:
+        super().__init__(windows, prefetch)
+        # A finalizer also runs at interpreter exit, before the teardown; holding itself, the iterator would never die.
+        weakref.finalize(self, _close, weakref.ref(self))
+
+    def close(self) -> None:
+        if not self._closed:
+            super().close()
+
+
+def _close(iterator: weakref.ref[_PrefetchIterator]) -> None:
+    if alive := iterator():
+        alive.close()

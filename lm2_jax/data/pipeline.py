@@ -1,0 +1,90 @@
+"""From a config to lanes: which documents there are, which are held out, and in which order lanes read them."""
+
+from __future__ import annotations
+
+from lm2_jax.config import Config, StageConfig
+from lm2_jax.data.documents import (
+    BinSource,
+    DocumentSource,
+    JsonLinesSource,
+    TextSource,
+    split_documents,
+)
+from lm2_jax.data.lanes import LaneDataset, shuffled_documents
+from lm2_jax.data.stories import StorySource
+from lm2_jax.errors import UserError
+from lm2_jax.tokenizer import Tokenizer
+
+
+class Pipeline:
+    """The training and the validation documents of a run, laid into lanes for any stage of its curriculum."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer | None) -> None:
+        """Opens the files that `config.data` names. Raises UserError where they are missing, damaged or empty.
+
+        tokenizer: None for `.bin` shards, which hold ids.
+        """
+        self._config = config
+        self._tokenizer = tokenizer
+        self._files: tuple[DocumentSource, DocumentSource | None] | None = None
+        if config.data.source != "stories":
+            self._files = self._open_files()
+        else:
+            self.sources(config.stages[0])  # finds bad files before anything is compiled
+
+    def training(self, stage: StageConfig) -> LaneDataset:
+        """Windows of training documents, in an order that depends on train.seed alone."""
+        return self._lanes(self.sources(stage)[0], stage)
+
+    def validation(self, stage: StageConfig) -> LaneDataset | None:
+        """Windows of the documents held out; None if there are none. The same ones from every fresh iterator."""
+        held_out = self.sources(stage)[1]
+        return None if held_out is None else self._lanes(held_out, stage)
+
+    def sources(self, stage: StageConfig) -> tuple[DocumentSource, DocumentSource | None]:
+        """Training documents and those held out; stories are as long as the stage's window."""
+        if self._files is not None:
+            return self._files
+        data, seed = self._config.data, self._config.train.seed
+        budget = stage.segments * stage.segment_length
+        held_out_data = data.model_copy(update={"path": data.validation_path or data.path})
+        return (
+            StorySource(data, self._tokenizer, budget=budget, seed=seed, held_out=False),
+            StorySource(held_out_data, self._tokenizer, budget=budget, seed=seed, held_out=True),
+        )
+
+    def _open_files(self) -> tuple[DocumentSource, DocumentSource | None]:
+        data = self._config.data
+        training = self._open(data.path, "data.path")
+        if data.validation_path is not None:
+            return training, self._open(data.validation_path, "data.validation_path")
+        return split_documents(training, data.validation_fraction, self._config.train.seed)
+
+    def _open(self, paths: tuple[str, ...], key: str) -> DocumentSource:
+        data = self._config.data
+        if data.source == "bin":
+            return BinSource(paths, self._config.model.vocab_size, key=key)
+        if data.source == "jsonl":
+            return JsonLinesSource(paths, self._tokenizer, key=key)
+        return TextSource(paths, self._tokenizer, data.document_separator, key=key)
+
+    def _lanes(self, source: DocumentSource, stage: StageConfig) -> LaneDataset:
+        return LaneDataset(
+            shuffled_documents(source, self._config.train.seed),
+            num_lanes=self._config.data.batch_size,
+            segments=stage.segments,
+            segment_length=stage.segment_length,
+            boundaries=self._config.data.boundaries,
+            documents_per_epoch=len(source),
+        )
+
+
+def check_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
+    """The config with model.vocab_size filled in from the tokenizer. Raises UserError if they disagree."""
+    if config.model.vocab_size not in (None, tokenizer.vocab_size):
+        raise UserError(
+            f"model.vocab_size: found {config.model.vocab_size}, but the tokenizer ({config.tokenizer.kind}"
+            f"{f', {config.tokenizer.path}' if config.tokenizer.path else ''}) has {tokenizer.vocab_size} ids; "
+            f"set it to {tokenizer.vocab_size} or to null"
+        )
+    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": tokenizer.vocab_size})})

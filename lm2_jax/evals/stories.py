@@ -1,0 +1,167 @@
+"""Accuracy on question stories against context length: exact match of the answer, memory fresh for every story.
+
+Stories stream through the model window by window, so any length costs the memory of one window.
+Axes: B stories at a time, S segments, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypedDict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from lm2_jax.config import Config, StageConfig
+from lm2_jax.data.documents import Document, DocumentSource
+from lm2_jax.data.stories import QuestionSource
+from lm2_jax.model.decoder import Decoder
+from lm2_jax.segments import run_window
+from lm2_jax.sharding import batch_sharding, replicated
+from lm2_jax.state import TrainState
+from lm2_jax.tokenizer import Tokenizer
+
+
+class Accuracy(TypedDict):
+    """One cell of the table."""
+
+    questions: str  # "generator", or the files they come from
+    segments: int
+    tokens: int
+    correct: int
+    asked: int
+    accuracy: float
+    low: float  # 95% Wilson interval
+    high: float
+
+
+def accuracy_by_length(
+    config: Config,
+    model: Decoder,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    state: TrainState,
+    shardings: TrainState,
+    progress: Callable[[str], None],
+) -> list[Accuracy]:
+    """Asks eval.questions held-out stories at every length of eval.lengths, then those of eval.path, if given.
+
+    The same stories are asked at every length. `progress` is told what is going on.
+    """
+    last = config.stages[-1]
+    answer = make_answer_step(model, mesh, shardings)
+    fresh = jax.jit(
+        lambda params: model.init_memory(config.data.batch_size, params),
+        in_shardings=(shardings.params,),
+        out_shardings=shardings.memory,
+    )(state.params)
+    table: list[Accuracy] = []
+    for name, paths in (("generator", None), ("files", config.eval.path)):
+        if name == "files" and paths is None:
+            continue
+        for segments in config.eval.lengths:
+            progress(f"asking {config.eval.questions} questions ({name}) after {segments} segments")
+            tokens = segments * last.segment_length
+            source = QuestionSource(
+                config.data,
+                tokenizer,
+                budget=tokens,
+                seed=config.train.seed,
+                count=config.eval.questions,
+                paths=paths,
+            )
+            stage = StageConfig(segments=min(segments, last.segments), segment_length=last.segment_length)
+            correct = sum(
+                _ask(answer, state.params, fresh, documents, segments, stage, config.data.batch_size)
+                for documents in _groups(source, config.data.batch_size)
+            )
+            low, high = wilson_interval(correct, len(source))
+            table.append(
+                Accuracy(
+                    questions=name,
+                    segments=segments,
+                    tokens=tokens,
+                    correct=correct,
+                    asked=len(source),
+                    accuracy=correct / len(source),
+                    low=low,
+                    high=high,
+                )
+            )
+    return table
+
+
+def make_answer_step(model: Decoder, mesh: Mesh, shardings: TrainState) -> Callable[..., tuple[jax.Array, Any]]:
+    """A jitted (params, memory, window) -> (wrong answer tokens of each lane [B], memory).
+
+    Under greedy decoding an answer is exact if and only if, fed the true answer, every token of it comes out most
+    likely; so no decoding is needed.
+    """
+
+    def answer_step(params: Any, memory: Any, window: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
+        hidden_BSTD, memory, _ = run_window(
+            model, params, window["tokens_BST"], memory, window["reset_BS"], window["document_BST"], "auto", False
+        )
+        logits_BSTV = model.apply({"params": params}, hidden_BSTD, method="project")
+        wrong_BST = (jnp.argmax(logits_BSTV, axis=-1) != window["targets_BST"]) & window["answers_BST"]
+        return jnp.sum(wrong_BST, axis=(1, 2)), memory
+
+    return jax.jit(
+        answer_step,
+        in_shardings=(shardings.params, shardings.memory, batch_sharding(mesh)),
+        out_shardings=(replicated(mesh), shardings.memory),
+    )
+
+
+def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's score interval of a proportion, 95% by default."""
+    share = successes / trials
+    centre = share + z**2 / (2 * trials)
+    half = z * math.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2))
+    return (centre - half) / (1 + z**2 / trials), (centre + half) / (1 + z**2 / trials)
+
+
+def _ask(
+    answer: Callable[..., tuple[jax.Array, Any]],
+    params: Any,
+    memory: Any,
+    documents: Sequence[Document],
+    segments: int,
+    stage: StageConfig,
+    num_lanes: int,
+) -> int:
+    """How many of the documents' answers are exact."""
+    wrong_B = np.zeros(num_lanes, np.int64)
+    for window in _windows(documents, segments, stage, num_lanes):
+        wrong_here_B, memory = answer(params, memory, window)
+        wrong_B += np.asarray(wrong_here_B)
+    return int(np.sum(wrong_B[: len(documents)] == 0))
+
+
+def _groups(source: DocumentSource, size: int) -> Iterator[list[Document]]:
+    for start in range(0, len(source), size):
+        yield [source[index] for index in range(start, min(start + size, len(source)))]
+
+
+def _windows(
+    documents: Sequence[Document], segments: int, stage: StageConfig, num_lanes: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """One document a lane, padded to whole windows; lanes without one are all padding."""
+    length = -(-segments // stage.segments) * stage.segments * stage.segment_length
+    tokens, targets = np.zeros((num_lanes, length), np.int32), np.zeros((num_lanes, length), np.int32)
+    answers, filled = np.zeros((num_lanes, length), bool), np.zeros((num_lanes, length), np.int32)
+    for lane, document in enumerate(documents):
+        n = len(document.tokens) - 1
+        tokens[lane, :n], targets[lane, :n] = document.tokens[:-1], document.tokens[1:]
+        answers[lane, :n], filled[lane, :n] = document.answers[1:], 1
+    arrays = {"tokens_BST": tokens, "targets_BST": targets, "answers_BST": answers, "document_BST": filled}
+    width = stage.segments * stage.segment_length
+    for start in range(0, length, width):
+        shape = (num_lanes, stage.segments, stage.segment_length)
+        window = {name: array[:, start : start + width].reshape(shape) for name, array in arrays.items()}
+        window["reset_BS"] = np.zeros(shape[:2], bool)
+        window["reset_BS"][:, 0] = start == 0
+        yield window

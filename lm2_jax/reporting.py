@@ -1,0 +1,181 @@
+"""What a run tells: progress on the terminal, metrics.jsonl, TensorBoard, pictures and summary.json."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from tensorboardX import SummaryWriter
+
+Record = dict[str, Any]
+
+
+def drop_records_after(path: Path, step: int) -> None:
+    """Cuts metrics.jsonl back to `step`, where a resumed run goes on; a half-written last line goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            break
+    write_atomically(path, "".join(kept))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file that is there whole or not at all, whenever the process is killed."""
+    temporary = path.with_name(path.name + ".partial")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_records(path: Path) -> list[Record]:
+    """The lines of a metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+class Reporter:
+    """Writes one record per step; use as a context manager."""
+
+    def __init__(self, run_dir: Path, first_step: int, last_step: int) -> None:
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+        self._first, self._last = first_step, last_step
+        self._started = time.monotonic()
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), console=self.console
+        )
+        self._task = self._bar.add_task("training", total=last_step, completed=first_step, note="")
+
+    def __enter__(self) -> Reporter:
+        if self.console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+        self._file.close()
+        self._board.close()
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+        self.console.print(text, markup=False)
+
+    def record(self, records: Iterable[Record]) -> None:
+        """Appends records to metrics.jsonl, durably, and to TensorBoard. Numbers that are not finite become null."""
+        for record in records:
+            self._file.write(json.dumps({key: _finite(value) for key, value in record.items()}) + "\n")
+            for key, value in record.items():
+                if key not in ("step", "time") and isinstance(value, int | float):
+                    self._board.add_scalar(key, value, record["step"])
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def show(self, record: Record, stage: str) -> None:
+        """The newest record as a line, with the time that is left."""
+        step = record["step"]
+        elapsed = time.monotonic() - self._started
+        left = elapsed / max(step - self._first, 1) * (self._last - step)
+        parts = [f"step {step}/{self._last}", f"loss {record['loss']:.4f}"]
+        if record.get("accuracy") is not None:
+            parts.append(f"answers {record['accuracy']:.1%}")
+        if record.get("validation_loss") is not None:
+            parts.append(f"validation {record['validation_loss']:.4f}")
+        parts += [stage, f"{record['tokens_per_second']:,.0f} tokens/s", f"{clock(left)} left"]
+        if self.console.is_terminal:
+            self._bar.update(self._task, completed=step, note="  ".join(parts))
+        else:
+            self.say("  ".join(parts))
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{second:02}" if hours else f"{minutes}:{second:02}"
+
+
+def accuracy_table(table: Sequence[Mapping[str, Any]], trained_segments: int) -> Table:
+    """The accuracy of evals/stories.py, for the terminal."""
+    shown = Table(title="Accuracy by context length (exact match, held-out stories)")
+    for column in ("questions", "segments", "tokens", "accuracy", "95% interval", "asked"):
+        shown.add_column(column, justify="left" if column == "questions" else "right")
+    for cell in table:
+        ratio = cell["segments"] / trained_segments
+        shown.add_row(
+            cell["questions"],
+            f"{cell['segments']}{' (trained)' if ratio == 1 else f' ({ratio:g}x)' if ratio > 1 else ''}",
+            f"{cell['tokens']:,}",
+            f"{cell['accuracy']:.1%}",
+            f"{cell['low']:.1%} - {cell['high']:.1%}",
+            f"{cell['asked']:,}",
+        )
+    return shown
+
+
+def plot_run(path: Path, records: Sequence[Record], table: Sequence[Mapping[str, Any]], trained_segments: int) -> None:
+    """A picture of the run: loss and training accuracy by step, and accuracy by context length where there is one."""
+    import matplotlib  # slow to import; wanted only at the end of a run
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2 if table else 1, figsize=(12 if table else 7, 4.2), squeeze=False)
+    steps = [r["step"] for r in records]
+    left = axes[0, 0]
+    left.plot(steps, [_or_nan(r["loss"]) for r in records], color="tab:blue", linewidth=1, label="loss")
+    validated = [r for r in records if r.get("validation_loss") is not None]
+    left.plot(
+        [r["step"] for r in validated], [r["validation_loss"] for r in validated], "o-", color="tab:orange", markersize=3,
+        label="validation loss (nats a token)",
+    )  # fmt: skip
+    left.set(xlabel="step", ylabel="loss", ylim=(0, None), title="Training")
+    if any(r.get("accuracy") is not None for r in records):
+        right = left.twinx()
+        right.plot(steps, [_or_nan(r.get("accuracy")) for r in records], color="tab:green", linewidth=0.8, alpha=0.6)
+        right.set(ylabel="share of answers right (green)", ylim=(0, 1.02))
+    left.legend(loc="center right", fontsize=8)
+    if table:
+        plot_accuracy(axes[0, 1], table, trained_segments)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_accuracy(axis: Any, table: Sequence[Mapping[str, Any]], trained_segments: int) -> None:
+    """Accuracy against context length with 95% intervals, on a matplotlib axis."""
+    for name in dict.fromkeys(cell["questions"] for cell in table):
+        cells = [cell for cell in table if cell["questions"] == name]
+        x = [cell["segments"] for cell in cells]
+        axis.plot(x, [cell["accuracy"] for cell in cells], "o-", markersize=4, label=name)
+        axis.fill_between(x, [cell["low"] for cell in cells], [cell["high"] for cell in cells], alpha=0.2)
+    axis.axvline(trained_segments, color="grey", linestyle=":", label="longest in training")
+    lengths = sorted({cell["segments"] for cell in table})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(lengths, [str(length) for length in lengths])
+    axis.set(xlabel="context length, segments", ylabel="accuracy (exact match)", ylim=(0, 1.02))
+    axis.set_title("Accuracy by context length")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value

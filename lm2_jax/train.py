@@ -1,0 +1,309 @@
+"""Trains a model: `python -m lm2_jax.train --config configs/babilong_tiny.yaml --set train.steps=100`.
+
+A run directory (train.run_dir) that holds a checkpoint is resumed, and goes on to the bit as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lm2_jax.checkpoint import Checkpoints, Progress, read_run_config
+from lm2_jax.config import Config, StageConfig, load_config, save_config
+from lm2_jax.data.lanes import make_iterator
+from lm2_jax.data.pipeline import Pipeline, check_vocabulary
+from lm2_jax.errors import TrainingFailed, UserError, run_command
+from lm2_jax.evals.stories import Accuracy, accuracy_by_length
+from lm2_jax.loss import zero_sums
+from lm2_jax.model import build_model
+from lm2_jax.optim import make_optimizer
+from lm2_jax.reporting import (
+    Record,
+    Reporter,
+    accuracy_table,
+    drop_records_after,
+    plot_run,
+    read_records,
+    write_atomically,
+)
+from lm2_jax.sharding import batch_sharding, make_mesh, use_mesh
+from lm2_jax.state import TrainState, create_state
+from lm2_jax.step import make_eval_step, make_train_step
+from lm2_jax.tokenizer import load_tokenizer
+
+# Keys that may differ between a run directory and the command that resumes it: none of them changes what is learnt,
+# but for train.steps, which moves the learning rate's decay.
+_MAY_CHANGE = ("train.run_dir", "train.steps", "data.prefetch", "checkpoint", "eval", "mesh")
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lm2_jax.train",
+        description="Train a model. A run directory that holds a checkpoint is resumed.",
+        epilog="example: python -m lm2_jax.train --config configs/babilong_tiny.yaml --set memory.kind=none "
+        "--set train.run_dir=runs/none",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML config, for example from configs/")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
+    arguments = parser.parse_args()
+    train(load_config(arguments.config, arguments.set))
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Runs a config from the newest checkpoint of its run directory, or from the start, to its end.
+
+    Returns what it writes to summary.json. Raises UserError for what the user can mend, TrainingFailed where the run
+    cannot go on.
+    """
+    # --- What to run: tokenizer, data, run directory -----------------------------------------------------------------
+    tokenizer = None if config.data.source == "bin" else load_tokenizer(config.tokenizer)
+    if tokenizer is not None:
+        config = check_vocabulary(config, tokenizer)
+    mesh = make_mesh(config)
+    pipeline = Pipeline(config, tokenizer)
+    run_dir = _open_run_dir(config)
+
+    with use_mesh(mesh), contextlib.ExitStack() as cleanup:
+        # --- Model and state, made where they will live --------------------------------------------------------------
+        model, optimizer = build_model(config), make_optimizer(config.optim)
+        state, shardings = create_state(model, optimizer, mesh, config.data.batch_size, config.train.seed)
+        train_step = make_train_step(model, optimizer, mesh, shardings)
+        validate = _Validation(config, pipeline, make_eval_step(model, mesh, shardings), model, shardings)
+
+        # --- Resume --------------------------------------------------------------------------------------------------
+        checkpoints = Checkpoints(run_dir, config.checkpoint)
+        cleanup.callback(checkpoints.close)
+        restored = checkpoints.restore_latest(state, shardings)
+        progress: Progress = {"step": 0, "stage": 0, "stage_start": 0, "tokens": 0, "correct": 0, "answers": 0}
+        if restored is not None:
+            state, progress = restored
+        first_step = progress["step"]
+        drop_records_after(run_dir / "metrics.jsonl", first_step)
+
+        # --- The loop ------------------------------------------------------------------------------------------------
+        reporter = cleanup.enter_context(Reporter(run_dir, first_step, config.train.steps))
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        reporter.say(f"{config.memory.kind}: {parameters:,} parameters, {_describe(mesh)}, run directory {run_dir}")
+        if restored is not None:
+            reporter.say(f"resuming after step {first_step}")
+        log = _Log(reporter, progress, config.train.max_skipped_steps)
+        stop = cleanup.enter_context(_stop_signals())
+        stages, windows = config.stages, None
+        lanes_to_devices = batch_sharding(mesh)
+
+        while progress["step"] < config.train.steps and not stop.requested:
+            if windows is None:  # a new stage, or a resumed one
+                stage = stages[progress["stage"]]
+                windows = make_iterator(pipeline.training(stage), config.data.prefetch)
+                if "data" in progress:
+                    windows.set_state(progress["data"])
+            batch = jax.device_put(dict(next(windows)), lanes_to_devices)
+            state, metrics = train_step(state, batch)
+            progress["step"] += 1
+            progress["data"] = windows.get_state()
+            log.add(metrics, stage)
+
+            step = progress["step"]
+            done = step == config.train.steps
+            at_validation = config.eval.every_steps and step % config.eval.every_steps == 0
+            at_checkpoint = step % config.checkpoint.every_steps == 0
+            at_log = step % config.train.log_every == 0
+            if at_validation or done:
+                log.extend(validate(state, stage))
+            if at_log or at_validation or at_checkpoint or done:
+                log.flush(f"stage {progress['stage'] + 1}/{len(stages)}" if len(stages) > 1 else "")
+            if _stage_is_over(stage, progress, at_log) and progress["stage"] + 1 < len(stages):
+                progress |= {"stage": progress["stage"] + 1, "stage_start": step}
+                windows.close()
+                windows = None
+            if at_log:
+                progress |= {"correct": 0, "answers": 0}
+            if at_checkpoint or done:
+                checkpoints.save(state, progress, config)
+
+        if windows is not None:
+            windows.close()
+        if stop.requested:
+            log.flush("")
+            checkpoints.save(state, progress, config)
+            checkpoints.wait()
+            raise KeyboardInterrupt(f"stopped after step {progress['step']}; the same command goes on from there")
+        checkpoints.wait()
+
+        # --- The end: accuracy by length, pictures, summary ----------------------------------------------------------
+        table: list[Accuracy] = []
+        if config.data.source == "stories":
+            table = accuracy_by_length(config, model, tokenizer, mesh, state, shardings, reporter.say)
+            reporter.console.print(accuracy_table(table, stages[-1].segments))
+        records = read_records(run_dir / "metrics.jsonl")
+        summary = {
+            "step": progress["step"],
+            "tokens": progress["tokens"],
+            "parameters": parameters,
+            "loss": records[-1]["loss"],
+            "validation_loss": records[-1].get("validation_loss"),
+            "accuracy_by_length": table,
+        }
+        write_atomically(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
+        plot_run(run_dir / "training.png", records, table, stages[-1].segments)
+        reporter.say(f"written: {run_dir / 'summary.json'} and {run_dir / 'training.png'}")
+    return summary
+
+
+class _Log:
+    """Metrics that are still on the devices, until `flush` fetches and writes them."""
+
+    def __init__(self, reporter: Reporter, progress: Progress, max_skipped: int) -> None:
+        self._reporter, self._progress, self._max_skipped = reporter, progress, max_skipped
+        self._pending: list[tuple[Record, dict[str, jax.Array]]] = []
+        self._since = time.monotonic()
+
+    def add(self, metrics: dict[str, jax.Array], stage: StageConfig) -> None:
+        """The metrics of the step that was just started."""
+        place = {"segments": stage.segments, "segment_length": stage.segment_length, "stage": self._progress["stage"]}
+        record = {"step": self._progress["step"], **place, "epoch": self._progress["data"]["epoch"]}
+        self._pending.append((record, metrics))
+
+    def extend(self, more: Record) -> None:
+        """Adds keys to the newest step's record."""
+        self._pending[-1][0].update(more)
+
+    def flush(self, stage: str) -> None:
+        """Waits for the steps, counts their tokens and answers, writes their records and shows the last.
+
+        Raises TrainingFailed if too many steps in a row were not finite.
+        """
+        if not self._pending:
+            return
+        records = []
+        fetched = jax.device_get([metrics for _, metrics in self._pending])
+        now = time.monotonic()
+        tokens = sum(int(metrics["tokens_in_step"]) for metrics in fetched)
+        for (place, _), metrics in zip(self._pending, fetched, strict=True):
+            metrics = {name: value.item() for name, value in metrics.items()}
+            tokens_here, answers, correct = (metrics.pop(f"{n}_in_step") for n in ("tokens", "answers", "correct"))
+            self._progress["tokens"] += tokens_here
+            self._progress["answers"] += answers
+            self._progress["correct"] += correct
+            record = {"step": place["step"], "tokens": self._progress["tokens"], **metrics, **place}
+            record["accuracy"] = correct / answers if answers else None
+            record["tokens_per_second"] = tokens / max(now - self._since, 1e-9)
+            record["time"] = time.time()
+            records.append(record)
+        self._pending, self._since = [], now
+        self._reporter.record(records)
+        self._reporter.show(records[-1], stage)
+        if self._max_skipped and records[-1]["skipped_in_a_row"] >= self._max_skipped:
+            raise TrainingFailed(
+                f"{records[-1]['skipped_in_a_row']} steps in a row up to step {records[-1]['step']} had a loss or "
+                "gradient that was not finite; lower optim.learning_rate, lengthen optim.warmup_steps, or resume from "
+                "an older checkpoint with other data (limit: train.max_skipped_steps)"
+            )
+
+
+class _Validation:
+    """Loss on held-out documents, in a memory of its own: training's is never touched."""
+
+    def __init__(self, config: Config, pipeline: Pipeline, eval_step: Any, model: Any, shardings: TrainState) -> None:
+        self._config, self._pipeline, self._eval_step = config, pipeline, eval_step
+        self._fresh = jax.jit(
+            lambda params: model.init_memory(config.data.batch_size, params),
+            in_shardings=(shardings.params,),
+            out_shardings=shardings.memory,
+        )
+
+    def __call__(self, state: TrainState, stage: StageConfig) -> Record:
+        """Mean negative log-likelihood (nats a token), and the share of right answers where there are any."""
+        lanes = self._pipeline.validation(stage)
+        if lanes is None:
+            return {}
+        sums, memory, windows = zero_sums(), self._fresh(state.params), iter(lanes)
+        for _ in range(self._config.eval.windows):
+            here, memory = self._eval_step(state.params, memory, dict(next(windows)))
+            sums = jax.tree.map(lambda a, b: a + b, sums, here)
+        record = {"validation_loss": float(sums.nll) / max(int(sums.tokens), 1)}
+        if int(sums.answers):
+            record["validation_accuracy"] = int(sums.correct) / int(sums.answers)
+        return record
+
+
+class _Stop:
+    requested = False
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[_Stop]:
+    """SIGINT and SIGTERM ask the loop to save and leave after the step it is in; a second one ends at once."""
+    stop = _Stop()
+
+    def ask(number: int, _: Any) -> None:
+        stop.requested = True
+        signal.signal(number, signal.default_int_handler)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stage_is_over(stage: StageConfig, progress: Progress, at_log: bool) -> bool:
+    """After its steps; or, looked at every train.log_every steps, once its share of right answers is reached."""
+    steps_over = stage.steps is not None and progress["step"] - progress["stage_start"] >= stage.steps
+    learnt = (
+        at_log
+        and stage.advance_accuracy is not None
+        and progress["answers"] > 0
+        and progress["correct"] / progress["answers"] >= stage.advance_accuracy
+    )
+    return steps_over or learnt
+
+
+def _open_run_dir(config: Config) -> Path:
+    """Makes the run directory and its config.yaml. Raises UserError if it belongs to a run of another config."""
+    run_dir = Path(config.train.run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"train.run_dir: {run_dir} cannot be made ({error.strerror})") from None
+    before = read_run_config(run_dir)
+    if before is not None:
+        differences = [
+            f"  {key}: {old!r} in the run directory, {new!r} now"
+            for key, old, new in _differences(before.model_dump(), config.model_dump())
+            if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in _MAY_CHANGE)
+        ]
+        if differences:
+            raise UserError(
+                f"{run_dir} holds a run of another config; give this one another train.run_dir, or undo:\n"
+                + "\n".join(differences)
+            )
+    save_config(config, run_dir / "config.yaml")
+    return run_dir
+
+
+def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in before:
+            yield from _differences(before[name], now[name], f"{key}.{name}" if key else name)
+    elif before != now:
+        yield key, before, now
+
+
+def _describe(mesh: jax.sharding.Mesh) -> str:
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    return f"{mesh.devices.size} {mesh.devices.flat[0].device_kind} device(s) ({axes})"
+
+
+if __name__ == "__main__":
+    run_command(main)
