@@ -76,7 +76,7 @@ def question_samples(story: Story) -> Iterator[Story]:
 
 def _parse_line(text: str, where: str) -> Line:
     sentence, *fields = (field.strip() for field in text.split("\t"))
-    if not fields and not sentence.endswith("?"):
+    if not fields and "?" not in sentence:
         return Statement(sentence)
     if not (sentence and fields and fields[0]):
         raise UserError(where + "a question is followed by a tab and its answer: '3 Where is Mary?<tab>kitchen<tab>1'")

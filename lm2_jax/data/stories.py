@@ -192,8 +192,8 @@ class StorySource(_Documents):
 
     Without `data.path` stories are made up as `data.stories` says, a new one for every index. With it they come from
     bAbI files, one document per story, cut after the last question that fits; stories whose first question does not fit
-    are left out. One story in eight, by a hash of its statements, is held out; where `data.validation_path` names files,
-    the held-out stories are theirs, and no story of `data.path` is.
+    are left out. One story in eight, by a hash of its statements, is held out; where `data.validation_path` names
+    files, the held-out stories are theirs, and no story of `data.path` is.
 
     Args:
       data: the data section of the config.

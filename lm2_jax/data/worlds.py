@@ -176,7 +176,7 @@ def generate_story(
         num_facts = min(num_facts, len(_PLACES) - 1)
         facts = _map(draws, num_facts)
     else:
-        facts = _actions(task, draws)
+        facts = _actions(task, draws, num_facts)
     between = [1 + int(next(draws) * (num_facts - 1)) for _ in range(questions_between)] if num_facts > 1 else []
     world, waiting, lines = World(), 0, list[Line]()
     for told, fact in enumerate(facts, 1):
@@ -212,18 +212,20 @@ def _ask(task: Task, world: World, draws: Iterator[float], count: int) -> list[Q
     return asked
 
 
-def _actions(task: Task, draws: Iterator[float]) -> Iterator[str]:
+def _actions(task: Task, draws: Iterator[float], num_facts: int) -> Iterator[str]:
     """An endless play of people who move, pick up, drop and (qa5) give.
 
     Everyone and everything starts somewhere that only the play knows, so an object may be taken "there" before the
-    reader can tell where; `hidden` is the world with that knowledge.
+    reader can tell where; `hidden` is the world with that knowledge. After `num_facts` acts mostly one
+    actor goes on, which soon gives something to ask about.
     """
     people = _QA5_PEOPLE if task == "qa5" else _PEOPLE
     hidden = World(place={person: _pick(draws, _PLACES) for person in people})
     if task != "qa1":
         hidden.history = {thing: [_pick(draws, _PLACES)] for thing in _OBJECTS}
-    while True:
-        actor = _pick(draws, people)
+    for told in itertools.count():
+        if told < num_facts or next(draws) < 0.25:
+            actor = _pick(draws, people)
         here = hidden.place[actor]
         held = [thing for thing, holder in hidden.holder.items() if holder == actor]
         free = [
