@@ -1,5 +1,16 @@
 """LM2, the Large Memory Model (arXiv 2502.06049), in JAX and Flax."""
 
-from lm2_jax.checkpoint import load, load_memory
+from __future__ import annotations
+
+from typing import Any
 
 __all__ = ["load", "load_memory"]
+
+
+def __getattr__(name: str) -> Any:
+    """`load` and `load_memory`, imported when first asked for: jax and Orbax take seconds nobody should wait for."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lm2_jax import checkpoint
+
+    return getattr(checkpoint, name)

@@ -1,6 +1,6 @@
 """Checkpoints: Orbax, asynchronous and atomic, verified when they are read.
 
-A checkpoint is a directory named by its step, with four items: `params`, `training` (optimizer state, memory, counters),
+A checkpoint is a directory named by its step, with four items: `params`, `training` (optimizer state, memory, counts),
 `progress` (JSON: where the data, the curriculum and the counts stand) and `config` (JSON: the run's whole config).
 `progress` holds a checksum of every array, so that a damaged checkpoint is found out and the one before it is taken.
 """

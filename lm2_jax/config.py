@@ -14,35 +14,49 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from lm2_jax.errors import UserError
 
 PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 AxisSize = Annotated[int, Field(ge=-1)]
+NonEmptyStr = Annotated[str, Field(min_length=1)]
+Paths = tuple[NonEmptyStr, ...]
 
 
 class Section(BaseModel):
     """A frozen group of settings: hashable, no unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _yes_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic would read the true of YAML's "yes" and "on" as 1
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise PydanticCustomError("bool", "should not be yes or no (quote it if it is meant as text)")
+        return value
 
 
 class RopeScaling(Section):
     """Llama-3's stretching of low RoPE frequencies."""
 
     factor: Annotated[float, Field(ge=1)] = 32.0
-    low_freq_factor: Annotated[float, Field(gt=0)] = 1.0
-    high_freq_factor: Annotated[float, Field(gt=0)] = 4.0
+    low_freq_factor: PositiveFloat = 1.0
+    high_freq_factor: PositiveFloat = 4.0
     original_max_position_embeddings: PositiveInt = 8192
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if self.high_freq_factor <= self.low_freq_factor:
-            raise ValueError("high_freq_factor must be larger than low_freq_factor")
+            raise ValueError(
+                f"high_freq_factor {self.high_freq_factor} must be above low_freq_factor {self.low_freq_factor}"
+            )
         return self
 
 
@@ -56,10 +70,11 @@ class ModelConfig(Section):
     num_kv_heads: PositiveInt = 4
     head_dim: PositiveInt | None = None  # null: d_model / num_heads
     d_ff: PositiveInt = 256
-    rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
+    rope_theta: PositiveFloat = 10_000.0
     rope_scaling: RopeScaling | None = None
-    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    norm_eps: PositiveFloat = 1e-5
     tie_embeddings: bool = True
+    embedding_std: PositiveFloat = 0.02  # of the initial embedding, and of rmt's first memory tokens
     conv_width: Literal[0, 4] = 0  # kernel of the residual causal depthwise convolution; 0: none (Llama-compatible)
 
     @property
@@ -71,13 +86,13 @@ class ModelConfig(Section):
     def _heads_divide(self) -> Self:
         problems = []
         if self.head_dim is None and self.d_model % self.num_heads:
-            problems.append(f"num_heads {self.num_heads} does not divide d_model {self.d_model}")
+            problems.append(f"num_heads {self.num_heads} does not divide d_model {self.d_model}; or set head_dim")
         elif self.attention_head_dim % 2:
             problems.append(f"head_dim {self.attention_head_dim} is odd; RoPE rotates pairs, so it must be even")
         if self.num_heads % self.num_kv_heads:
             problems.append(f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}")
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError("\n".join(problems))
         return self
 
 
@@ -120,11 +135,11 @@ class DataConfig(Section):
     """Where documents come from and how they are laid into lanes of segments."""
 
     source: Literal["stories", "text", "jsonl", "bin"] = "stories"
-    path: tuple[str, ...] | None = None  # files or globs; stories: real bAbI files instead of the generator
-    validation_path: tuple[str, ...] | None = None  # null: a share of the documents is held out
+    path: Paths | None = None  # files or globs; stories: real bAbI files instead of the generator
+    validation_path: Paths | None = None  # null: a share of the documents is held out
     validation_fraction: Fraction = 0.05
     document_separator: str | None = None  # text: a regular expression; a new document starts where it matches
-    background: tuple[str, ...] | None = None  # stories: text files to scatter facts in; null: built-in sentences
+    background: Paths | None = None  # stories: text files to scatter facts in; null: built-in sentences
     stories: StoriesConfig = StoriesConfig()
     segment_length: PositiveInt = 32  # T
     segments_per_window: PositiveInt = 4  # S
@@ -142,13 +157,15 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _source_has_data(self) -> Self:
+        problems = []
         if self.source != "stories" and not self.path:
-            raise ValueError(f"data.path is missing; source {self.source} reads the files it names")
-        if self.document_separator is not None:
-            try:
-                re.compile(self.document_separator)
-            except re.error as error:
-                raise ValueError(f"document_separator is no regular expression: {error}") from None
+            problems.append(f"path is missing; source {self.source} reads the files it names")
+        try:
+            re.compile(self.document_separator or "")
+        except (re.error, OverflowError, RecursionError) as error:
+            problems.append(f"document_separator {self.document_separator!r} is no regular expression: {error}")
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
 
@@ -171,16 +188,16 @@ class TokenizerConfig(Section):
 class OptimConfig(Section):
     """AdamW, its schedule and the loss."""
 
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    learning_rate: PositiveFloat = 2e-3
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # linear: constant, then down over decay_fraction
     warmup_steps: NonNegativeInt = 50
     decay_fraction: Fraction = 0.3  # linear: the last share of the steps
     final_fraction: Fraction = 0.0  # of learning_rate, at the last step
     b1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     b2: Annotated[float, Field(ge=0, lt=1)] = 0.98
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.01
-    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    clip_norm: PositiveFloat = 1.0
     accumulation_steps: PositiveInt = 1  # microbatches per step, each batch_size / accumulation_steps lanes
     lm_loss_weight: NonNegativeFloat = 1.0  # weight of the loss over all tokens; answers of stories weigh 1 more
 
@@ -196,7 +213,10 @@ class MeshConfig(Section):
     def _one_free_axis(self) -> Self:
         sizes = (self.data, self.fsdp, self.tensor)
         if 0 in sizes or sizes.count(-1) > 1:
-            raise ValueError(f"axis sizes {sizes}: each must be at least 1, and one of them may be -1 (the rest)")
+            raise ValueError(
+                f"data {self.data}, fsdp {self.fsdp}, tensor {self.tensor}: "
+                "each must be at least 1, and one of them may be -1 (the rest)"
+            )
         return self
 
 
@@ -212,9 +232,9 @@ class StageConfig(Section):
 class TrainConfig(Section):
     """The loop."""
 
-    run_dir: str = "runs/default"
+    run_dir: NonEmptyStr = "runs/default"
     steps: PositiveInt = 650
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters and banks stay float32
     schedule: Literal["auto", "segment", "layer"] = "auto"  # order of the double loop over segments and layers
     remat: Literal["none", "block", "full"] = "none"  # recompute: nothing, each block, each block and each segment
@@ -244,7 +264,7 @@ class EvalConfig(Section):
     windows: PositiveInt = 8  # validation windows of batch_size lanes
     lengths: tuple[PositiveInt, ...] = (1, 2, 4, 8, 16, 32)  # stories: context lengths in segments
     questions: PositiveInt = 1000  # stories: questions per length
-    path: tuple[str, ...] | None = None  # stories: bAbI test files to report beside the held-out stories
+    path: Paths | None = None  # stories: bAbI test files to report beside the held-out stories
 
     @model_validator(mode="before")
     @classmethod
@@ -290,8 +310,8 @@ class Config(Section):
         problems = []
         memory, data = self.memory, self.data
         if memory.kind == "lm2":
-            for name, width in (("model.d_model", self.model.d_model), ("memory.width", self.memory_width)):
-                if width % memory.num_heads:
+            for name, width in (("model.d_model", self.model.d_model), ("memory.width", memory.width)):
+                if width and width % memory.num_heads:
                     problems.append(f"memory.num_heads {memory.num_heads} does not divide {name} {width}")
             if self.num_memory_layers > self.model.num_layers:
                 problems.append(
@@ -332,11 +352,13 @@ class Config(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 numbers (3e-4 is a float) and no duplicate keys."""
+    """As in YAML 1.2, 3e-4 is a float and 2025-01-31 is text; no duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
+                continue  # lists as keys are refused by PyYAML itself; merged keys (<<) may be overridden
             key = self.construct_object(key_node, deep=deep)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", key_node.start_mark)
@@ -344,11 +366,20 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that `_Loader` would take for a number."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d[\d_]*(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -373,13 +404,14 @@ def parse_config(text: str, overrides: Iterable[str] = (), where: str = "config"
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise UserError(f"{where}: holds {type(values).__name__}; expected sections such as 'model:' and 'data:'")
+    values = {key: {} if value is None else value for key, value in values.items()}  # "train:" with nothing under it
+    problems, overridden = [], []
     for override in overrides:
-        _apply_override(values, override)
-    try:
-        return Config.model_validate(values)
-    except pydantic.ValidationError as error:
-        problems = [line for item in error.errors() for line in _explain(item)]
-        raise UserError("\n".join(f"{where}: {problem}" for problem in problems)) from None
+        try:
+            overridden.append(_apply_override(values, override))
+        except UserError as error:
+            problems.append(str(error))
+    return _validate(values, where, overridden, problems)
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -389,15 +421,19 @@ def save_config(config: Config, path: str | Path) -> None:
 
 def dump_config(config: Config) -> str:
     """The complete config as YAML text."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=100)
+    values = config.model_dump(mode="json")
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=100)
 
 
 def replace(config: Config, **changes: Mapping[str, Any]) -> Config:
-    """A validated copy with some keys changed: `replace(config, memory={"kind": "none"})`."""
+    """A validated copy with some keys changed: `replace(config, memory={"kind": "none"})`.
+
+    Raises UserError as `load_config` does.
+    """
     values = config.model_dump()
     for section, keys in changes.items():
-        values[section].update(keys)
-    return Config.model_validate(values)
+        values.setdefault(section, {}).update(keys)
+    return _validate(values, "config")
 
 
 def _parse_yaml(text: str, where: str) -> Any:
@@ -411,32 +447,68 @@ def _parse_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}: is not valid YAML: {error}") from None
 
 
-def _apply_override(values: dict, override: str) -> None:
+def _apply_override(values: dict, override: str) -> str:
+    """Puts "a.b=c" into the values; returns its key."""
     key, equals, text = override.partition("=")
-    if not equals or not key.strip():
+    *sections, last = (part.strip() for part in key.split("."))
+    if not (equals and last and all(sections)):
         raise UserError(f"--set {override!r}: write KEY=VALUE, for example --set train.steps=100")
-    *sections, last = key.strip().split(".")
+    try:
+        value = _parse_yaml(text, f"--set {key}")
+    except UserError as error:
+        raise UserError(f"{error}; text with special characters needs quotes, --set '{key}=\"...\"'") from None
+    if value is None and text.lstrip().startswith("#"):
+        raise UserError(f"--set {override!r}: YAML reads a comment here; put the value in quotes, '{key}=\"...\"'")
     node = values
     for section in sections:
         node = node.setdefault(section, {})
-        if node is None or not isinstance(node, dict):
-            raise UserError(f"--set {override!r}: {section!r} is a single value, not a section with keys of its own")
-    node[last] = _parse_yaml(text, f"--set {key}")
+        if not isinstance(node, dict):
+            raise UserError(f"--set {override!r}: {section!r} is a value, not a section with keys; set it as a whole")
+    node[last] = value
+    return ".".join((*sections, last))
 
 
-def _explain(item: Mapping[str, Any]) -> list[str]:
+def _validate(values: dict, where: str, overridden: Sequence[str] = (), problems: Sequence[str] = ()) -> Config:
+    """The config of these values. Raises UserError with its problems and those already known, each from its origin."""
+    try:
+        config = Config.model_validate(values)
+    except pydantic.ValidationError as error:
+        found = []
+        for item in error.errors():
+            key = ".".join(map(str, item["loc"]))
+            is_override = any(_is_within(key, other) or _is_within(other, key) for other in overridden)
+            origin = "--set " if is_override and item["type"] != "value_error" else f"{where}: "
+            found += [origin + line for line in _explain(item, key)]
+        problems = [*problems, *found]
+    if problems:
+        raise UserError("\n".join(problems))
+    return config
+
+
+def _is_within(key: str, other: str) -> bool:
+    return f"{key}.".startswith(f"{other}.")
+
+
+_EXPECTED = {"model_type": "should be a section with keys", "tuple_type": "should be a list, [a, b]"}
+
+
+def _explain(item: Mapping[str, Any], key: str) -> list[str]:
     """Readable lines for one pydantic error."""
-    key = ".".join(str(part) for part in item["loc"])
     found = item.get("input")
     if item["type"] == "extra_forbidden":
         known = _known_keys(item["loc"][:-1])
         close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
         return [f"{key}: unknown key; {hint}"]
-    if item["type"] == "value_error":
-        prefix = f"{key}: " if key else ""
+    if item["type"] == "value_error":  # our own checks: they begin with the key, from their section on
+        prefix = f"{key}." if key else ""
         return [prefix + line for line in str(item["ctx"]["error"]).split("\n")]
-    expected = item["msg"].replace("Input should be", "should be").replace("Field required", "is missing")
+    if item["type"] == "missing":
+        return [f"{key}: is missing; give it a value"]
+    if item["type"] == "too_short" and found:
+        return []  # its items were refused one by one
+    expected = _EXPECTED.get(item["type"], item["msg"]).replace("Input should be", "should be")
+    expected = expected.replace("Tuple", "list").replace(" after validation", "")  # what YAML calls it
     return [f"{key}: found {found!r}; {expected[0].lower()}{expected[1:]}"]
 
 

@@ -139,10 +139,8 @@ def plot_run(path: Path, records: Sequence[Record], table: Sequence[Mapping[str,
     left = axes[0, 0]
     left.plot(steps, [_or_nan(r["loss"]) for r in records], color="tab:blue", linewidth=1, label="loss")
     validated = [r for r in records if r.get("validation_loss") is not None]
-    left.plot(
-        [r["step"] for r in validated], [r["validation_loss"] for r in validated], "o-", color="tab:orange", markersize=3,
-        label="validation loss (nats a token)",
-    )  # fmt: skip
+    validation = [r["step"] for r in validated], [r["validation_loss"] for r in validated]
+    left.plot(*validation, "o-", color="tab:orange", markersize=3, label="validation loss (nats a token)")
     left.set(xlabel="step", ylabel="loss", ylim=(0, None), title="Training")
     if any(r.get("accuracy") is not None for r in records):
         right = left.twinx()

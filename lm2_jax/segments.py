@@ -43,7 +43,7 @@ def run_segments(
       tokens_BST: int32 token ids.
       memory: what `model.init_memory` or the previous window returned. It is not detached here.
       reset_BS: bool, the segment's first document starts here: it finds the initial memory. None: never.
-      document_BST: int32, 0 padding, 1, 2, ... the documents inside the segment in order. None: no padding, one document.
+      document_BST: int32, 0 padding, 1, 2, ... the documents inside the segment in order. None: one, no padding.
       schedule: auto | segment | layer; auto is layer where the kind allows it.
       return_hidden: hidden states after the final norm [B,S,T,D] instead of logits, to project them in chunks.
 

@@ -41,8 +41,8 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     sizes = {"data": config.mesh.data, "fsdp": config.mesh.fsdp, "tensor": config.mesh.tensor}
     fixed = math.prod(size for size in sizes.values() if size > 0)
-    sizes = {axis: len(devices) // fixed if size == -1 else size for axis, size in sizes.items()}
     asked = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+    sizes = {axis: len(devices) // fixed if size == -1 else size for axis, size in sizes.items()}
     if math.prod(sizes.values()) != len(devices):
         raise UserError(f"mesh: {asked} does not make up {len(devices)} devices; set one axis to -1 for the rest")
     lanes, shards = config.data.batch_size // config.optim.accumulation_steps, sizes["data"] * sizes["fsdp"]

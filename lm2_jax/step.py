@@ -161,7 +161,7 @@ def _restart_broken_lanes(model: Decoder, params: Any, memory: Memory) -> Memory
 
 
 def _split_lanes(tree: Any, parts: int, lane_axis: int) -> Any:
-    """Lanes [.., B, ..] to a leading axis of microbatches; neighbours go to different ones, so every device has a share."""
+    """Lanes [.., B, ..] to [A, .., B/A, ..]; neighbours go to different microbatches, so every device has a share."""
 
     def split(x: jax.Array) -> jax.Array:
         B = x.shape[lane_axis]

@@ -105,7 +105,10 @@ class SentencePieceTokenizer:
     def __init__(self, model: bytes) -> None:
         if not model:
             raise RuntimeError("the file is empty")
-        self._processor = SentencePieceProcessor(model_proto=model)
+        try:
+            self._processor = SentencePieceProcessor(model_proto=model)
+        except RuntimeError:  # its text is a line of C++
+            raise RuntimeError("its bytes cannot be parsed as one") from None
         self._fingerprint = _digest(b"sentencepiece", model)
         self.vocab_size = self._processor.vocab_size()
         self.bos_id, self.eos_id = (

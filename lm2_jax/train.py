@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from lm2_jax.checkpoint import Checkpoints, Progress, read_run_config
-from lm2_jax.config import Config, StageConfig, load_config, save_config
+from lm2_jax.config import Config, StageConfig, dump_config, load_config
 from lm2_jax.data.lanes import make_iterator
 from lm2_jax.data.pipeline import Pipeline, check_vocabulary
 from lm2_jax.errors import TrainingFailed, UserError, run_command
@@ -136,7 +136,8 @@ def train(config: Config) -> dict[str, Any]:
             log.flush("")
             checkpoints.save(state, progress, config)
             checkpoints.wait()
-            raise KeyboardInterrupt(f"stopped after step {progress['step']}; the same command goes on from there")
+            reporter.say(f"stopped after step {progress['step']}; the same command goes on from there")
+            raise KeyboardInterrupt
         checkpoints.wait()
 
         # --- The end: accuracy by length, pictures, summary ----------------------------------------------------------
@@ -288,7 +289,7 @@ def _open_run_dir(config: Config) -> Path:
                 f"{run_dir} holds a run of another config; give this one another train.run_dir, or undo:\n"
                 + "\n".join(differences)
             )
-    save_config(config, run_dir / "config.yaml")
+    write_atomically(run_dir / "config.yaml", dump_config(config))
     return run_dir
 
 

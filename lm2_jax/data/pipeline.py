@@ -11,7 +11,7 @@ from lm2_jax.data.documents import (
     split_documents,
 )
 from lm2_jax.data.lanes import LaneDataset, shuffled_documents
-from lm2_jax.data.stories import StorySource
+from lm2_jax.data.stories import QuestionSource, StorySource
 from lm2_jax.errors import UserError
 from lm2_jax.tokenizer import Tokenizer
 
@@ -30,7 +30,7 @@ class Pipeline:
         if config.data.source != "stories":
             self._files = self._open_files()
         else:
-            self.sources(config.stages[0])  # finds bad files before anything is compiled
+            self._check_stories()
 
     def training(self, stage: StageConfig) -> LaneDataset:
         """Windows of training documents, in an order that depends on train.seed alone."""
@@ -52,6 +52,15 @@ class Pipeline:
             StorySource(data, self._tokenizer, budget=budget, seed=seed, held_out=False),
             StorySource(held_out_data, self._tokenizer, budget=budget, seed=seed, held_out=True),
         )
+
+    def _check_stories(self) -> None:
+        """Finds bad files and segments that are too short for a story now, not when their stage or the end comes."""
+        stages, data, ask = self._config.stages, self._config.data, self._config.eval
+        self.sources(min(stages, key=lambda stage: stage.segments * stage.segment_length))
+        for segments in sorted(ask.lengths)[:1]:  # what fits the shortest context fits all of them
+            budget = segments * stages[-1].segment_length
+            for paths in (None, ask.path) if ask.path else (None,):
+                QuestionSource(data, self._tokenizer, budget=budget, seed=0, count=ask.questions, paths=paths)
 
     def _open_files(self) -> tuple[DocumentSource, DocumentSource | None]:
         data = self._config.data

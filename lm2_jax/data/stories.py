@@ -182,8 +182,9 @@ class _Documents:
             if length <= room and is_held_out(story) == self._held_out:
                 return story
         raise UserError(
-            f"data: {self._scatterer.budget} tokens are too few for a story of {task} with one question; use more or "
-            "longer segments, or leave the task out of data.stories.tasks"
+            f"data.segment_length: {self._scatterer.budget} tokens are too few for a story of {task} with one "
+            "question; use longer or more segments (data.segments_per_window, train.curriculum, eval.lengths), or "
+            "leave the task out of data.stories.tasks"
         )
 
 

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from lm2_jax.config import Config
 from lm2_jax.model.kind import Memory, MemoryKind, Parameters
 from lm2_jax.model.layers import CausalConv, Layout, RMSNorm, SelfAttention, SwiGLU, unbox
-from lm2_jax.model.rmt import EMBEDDING_STD
 
 
 class Block(nn.Module):
@@ -75,7 +74,7 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         """Embedding, blocks with a bank, blocks without, final norm, head."""
         c = self.config.model
-        table = nn.with_logical_partitioning(nn.initializers.normal(EMBEDDING_STD), ("vocab", "embed"))
+        table = nn.with_logical_partitioning(nn.initializers.normal(c.embedding_std), ("vocab", "embed"))
         self.embedding = self.param("embedding", table, (c.vocab_size, c.d_model))
         self.memory_parameters = {n: self.param(n, init, s) for n, (init, s) in self.kind.parameters().items()}
         banks = self.kind.num_bank_layers

@@ -50,7 +50,7 @@ def vector(value: float, axis: str | None) -> Initializer:
 
 
 def unbox(tree: Any) -> Any:
-    """Plain arrays (or shapes) of a tree whose leaves carry logical axes; unlike flax's, adds no sharding constraint."""
+    """Plain arrays (or shapes) of a tree that carries logical axes; unlike flax's, adds no sharding constraint."""
     boxed = nn.LogicallyPartitioned
     return jax.tree.map(lambda x: x.value if isinstance(x, boxed) else x, tree, is_leaf=lambda x: isinstance(x, boxed))
 

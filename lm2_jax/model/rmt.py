@@ -13,8 +13,6 @@ import jax.numpy as jnp
 from lm2_jax.model.kind import Memory, MemoryKind, Parameters
 from lm2_jax.model.layers import Initializer, Layout
 
-EMBEDDING_STD = 0.02
-
 
 class RMT(MemoryKind):
     """Memory: hidden states of the memory tokens, float32 [B,m,D]; at a document's start a learned set of them."""
@@ -27,7 +25,8 @@ class RMT(MemoryKind):
 
     def parameters(self) -> dict[str, tuple[Initializer, tuple[int, ...]]]:
         """The memory tokens at a document's start, drawn like embeddings."""
-        initializer = nn.with_logical_partitioning(nn.initializers.normal(EMBEDDING_STD), (None, "embed"))
+        initializer = nn.initializers.normal(self.config.model.embedding_std)
+        initializer = nn.with_logical_partitioning(initializer, (None, "embed"))
         return {"memory_tokens": (initializer, self._shape)}
 
     def initial(self, parameters: Parameters | None) -> Memory:

@@ -1,0 +1,249 @@
+"""Shared by tests: tiny configs, training in this process and in others, and what makes two runs the same run."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from lm2_jax import train as train_module
+from lm2_jax.config import parse_config
+from lm2_jax.evals import stories as stories_module
+from lm2_jax.reporting import read_records
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TIMES_AND_RATES = ("time", "tokens_per_second")
+
+# Log, validation and checkpoint steps fall apart, so that a run is stopped between any two of them.
+TINY = """
+model: {d_model: 16, num_layers: 1, num_heads: 2, num_kv_heads: 2, d_ff: 32}
+memory: {kind: lm2, num_slots: 4, num_heads: 2}
+data: {source: stories, segment_length: 16, segments_per_window: 2, batch_size: 4}
+tokenizer: {kind: stories}
+optim: {warmup_steps: 2}
+train:
+  log_every: 2
+  curriculum:
+    - {segments: 1, segment_length: 16, steps: 9, advance_accuracy: 0.02}
+    - {segments: 2, segment_length: 16}
+eval: {every_steps: 12, windows: 1, lengths: [2], questions: 4}
+checkpoint: {every_steps: 5, keep: 2}
+"""
+
+
+def tiny_config(run_dir, *overrides):
+    """A run of seconds; overrides are written as for --set."""
+    return parse_config(TINY, [f"train.run_dir={run_dir}", "train.steps=20", *overrides], where="tests")
+
+
+def text_overrides(path, boundaries):
+    """Overrides for a text that is written to `path`: documents of uneven length, some longer than a window."""
+    rng = np.random.default_rng(0)
+    words = ("the", "memory", "slots", "keep", "what", "a", "segment", "said", "and", "forget", "nobody", "asks")
+    documents = [" ".join(rng.choice(words, rng.integers(1, 30))) for _ in range(40)]
+    path.write_text("\n\n".join(documents) + "\n", encoding="utf-8")
+    return (
+        "data.source=text",
+        f"data.path={path}",
+        r'data.document_separator="\n\n"',
+        f"data.boundaries={boundaries}",
+        "tokenizer.kind=bytes",
+        "train.curriculum=[{segments: 1, segment_length: 16, steps: 9}, {segments: 2, segment_length: 16}]",
+    )
+
+
+# --- What makes two runs the same -----------------------------------------------------------------------------------
+
+
+def assert_same_run(run_dir, expected_dir, *, note=""):
+    """To the bit: metrics but times and rates, no step missing or doubled, summary, the last checkpoint."""
+    records, expected = (read_records(Path(path) / "metrics.jsonl") for path in (run_dir, expected_dir))
+    assert [r["step"] for r in records] == list(range(1, expected[-1]["step"] + 1)), note
+    for record, other in zip(records, expected, strict=True):
+        assert _without_times(record) == _without_times(other), note
+    summary, expected = (json.loads((Path(path) / "summary.json").read_text()) for path in (run_dir, expected_dir))
+    assert summary == expected, note
+    assert_same_checkpoint(newest_checkpoint(run_dir), newest_checkpoint(expected_dir))
+
+
+def assert_same_checkpoint(path, expected_path):
+    """Equal step, arrays and progress."""
+    assert path.name == expected_path.name
+    progress, expected = (json.loads((p / "progress" / "metadata").read_text()) for p in (path, expected_path))
+    assert progress == expected
+    for item in ("params", "training"):
+        arrays, expected = (read_arrays(p / item) for p in (path, expected_path))
+        assert arrays.keys() == expected.keys()
+        for name, array in arrays.items():
+            assert array.dtype == expected[name].dtype
+            assert array.tobytes() == expected[name].tobytes(), name
+
+
+def read_arrays(item):
+    """Name -> array of a checkpoint's item, read without lm2_jax."""
+    handler = ocp.PyTreeCheckpointHandler()
+    shapes = handler.metadata(item).tree
+    arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+    tree = handler.restore(item, args=ocp.args.PyTreeRestore(restore_args=arguments))
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def checkpoint_steps(run_dir):
+    """The steps that have a complete checkpoint, ascending."""
+    return sorted(int(path.name) for path in (Path(run_dir) / "checkpoints").glob("*") if path.name.isdigit())
+
+
+def newest_checkpoint(run_dir):
+    return Path(run_dir) / "checkpoints" / str(checkpoint_steps(run_dir)[-1])
+
+
+def _without_times(record):
+    return {key: value for key, value in record.items() if key not in TIMES_AND_RATES}
+
+
+# --- Training in this process ---------------------------------------------------------------------------------------
+
+_made = {}
+
+
+@contextlib.contextmanager
+def quick_training():
+    """Within it, train() uses one device, compiles with few optimisations, and compiles once for equal configs."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            _keep_what_is_compiled(monkeypatch)
+            yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
+def _keep_what_is_compiled(monkeypatch):
+
+    def keep(module, name):
+        make = getattr(module, name)
+
+        def kept(model, *arguments):
+            config = model.config
+            train = config.train.model_copy(update={"run_dir": ""})
+            data = config.data.model_copy(update={"path": None})
+            key = name, config.model_copy(update={"train": train, "data": data, "checkpoint": None})
+            if key not in _made:
+                _made[key] = make(model, *arguments)
+            return _made[key]
+
+        monkeypatch.setattr(module, name, kept)
+
+    make_mesh, create_state = train_module.make_mesh, train_module.create_state
+
+    def create_on_host(model, *arguments):
+        state, shardings = create_state(model, *arguments)
+        return jax.device_get(state), shardings
+
+    monkeypatch.setattr(train_module, "create_state", create_on_host)
+    keep(train_module, "create_state")
+    kept_state = train_module.create_state
+    keep(train_module, "make_train_step")
+    keep(train_module, "make_eval_step")
+    keep(stories_module, "make_answer_step")
+
+    def fresh_state(*arguments):  # the step donates its state
+        state, shardings = kept_state(*arguments)
+        return jax.device_put(state, shardings), shardings
+
+    monkeypatch.setattr(train_module, "create_state", fresh_state)
+    monkeypatch.setattr(train_module, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+
+
+# --- Training in another process ------------------------------------------------------------------------------------
+
+# Tells when a restore begins, which cannot be seen from outside.
+_COMMAND = """
+import sys
+from lm2_jax.checkpoint import Checkpoints
+from lm2_jax.errors import run_command
+from lm2_jax.train import main
+restore = Checkpoints._restore
+def announce(self, step, *rest):
+    print(f"restoring {step}", flush=True)
+    return restore(self, step, *rest)
+Checkpoints._restore = announce
+run_command(main)
+"""
+
+
+class Run:
+    """`python -m lm2_jax.train` in a process of its own. Its output goes to `log`."""
+
+    def __init__(self, config_file, run_dir, *, cache=None, announce_restore=False, fast_compile=False):
+        self.run_dir, self.log = Path(run_dir), Path(f"{run_dir}.log")
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+        if cache is not None:
+            environment |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        if fast_compile:
+            environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+        entry = ["-c", _COMMAND] if announce_restore else ["-m", "lm2_jax.train"]
+        self.started = time.time()
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, *entry, "--config", str(config_file)],
+                cwd=REPOSITORY,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def wait_until(self, reached, *, seconds=300):
+        """Polls `reached(self)` every millisecond. Fails if the process ends first or the time is over."""
+        limit = time.monotonic() + seconds
+        while not reached(self):
+            assert self.process.poll() is None, f"the run ended first:\n{self.output()}"
+            assert time.monotonic() < limit, f"not reached in {seconds} s:\n{self.output()}"
+            time.sleep(0.001)
+
+    def kill(self):
+        """SIGKILL."""
+        self.process.kill()
+        self.process.wait()
+
+    def finish(self, *, seconds=600):
+        """Waits for the process to end by itself, as it should."""
+        try:
+            assert self.process.wait(seconds) == 0, self.output()
+        finally:
+            self.kill()
+
+    def output(self):
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def logged_step(self):
+        """The newest step in metrics.jsonl; 0 if there is none."""
+        try:
+            lines = (self.run_dir / "metrics.jsonl").read_bytes().split(b"\n")
+            return json.loads(lines[-2])["step"] if len(lines) > 1 else 0
+        except FileNotFoundError:
+            return 0
+
+    def saves_under_way(self):
+        """Names of incomplete checkpoints that this process began (an earlier one may have left some)."""
+        names = []
+        for path in (self.run_dir / "checkpoints").glob("*.orbax-checkpoint-tmp*"):
+            try:
+                if path.stat().st_ctime >= self.started:
+                    names.append(path.name)
+            except FileNotFoundError:
+                pass  # complete by now
+        return names
+
+    def situation(self):
+        """One line on what a killed process left."""
+        saves = [p.name for p in (self.run_dir / "checkpoints").glob("*.orbax-checkpoint-tmp*")]
+        return f"logged to step {self.logged_step()}, checkpoints {checkpoint_steps(self.run_dir)}, incomplete {saves}"

@@ -1,0 +1,334 @@
+"""Checkpoints: damage is found and survived, foreign directories are refused, meshes may change; non-finite steps."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import (
+    assert_same_run,
+    checkpoint_steps,
+    newest_checkpoint,
+    quick_training,
+    read_arrays,
+    tiny_config,
+)
+
+import lm2_jax
+from lm2_jax import train as train_module
+from lm2_jax.checkpoint import Checkpoints
+from lm2_jax.config import replace, save_config
+from lm2_jax.data.lanes import make_iterator
+from lm2_jax.data.pipeline import Pipeline, check_vocabulary
+from lm2_jax.errors import TrainingFailed, UserError, run_command
+from lm2_jax.model import build_model
+from lm2_jax.optim import make_optimizer
+from lm2_jax.reporting import read_records
+from lm2_jax.sharding import make_mesh, use_mesh
+from lm2_jax.state import create_state
+from lm2_jax.step import make_train_step
+from lm2_jax.tokenizer import load_tokenizer
+from lm2_jax.train import train
+
+KEEP = 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with quick_training():
+        yield
+
+
+def config_of(run_dir, *overrides):
+    return tiny_config(
+        run_dir,
+        "train.curriculum=[]",
+        "data.segments_per_window=1",
+        f"checkpoint.keep={KEEP}",
+        "train.steps=12",
+        "checkpoint.every_steps=4",
+        *overrides,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, quick):
+    """The directory of an uninterrupted run."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    train(config_of(run_dir))
+    return run_dir
+
+
+@pytest.fixture
+def run_dir(whole, tmp_path):
+    """A copy of the uninterrupted run: complete, with checkpoints 8 and 12."""
+    return shutil.copytree(whole, tmp_path / "run")
+
+
+# --- Damage ---------------------------------------------------------------------------------------------------------
+
+
+def array_file(checkpoint, item):
+    """The largest file with array data."""
+    return max((p for p in (checkpoint / item).rglob("d/*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    path.write_bytes(data)
+
+
+def change_value(checkpoint):
+    """Another number in an array, in files that are whole: only a checksum can tell."""
+    progress = checkpoint / "progress" / "metadata"
+    values = json.loads(progress.read_text())
+    values["checksums"][3] ^= 1
+    progress.write_text(json.dumps(values))
+
+
+DAMAGE = {
+    "truncated parameters": lambda c: truncate(array_file(c, "params")),
+    "truncated optimizer state": lambda c: truncate(array_file(c, "training")),
+    "flipped byte in parameters": lambda c: flip(array_file(c, "params")),
+    "flipped byte in training": lambda c: flip(array_file(c, "training")),
+    "another checksum": change_value,
+    "no array data": lambda c: array_file(c, "params").unlink(),
+    "no manifest": lambda c: (c / "params" / "manifest.ocdbt").unlink(),
+    "no tree metadata": lambda c: (c / "params" / "_METADATA").unlink(),
+    "no parameters": lambda c: shutil.rmtree(c / "params"),
+    "no progress": lambda c: shutil.rmtree(c / "progress"),
+    "no checkpoint metadata": lambda c: (c / "_CHECKPOINT_METADATA").unlink(),
+    "empty checkpoint metadata": lambda c: (c / "_CHECKPOINT_METADATA").write_text(""),
+    "broken progress": lambda c: truncate(c / "progress" / "metadata"),
+    "empty progress": lambda c: (c / "progress" / "metadata").write_text(""),
+    "progress of another shape": lambda c: (c / "progress" / "metadata").write_text("[]"),
+    "progress without keys": lambda c: (c / "progress" / "metadata").write_text('{"checksums": [1]}'),
+    "empty directory": lambda c: (shutil.rmtree(c), c.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_newest_is_passed_over(damage, run_dir, whole, capfd):
+    DAMAGE[damage](newest_checkpoint(run_dir))
+    (run_dir / "summary.json").unlink()
+    train(config_of(run_dir))
+    warning = capfd.readouterr().err
+    assert "warning: checkpoint 12 is damaged" in warning
+    assert str(run_dir / "damaged_checkpoints" / "12") in warning
+    assert (run_dir / "damaged_checkpoints" / "12").is_dir()
+    assert checkpoint_steps(run_dir) == [8, 12]
+    assert_same_run(run_dir, whole)
+
+
+def test_damaged_twice_keeps_both(run_dir, whole):
+    for _ in range(2):
+        flip(array_file(newest_checkpoint(run_dir), "params"))
+        train(config_of(run_dir))
+    assert sorted(path.name for path in (run_dir / "damaged_checkpoints").iterdir()) == ["12", "12.1"]
+    assert_same_run(run_dir, whole)
+
+
+def test_all_damaged(run_dir, whole):
+    for step in checkpoint_steps(run_dir):
+        truncate(array_file(run_dir / "checkpoints" / str(step), "params"))
+    records = (run_dir / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="all 2 checkpoints were damaged and moved aside"):
+        train(config_of(run_dir))
+    assert (run_dir / "metrics.jsonl").read_bytes() == records
+    assert sorted(path.name for path in (run_dir / "damaged_checkpoints").iterdir()) == ["12", "8"]
+    train(config_of(run_dir))  # as the message says: once more starts afresh
+    assert_same_run(run_dir, whole)
+
+
+def test_retention(whole):
+    assert checkpoint_steps(whole) == [8, 12]
+
+
+# --- The config of a run directory ----------------------------------------------------------------------------------
+
+
+def test_another_config_is_refused(run_dir):
+    other = config_of(run_dir, "optim.learning_rate=0.01", "memory.num_slots=8", "train.steps=16")
+    before = (run_dir / "config.yaml").read_bytes()
+    with pytest.raises(UserError) as caught:
+        train(other)
+    lines = str(caught.value).splitlines()
+    assert str(run_dir) in lines[0]
+    assert sorted(lines[1:]) == [
+        "  memory.num_slots: 4 in the run directory, 8 now",
+        "  optim.learning_rate: 0.002 in the run directory, 0.01 now",
+    ]
+    assert (run_dir / "config.yaml").read_bytes() == before
+
+
+def test_steps_may_change(run_dir):
+    records = read_records(run_dir / "metrics.jsonl")
+    train(config_of(run_dir, "train.steps=14"))
+    longer = read_records(run_dir / "metrics.jsonl")
+    assert longer[:12] == records
+    assert [record["step"] for record in longer] == list(range(1, 15))
+
+
+# --- Loading --------------------------------------------------------------------------------------------------------
+
+
+def test_load(whole):
+    tokens_BT = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
+    saved = read_arrays(whole / "checkpoints" / "12" / "params")
+    logits = []
+    for path in (whole, whole / "checkpoints" / "12"):
+        model, params = lm2_jax.load(path)
+        loaded = {jax.tree_util.keystr(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(params)}
+        assert loaded.keys() == saved.keys()
+        for name, array in loaded.items():
+            np.testing.assert_array_equal(array, saved[name])
+        logits.append(model.apply({"params": params}, tokens_BT, model.init_memory(2, params))[0])
+    np.testing.assert_array_equal(*logits)
+    assert np.isfinite(logits[0]).all()
+    _, older = lm2_jax.load(whole / "checkpoints" / "8")
+    assert any((a != b).any() for a, b in zip(jax.tree.leaves(older), jax.tree.leaves(params), strict=True))
+
+
+def test_load_what_is_no_checkpoint(tmp_path):
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "notes.txt").write_text("nothing")
+    (tmp_path / "unsaved").mkdir()
+    save_config(config_of(tmp_path / "unsaved"), tmp_path / "unsaved" / "config.yaml")
+    for name, message in (
+        ("missing", "no such directory"),
+        ("foreign", "neither"),
+        ("unsaved", "without a checkpoint"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            lm2_jax.load(tmp_path / name)
+        assert str(tmp_path / name) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "damage", ["truncated parameters", "flipped byte in parameters", "no parameters", "no manifest"]
+)
+def test_load_damaged(damage, run_dir):
+    DAMAGE[damage](newest_checkpoint(run_dir))
+    for path in (run_dir, newest_checkpoint(run_dir)):
+        with pytest.raises(UserError, match="take an older one") as caught:
+            lm2_jax.load(path)
+        assert str(newest_checkpoint(run_dir)) in str(caught.value)
+    lm2_jax.load(run_dir / "checkpoints" / "8")
+
+
+# --- Meshes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["lm2", "rmt"])
+def test_one_device_to_eight_and_back(kind, tmp_path):
+    config = config_of(tmp_path, f"memory.kind={kind}", "mesh={data: 2, fsdp: 2, tensor: 2}")
+    config = check_vocabulary(config, load_tokenizer(config.tokenizer))
+    model, optimizer = build_model(config), make_optimizer(config.optim)
+    one = make_mesh(replace(config, mesh={"data": 1, "fsdp": 1, "tensor": 1}), jax.devices()[:1])
+    eight = make_mesh(config)
+    saved = None
+    for seed, mesh in ((0, one), (1, eight), (2, one)):
+        with use_mesh(mesh):
+            state, shardings = create_state(model, optimizer, mesh, config.data.batch_size, seed)
+            checkpoints = Checkpoints(tmp_path, config.checkpoint)
+            if saved is None:
+                saved = jax.device_get(state)
+            else:
+                restored, progress = checkpoints.restore_latest(state, shardings)
+                assert progress == {"mark": int(saved.step)}
+                jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), saved)
+                assert all(jax.tree.leaves(jax.tree.map(lambda x, s: x.sharding == s, restored, shardings)))
+                state = restored
+                saved = saved.replace(step=saved.step + 1)
+            if mesh is eight:
+                assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.params))
+            state = jax.device_put(saved, shardings)
+            checkpoints.save(state, {"mark": int(saved.step)}, config)
+            checkpoints.close()
+
+
+# --- Steps that are not finite --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["lm2", "rmt"])
+def test_non_finite_step_is_skipped(kind, tmp_path):
+    config = config_of(tmp_path, f"memory.kind={kind}", "data.segments_per_window=2")
+    tokenizer = load_tokenizer(config.tokenizer)
+    config = check_vocabulary(config, tokenizer)
+    model, optimizer = build_model(config), make_optimizer(config.optim)
+    mesh = make_mesh(config, jax.devices()[:1])
+    window = next(make_iterator(Pipeline(config, tokenizer).training(config.stages[0]), 0))
+    window["reset_BS"][:] = False  # so that all lanes read the memory that is given
+    with use_mesh(mesh):
+        state, shardings = create_state(model, optimizer, mesh, config.data.batch_size, 0)
+        step = make_train_step(model, optimizer, mesh, shardings)
+        state, metrics = step(state, dict(window))
+        good = jax.device_get(state)
+        assert metrics["skipped"] == 0
+
+        # Lane 1 holds a NaN: the step is skipped, only its memory starts afresh
+        broken = jax.tree.map(lambda x: _with_nan(x, 1, model.kind.lane_axis), good.memory)
+        state, metrics = step(jax.device_put(good.replace(memory=broken), shardings), dict(window))
+        after = jax.device_get(state)
+        assert not np.isfinite(metrics["loss"]) and metrics["skipped"] == metrics["skipped_in_a_row"] == 1
+        jax.tree.map(np.testing.assert_array_equal, (after.params, after.opt_state), (good.params, good.opt_state))
+        assert after.step == good.step + 1
+        for found, start in zip(
+            jax.tree.leaves(after.memory), jax.tree.leaves(model.init_memory(4, good.params)), strict=True
+        ):
+            found, start = (np.moveaxis(np.asarray(x), model.kind.lane_axis, 0) for x in (found, start))
+            assert np.isfinite(found).all()
+            np.testing.assert_array_equal(found[1], start[1])
+            assert all((found[lane] != start[lane]).any() for lane in (0, 2, 3))
+
+        # The next one is good again
+        state, metrics = step(state, dict(window))
+        assert np.isfinite(metrics["loss"])
+        assert metrics["skipped"] == 1 and metrics["skipped_in_a_row"] == 0
+        assert any(
+            (np.asarray(a) != b).any()
+            for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(good.params), strict=True)
+        )
+
+        # An infinite parameter never mends itself
+        infinite = jax.tree.map(np.copy, good.params)
+        jax.tree.leaves(infinite)[0].flat[:] = np.inf
+        state = jax.device_put(good.replace(params=infinite), shardings)
+        for count in (1, 2, 3):
+            state, metrics = step(state, dict(window))
+            assert metrics["skipped_in_a_row"] == metrics["skipped"] == count
+
+
+def _with_nan(x, lane, lane_axis):
+    x = np.moveaxis(np.array(x), lane_axis, 0)
+    x[lane].flat[0] = np.nan
+    return np.moveaxis(x, 0, lane_axis)
+
+
+def test_too_many_skipped_steps_end_the_run(tmp_path, monkeypatch, capsys):
+    create = train_module.create_state
+
+    def create_broken(*arguments):
+        state, shardings = create(*arguments)
+        return state.replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params)), shardings
+
+    monkeypatch.setattr(train_module, "create_state", create_broken)
+    config = config_of(tmp_path / "run", "train.max_skipped_steps=6")
+    with pytest.raises(TrainingFailed, match=r"6 steps in a row up to step 6 .* train.max_skipped_steps"):
+        train(config)
+    records = read_records(Path(config.train.run_dir) / "metrics.jsonl")
+    assert [record["skipped_in_a_row"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert all(record["loss"] is None for record in records)
+
+    with pytest.raises(SystemExit) as caught:
+        run_command(lambda: train(config))
+    assert caught.value.code == 1
+    assert "error: " in capsys.readouterr().err

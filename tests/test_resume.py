@@ -1,0 +1,194 @@
+"""A run that is killed and started again equals one that never stopped, to the bit."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+from helpers import (
+    Run,
+    assert_same_run,
+    checkpoint_steps,
+    quick_training,
+    text_overrides,
+    tiny_config,
+)
+
+from lm2_jax import train as train_module
+from lm2_jax.checkpoint import Checkpoints
+from lm2_jax.config import save_config
+from lm2_jax.reporting import read_records
+from lm2_jax.train import train
+
+KINDS = ("lm2 stories", "rmt stories", "lm2 packed text", "lm2 stream")
+
+
+def config_of(kind, run_dir, *overrides):
+    """The runs of the study; `run_dir`'s directory also takes the text."""
+    memory, data = kind.split(" ", 1)
+    if data == "stories":
+        return tiny_config(run_dir, f"memory.kind={memory}", *overrides)
+    boundaries = data.split()[0]
+    return tiny_config(run_dir, *text_overrides(run_dir.parent / "text.txt", boundaries), *overrides)
+
+
+def write_configs(tmp_path, kind, *overrides):
+    """(config file, run directory) of the run to kill and of the one to compare it with."""
+    pairs = []
+    for name in ("killed", "whole"):
+        config = config_of(kind, tmp_path / name, *overrides)
+        save_config(config, tmp_path / f"{name}.yaml")
+        pairs.append((tmp_path / f"{name}.yaml", tmp_path / name))
+    return pairs
+
+
+# --- Crashes in this process ----------------------------------------------------------------------------------------
+
+
+class Crash(Exception):
+    pass
+
+
+@pytest.fixture
+def quick():
+    with quick_training():
+        yield
+
+
+def call_at_step(monkeypatch, step, action, *, before_save=False):
+    """Runs `action` once, in the loop after `step` was started or before it is saved."""
+    owner, name = (Checkpoints, "save") if before_save else (train_module._Log, "add")
+    original = getattr(owner, name)
+
+    def wrapped(self, *arguments):
+        progress = arguments[1] if before_save else self._progress
+        if progress["step"] == step:
+            monkeypatch.setattr(owner, name, original)
+            action()
+        return original(self, *arguments)
+
+    monkeypatch.setattr(owner, name, wrapped)
+
+
+def crash():
+    raise Crash
+
+
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_crashed_run_equals_whole_run(kind, tmp_path, monkeypatch, quick):
+    train(config_of(kind, tmp_path / "whole"))
+    config = config_of(kind, tmp_path / "crashed")
+    # In the first stage without a checkpoint, before a save, after the stage changed, before the last save
+    for step, before_save in ((3, False), (5, True), (12, False), (18, False), (20, True)):
+        call_at_step(monkeypatch, step, crash, before_save=before_save)
+        with pytest.raises(Crash):
+            train(config)
+    for _ in range(2):  # a finished run that is started again changes nothing
+        train(config)
+        assert_same_run(tmp_path / "crashed", tmp_path / "whole")
+    assert {record["stage"] for record in read_records(tmp_path / "crashed" / "metrics.jsonl")} == {0, 1}
+
+
+@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
+def test_signal_saves_and_leaves(number, tmp_path, monkeypatch, capsys, quick):
+    train(config_of("lm2 stories", tmp_path / "whole"))
+    config = config_of("lm2 stories", tmp_path / "stopped")
+    handler = signal.getsignal(number)
+    call_at_step(monkeypatch, 7, lambda: os.kill(os.getpid(), number))
+    capsys.readouterr()
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    assert "stopped after step 7; the same command goes on from there" in capsys.readouterr().out
+    assert signal.getsignal(number) == handler
+    assert checkpoint_steps(tmp_path / "stopped") == [5, 7]
+    assert [record["step"] for record in read_records(tmp_path / "stopped" / "metrics.jsonl")] == list(range(1, 8))
+    assert not (tmp_path / "stopped" / "summary.json").exists()
+    train(config)
+    assert "resuming after step 7" in capsys.readouterr().out
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+# --- SIGKILL in another process -------------------------------------------------------------------------------------
+
+
+def after_seconds(seconds):
+    return lambda run: time.time() - run.started >= seconds
+
+
+def logged(step):
+    return lambda run: run.logged_step() >= step
+
+
+def saving(run):
+    return bool(run.saves_under_way())
+
+
+def saving_step(step):
+    return lambda run: any(name.startswith(f"{step}.") for name in run.saves_under_way())
+
+
+def saved(step):
+    return lambda run: step in checkpoint_steps(run.run_dir)
+
+
+def said(text):
+    return lambda run: text in run.output()
+
+
+def test_killed_run_equals_whole_run(tmp_path):
+    (config_file, run_dir), (whole_config_file, whole_dir) = write_configs(tmp_path, "lm2 stories")
+    options = {"cache": tmp_path / "cache", "fast_compile": True}
+    Run(whole_config_file, whole_dir, **options).finish()
+    kills = []
+    for name, moment in (("during a save", saving), ("after step 12", logged(12))):
+        run = Run(config_file, run_dir, **options)
+        run.wait_until(moment)
+        run.kill()
+        kills.append(f"{name}: {run.situation()}")
+    Run(config_file, run_dir, **options).finish()
+    assert_same_run(run_dir, whole_dir, note="\n".join(kills))
+
+
+def ten_moments(rng, steps):
+    """(name, when, seconds to wait on top, options of the run), in the order of a run's progress."""
+    end = said("asking")  # stories only; the others are caught when the last checkpoint is complete
+    cold = {"cache": None}
+    return (
+        ("at start-up", after_seconds(rng.uniform(0.2, 4)), 0, {}),
+        ("while compiling", said("run directory"), rng.uniform(0, 3), cold),
+        ("after a step, nothing saved yet", logged(rng.randint(1, 4)), 0, {}),
+        ("during a save", saving, rng.uniform(0, 0.02), {}),
+        ("right after a save", saved(5 * rng.randint(3, 4)), 0, {}),
+        ("while restoring", said("restoring"), rng.uniform(0, 0.05), {"announce_restore": True}),
+        ("after a step", logged(rng.randint(27, 33)), rng.uniform(0, 0.02), {}),
+        ("during a save", saving_step(5 * rng.randint(9, 10)), rng.uniform(0, 0.02), {}),
+        ("during the last save", saving_step(steps), 0, {}),
+        ("at the end", end, rng.uniform(0, 1), {}),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_ten_kills(kind, tmp_path):
+    steps, rng = 60, random.Random(f"ten kills of {kind}")
+    (config_file, run_dir), (whole_config_file, whole_dir) = write_configs(tmp_path, kind, f"train.steps={steps}")
+    cache = tmp_path / "cache"
+    Run(whole_config_file, whole_dir, cache=cache).finish()
+    kills = []
+    for name, moment, seconds, options in ten_moments(rng, steps):
+        if name == "at the end" and "stories" not in kind:
+            moment, seconds = saved(steps), 0
+        run = Run(config_file, run_dir, **{"cache": cache, **options})
+        try:
+            run.wait_until(moment)
+            time.sleep(seconds)  # the moment itself is drawn by lot
+        finally:
+            alive = run.process.poll() is None
+            run.kill()
+        kills.append(f"{len(kills) + 1:2}. {name}: {run.situation()}")
+        print(f"{kind} {kills[-1]}", flush=True)
+        assert alive, f"the run ended before it was killed {name}:\n{run.output()}"
+    Run(config_file, run_dir, cache=cache).finish()
+    assert_same_run(run_dir, whole_dir, note="\n".join(kills))
+    print(f"{kind}: {len(kills)} kills, {steps} steps, equal", flush=True)
