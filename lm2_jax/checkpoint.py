@@ -2,13 +2,16 @@
 
 A checkpoint is a directory named by its step, with four items: `params`, `training` (optimizer state, memory, counts),
 `progress` (JSON: where the data, the curriculum and the counts stand) and `config` (JSON: the run's whole config).
-`progress` holds a checksum of every array, so that a damaged checkpoint is found out and the one before it is taken.
+`progress` holds checksums of every array and of itself, so that a damaged checkpoint is found out and the one before it
+is taken.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +63,7 @@ class Checkpoints:
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(params),
                 training=ocp.args.StandardSave(training),
-                progress=ocp.args.JsonSave({**progress, "checksums": _checksums((params, training))}),
+                progress=ocp.args.JsonSave({**progress, "checksums": _checksums(params, training, progress)}),
                 config=ocp.args.JsonSave(config.model_dump(mode="json")),
             ),
         )
@@ -111,9 +114,9 @@ class Checkpoints:
             saved = restored.progress.pop("checksums")
         except Exception as error:  # whatever Orbax, TensorStore or JSON make of damaged files
             raise DamagedError(_first_line(error)) from error
-        found = _checksums((restored.params, restored.training))
+        found = _checksums(restored.params, restored.training, restored.progress)
         if found != saved:
-            raise DamagedError(f"{sum(a != b for a, b in zip(saved, found, strict=True))} arrays fail their checksum")
+            raise DamagedError("its contents fail their checksums")
         return TrainState(params=restored.params, **restored.training), restored.progress
 
     def _move_aside(self, step: int) -> Path:
@@ -156,6 +159,9 @@ def load(path: str | Path) -> tuple[Decoder, Any]:
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             params = checkpointer.restore(path / "params", abstract)
+        saved = json.loads((path / "progress" / "metadata").read_text(encoding="utf-8"))["checksums"]
+        if _array_checksums(params) != saved[: len(jax.tree.leaves(params))]:
+            raise DamagedError("parameters fail their checksums")
     except Exception as error:  # whatever Orbax or TensorStore make of damaged files
         raise UserError(f"{path}: the checkpoint cannot be read ({_first_line(error)}); take an older one") from error
     return model, params
@@ -189,9 +195,15 @@ def _checksum_arrays(tree: Any) -> jax.Array:
     return jnp.stack([checksum(leaf) for leaf in jax.tree.leaves(tree)])
 
 
-def _checksums(tree: Any) -> list[int]:
+def _array_checksums(tree: Any) -> list[int]:
     """One 32-bit number per array, the same on any mesh: integer sums do not depend on their order."""
     return [int(value) for value in _checksum_arrays(tree)]
+
+
+def _checksums(params: Any, training: Any, progress: Progress) -> list[int]:
+    """Of every array, parameters first, and of `progress`."""
+    text = json.dumps(progress, sort_keys=True)
+    return [*_array_checksums((params, training)), zlib.crc32(text.encode())]
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,170 @@
+"""The train step: many devices are one device, microbatches are one batch, the loss counts what it says."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lm2_jax.config import parse_config
+from lm2_jax.errors import UserError
+from lm2_jax.loss import loss_weights
+from lm2_jax.model import build_model
+from lm2_jax.optim import decay_mask, learning_rate, make_optimizer
+from lm2_jax.segments import run_segments
+from lm2_jax.sharding import RULES, make_mesh, use_mesh
+from lm2_jax.state import create_state
+from lm2_jax.step import make_eval_step, make_train_step
+
+V, B, S, T = 64, 8, 3, 8
+
+
+def config_of(*overrides):
+    base = ("model.d_model=32", "model.d_ff=48", "model.num_layers=2", "memory.num_slots=6", "optim.warmup_steps=2")
+    return parse_config("", (f"model.vocab_size={V}", f"data.batch_size={B}", "train.steps=20", *base, *overrides))
+
+
+def batches(count, seed=0):
+    rng = np.random.default_rng(seed)
+    for number in range(count):
+        tokens = rng.integers(0, V, (B, S, T), dtype=np.int32)
+        document = np.ones((B, S, T), np.int32)
+        document[0, 1, 4:] = 0
+        yield {
+            "tokens_BST": tokens,
+            "targets_BST": np.roll(tokens, -1, axis=-1),
+            "document_BST": document,
+            "reset_BS": rng.random((B, S)) < (1 if number == 0 else 0.3),
+            "answers_BST": (rng.random((B, S, T)) < 0.1) & (document > 0),
+        }
+
+
+def train(config, devices, steps=4):
+    model, optimizer = build_model(config), make_optimizer(config.optim)
+    mesh = make_mesh(config, devices)
+    with use_mesh(mesh):
+        state, shardings = create_state(model, optimizer, mesh, B, seed=0)
+        train_step = make_train_step(model, optimizer, mesh, shardings)
+        metrics = []
+        for batch in batches(steps):
+            state, here = train_step(state, batch)
+            metrics.append(jax.device_get(here))
+        return jax.device_get(state), metrics, state
+
+
+def assert_same_run(one, other, tolerance=2e-4):
+    for a, b in zip(one[1], other[1], strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_allclose(a[name], b[name], rtol=tolerance, err_msg=name)
+    for a, b in zip(jax.tree.leaves(one[0].memory), jax.tree.leaves(other[0].memory), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["lm2", "rmt", "none"])
+def test_eight_devices_are_one(kind):
+    """data 2 x fsdp 2 x tensor 2, same data order, to float noise."""
+    one = train(config_of(f"memory.kind={kind}"), jax.devices()[:1])
+    mesh = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
+    eight = train(config_of(f"memory.kind={kind}", *mesh), jax.devices())
+    assert_same_run(one, eight)
+    # and the work is really spread
+    query = eight[2].params["bank_blocks" if kind == "lm2" else "blocks"]["attention"]["query"]
+    assert query.sharding.shard_shape(query.shape) == (query.shape[0], query.shape[1] // 2, query.shape[2] // 2)
+    for leaf in jax.tree.leaves(eight[2].memory):
+        assert leaf.sharding.shard_shape(leaf.shape)[0 if kind == "rmt" else 1] == B // 4
+
+
+def test_constraints_reach_the_compiler():
+    """Logical constraints vanish silently without a mesh; they must be in the lowered text."""
+    config = config_of("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
+    model, optimizer, mesh = build_model(config), make_optimizer(config.optim), make_mesh(config)
+    with use_mesh(mesh):
+        state, shardings = create_state(model, optimizer, mesh, B, seed=0)
+        lowered = make_train_step(model, optimizer, mesh, shardings).lower(state, next(batches(1))).as_text()
+    assert "sharding_constraint" in lowered
+    assert '{"data", "fsdp"}' in lowered
+
+
+@pytest.mark.parametrize("kind", ["lm2", "rmt"])
+def test_microbatches_are_one_batch(kind):
+    whole = train(config_of(f"memory.kind={kind}"), jax.devices()[:1])
+    parts = train(config_of(f"memory.kind={kind}", "optim.accumulation_steps=4"), jax.devices()[:1])
+    assert_same_run(whole, parts)
+
+
+def test_loss_is_the_mean_over_what_counts():
+    """answers' mean + weight · mean over all tokens, recomputed from logits."""
+    config = config_of("optim.lm_loss_weight=0.25", "optim.learning_rate=1e-9")
+    _, metrics, state = train(config, jax.devices()[:1], steps=1)
+    model, batch = build_model(config), next(batches(1))
+    logits, _ = run_segments(
+        model, state.params, batch["tokens_BST"], model.init_memory(B), reset_BS=batch["reset_BS"],
+        document_BST=batch["document_BST"],
+    )  # fmt: skip
+    nll = np.asarray(optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets_BST"]))
+    answers, tokens = batch["answers_BST"], batch["document_BST"] > 0
+    expected = nll[answers].mean() + 0.25 * nll[tokens].mean()
+    np.testing.assert_allclose(metrics[0]["loss"], expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics[0]["nll"], nll[tokens].mean(), rtol=1e-5)
+    assert metrics[0]["tokens_in_step"] == tokens.sum()
+    correct = (np.argmax(logits, -1) == batch["targets_BST"]) & answers
+    assert metrics[0]["correct_in_step"] == correct.sum()
+    weights = loss_weights({**batch, "answers_BST": np.zeros_like(answers)}, 1.0)
+    np.testing.assert_allclose(weights.sum(), 1, rtol=1e-6)
+
+
+def test_validation_leaves_training_alone():
+    config = config_of()
+    model, optimizer, mesh = build_model(config), make_optimizer(config.optim), make_mesh(config, jax.devices()[:1])
+    with use_mesh(mesh):
+        state, shardings = create_state(model, optimizer, mesh, B, seed=0)
+        before = jax.device_get(state)
+        eval_step = make_eval_step(model, mesh, shardings)
+        sums, memory = eval_step(state.params, model.init_memory(B), next(batches(1)))
+        assert int(sums.tokens) > 0 and np.any(np.asarray(memory) != before.memory)
+        jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state))
+
+
+def test_decay_mask():
+    for kind in ("lm2", "rmt", "none"):
+        model = build_model(config_of(f"memory.kind={kind}", "model.conv_width=4"))
+        params = model.init(jax.random.key(0), jnp.zeros((1, T), jnp.int32), model.init_memory(1))["params"]
+        for path, decays in jax.tree_util.tree_leaves_with_path(decay_mask(params)):
+            name = path[-1].key
+            undecayed = name in ("embedding", "scale", "memory_tokens") or name.endswith(("_bias", "_norm", "_norm_2"))
+            assert decays != undecayed, path
+
+
+def test_learning_rates():
+    def rates(**keys):
+        overrides = [f"optim.{key}={value}" for key, value in keys.items()]
+        config = config_of("optim.learning_rate=1", "train.steps=100", "optim.warmup_steps=10", *overrides).optim
+        return np.array([learning_rate(config, 100, jnp.int32(step)) for step in range(100)])
+
+    linear = rates(schedule="linear", decay_fraction=0.3)
+    np.testing.assert_allclose(linear[:10], np.arange(1, 11) / 10, rtol=1e-6)
+    np.testing.assert_allclose(linear[10:70], 1)
+    np.testing.assert_allclose(linear[70:], (100 - np.arange(70, 100)) / 30, rtol=1e-5)
+    cosine = rates(schedule="cosine", final_fraction=0.1)
+    np.testing.assert_allclose(cosine[[10, 55]], [1, 0.55], rtol=1e-5)
+    assert 0.1 < cosine[-1] < 0.11
+    np.testing.assert_allclose(rates(schedule="constant")[10:], 1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("mesh.data=3", "mesh.fsdp=1"), "does not make up 8 devices"),
+        (("data.batch_size=4",), "4 lanes do not divide"),
+        (("optim.accumulation_steps=2",), "4 lanes do not divide"),
+    ],
+)
+def test_meshes_that_do_not_fit(overrides, message):
+    with pytest.raises(UserError, match=message):
+        make_mesh(config_of(*overrides))
+
+
+def test_rules_name_only_mesh_axes():
+    axes = {axis for _, mesh in RULES if mesh for axis in ((mesh,) if isinstance(mesh, str) else mesh)}
+    assert axes == {"data", "fsdp", "tensor"}
