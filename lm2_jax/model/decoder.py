@@ -35,7 +35,7 @@ class Block(nn.Module):
         c = self.config.model
         if c.conv_width:
             normed_BSTD = RMSNorm(c.norm_eps, name="conv_norm")(x_BSTD)
-            x_BSTD += CausalConv(c.conv_width, name="conv")(normed_BSTD, layout.document_BST)
+            x_BSTD += CausalConv(c.conv_width, name="conv")(normed_BSTD, layout)
         normed_BSTD = RMSNorm(c.norm_eps, name="attention_norm")(x_BSTD)
         x_BSTD += SelfAttention(c, name="attention")(normed_BSTD, layout)
         if self.with_bank:

@@ -152,20 +152,23 @@ class SwiGLU(nn.Module):
 class CausalConv(nn.Module):
     """Depthwise causal convolution over the tokens of a document within a segment.
 
-    Beyond every segment, document and padding edge it sees zeros, so that memory stays the only link.
+    Beyond every segment, document and padding edge, and between tokens and rmt's memory tokens (whose positions do not
+    follow each other), it sees zeros, so that memory stays the only link.
     """
 
     width: int
 
     @nn.compact
-    def __call__(self, x_BSTD: jax.Array, document_BST: jax.Array) -> jax.Array:
+    def __call__(self, x_BSTD: jax.Array, layout: Layout) -> jax.Array:
         """x [B,S,T,D], already normalised, to the same shape."""
         initializer = nn.with_logical_partitioning(nn.initializers.normal(1 / self.width), (None, "norm"))
         kernel_WD = self.param("kernel", initializer, (self.width, x_BSTD.shape[-1])).astype(x_BSTD.dtype)
         y_BSTD = x_BSTD * kernel_WD[0]
         for back in range(1, min(self.width, x_BSTD.shape[2])):
             before_BSTD = jnp.pad(x_BSTD[:, :, :-back], ((0, 0), (0, 0), (back, 0), (0, 0)))
-            same_BST = document_BST[:, :, back:] == document_BST[:, :, :-back]
-            same_BST = jnp.pad(same_BST, ((0, 0), (0, 0), (back, 0)))
-            y_BSTD += jnp.where(same_BST[..., None], before_BSTD, 0) * kernel_WD[back]
+            document_BST, position_BST = layout.document_BST, layout.position_BST
+            linked_BST = document_BST[:, :, back:] == document_BST[:, :, :-back]
+            linked_BST &= position_BST[:, :, back:] - position_BST[:, :, :-back] == back
+            linked_BST = jnp.pad(linked_BST, ((0, 0), (0, 0), (back, 0)))
+            y_BSTD += jnp.where(linked_BST[..., None], before_BSTD, 0) * kernel_WD[back]
         return y_BSTD
