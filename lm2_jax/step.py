@@ -60,7 +60,7 @@ def make_train_step(
             gates = jax.tree.map(lambda g: g / microbatches, gates)
 
         # Update, unless something is not finite; then the step only moves the lanes on
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
         direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
         rate = learning_rate(config.optim, config.train.steps, state.step)

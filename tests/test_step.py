@@ -21,6 +21,7 @@ V, B, S, T = 64, 8, 3, 8
 
 def config_of(*overrides):
     base = ("model.d_model=32", "model.d_ff=48", "model.num_layers=2", "memory.num_slots=6", "optim.warmup_steps=2")
+    base += ("optim.eps=1e-3",)  # Adam must not blow rounding noise up to whole steps
     return parse_config("", (f"model.vocab_size={V}", f"data.batch_size={B}", "train.steps=20", *base, *overrides))
 
 
@@ -111,7 +112,7 @@ def test_loss_is_the_mean_over_what_counts():
     correct = (np.argmax(logits, -1) == batch["targets_BST"]) & answers
     assert metrics[0]["correct_in_step"] == correct.sum()
     weights = loss_weights({**batch, "answers_BST": np.zeros_like(answers)}, 1.0)
-    np.testing.assert_allclose(weights.sum(), 1, rtol=1e-6)
+    np.testing.assert_allclose(weights.sum(), 1, rtol=1e-5)
 
 
 def test_validation_leaves_training_alone():
@@ -129,7 +130,8 @@ def test_validation_leaves_training_alone():
 def test_decay_mask():
     for kind in ("lm2", "rmt", "none"):
         model = build_model(config_of(f"memory.kind={kind}", "model.conv_width=4"))
-        params = model.init(jax.random.key(0), jnp.zeros((1, T), jnp.int32), model.init_memory(1))["params"]
+        init = lambda key, model=model: model.init(key, jnp.zeros((1, T), jnp.int32), model.init_memory(1))["params"]  # noqa: E731
+        params = jax.eval_shape(init, jax.random.key(0))
         for path, decays in jax.tree_util.tree_leaves_with_path(decay_mask(params)):
             name = path[-1].key
             undecayed = name in ("embedding", "scale", "memory_tokens") or name.endswith(("_bias", "_norm", "_norm_2"))

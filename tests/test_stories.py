@@ -406,3 +406,22 @@ def test_tokenizer_knows_every_word_and_nothing_else():
         "where is mary? office."
     )
     assert TOKENIZER.fingerprint() == StoriesTokenizer().fingerprint() and len(TOKENIZER.fingerprint()) == 16
+
+
+def test_lines_are_kept_whole_in_segments():
+    """No fact crosses a segment's end; without the setting many do; background makes the room, nothing is lost."""
+    length, crossing = 16, {True: 0, False: 0}
+    for whole in crossing:
+        scatterer = Scatterer(TOKENIZER, 8 * length, segment_length=length if whole else None)
+        for seed in range(60):
+            rng = np.random.default_rng(seed)
+            story = generate_story("qa1", rng, 6, 0, 1)
+            document = scatterer.scatter(story, rng)
+            assert len(document.tokens) == 8 * length + 1
+            text, place = document.tokens.tolist(), 0
+            for line in story:
+                ids = TOKENIZER.encode(line.text)
+                place = next(i for i in range(place, len(text)) if text[i : i + len(ids)] == ids)
+                crossing[whole] += place // length != (place + len(ids) - 1) // length
+    assert crossing[True] * 20 < crossing[False]  # what is left stands where no background follows
+    assert crossing[False] > 40

@@ -46,12 +46,14 @@ class Pipeline:
         if self._files is not None:
             return self._files
         data, seed = self._config.data, self._config.train.seed
-        budget = stage.segments * stage.segment_length
-        held_out_data = data.model_copy(update={"path": data.validation_path or data.path})
-        return (
-            StorySource(data, self._tokenizer, budget=budget, seed=seed, held_out=False),
-            StorySource(held_out_data, self._tokenizer, budget=budget, seed=seed, held_out=True),
+        length = stage.segment_length
+        training, held_out = (
+            StorySource(
+                data, self._tokenizer, budget=stage.segments * length, seed=seed, held_out=side, segment_length=length
+            )
+            for side in (False, True)
         )
+        return training, held_out
 
     def _check_stories(self) -> None:
         """Finds bad files and segments that are too short for a story now, not when their stage or the end comes."""

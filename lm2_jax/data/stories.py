@@ -6,7 +6,8 @@ A document is `[<bos>] text [<eos>]`; in the text a question stands with its ans
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ class _Piece(NamedTuple):
     ids: list[int]
     start: int = 0
     stop: int = 0
+    background: bool = False
 
 
 class Scatterer:
@@ -40,14 +42,23 @@ class Scatterer:
       tokenizer: text to ids; sentences after the first are encoded with a leading space, answers as " hallway".
       budget: input positions. A document has at most budget + 1 tokens, since its last token is never an input.
       background: text files or patterns whose sentences stand between the story's; None: built-in ones.
+      segment_length: lines of the story are not cut by the end of a segment of so many tokens, as long as there is
+        background to move before them; None: segments end anywhere.
 
     Attributes:
       budget: as given.
       room: tokens of a document that begin and end leave.
     """
 
-    def __init__(self, tokenizer: Tokenizer, budget: int, background: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        budget: int,
+        background: Sequence[str] | None = None,
+        segment_length: int | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
+        self._segment_length = segment_length
         self._sentences = BookBackground(background).sentences if background else builtin_sentences
         self._begin = [_Piece([i]) for i in (tokenizer.bos_id,) if i is not None]
         self._end = [_Piece([i]) for i in (tokenizer.eos_id,) if i is not None]
@@ -90,7 +101,8 @@ class Scatterer:
             order += filler[done:position]
             order.append(line)
             done = position
-        return _document(order + filler[done:] + lines[early:] + self._end)
+        order += filler[done:] + lines[early:] + self._end
+        return _document(order if self._segment_length is None else _keep_lines_whole(order, self._segment_length))
 
     def _fill(self, missing: int, rng: np.random.Generator) -> tuple[list[_Piece], _Piece]:
         """Background of `missing` tokens, and its first sentence as it stands at a text's start (no longer)."""
@@ -101,8 +113,8 @@ class Scatterer:
             sentence = next(sentences)
             ids = self._tokenizer.encode(" " + sentence)[:missing]
             if not filler:
-                opening = _Piece(self._tokenizer.encode(sentence)[: len(ids)])
-            filler.append(_Piece(ids))
+                opening = _Piece(self._tokenizer.encode(sentence)[: len(ids)], background=True)
+            filler.append(_Piece(ids, background=True))
             missing -= len(ids)
         return filler, opening
 
@@ -202,12 +214,22 @@ class StorySource(_Documents):
       budget: input positions of a document (segments * segment_length of the window).
       seed: with the index it determines the document.
       held_out: take the held-out stories instead of all others.
+      segment_length: of the lanes; lines are kept whole in them if `data.stories.whole_lines`.
 
     Raises UserError if files cannot be used or the budget is too small for any story.
     """
 
-    def __init__(self, data: DataConfig, tokenizer: Tokenizer, *, budget: int, seed: int, held_out: bool) -> None:
-        scatterer = Scatterer(tokenizer, budget, data.background)
+    def __init__(
+        self,
+        data: DataConfig,
+        tokenizer: Tokenizer,
+        *,
+        budget: int,
+        seed: int,
+        held_out: bool,
+        segment_length: int | None = None,
+    ) -> None:
+        scatterer = Scatterer(tokenizer, budget, data.background, segment_length if data.stories.whole_lines else None)
         own_files = held_out and data.validation_path
         paths, key = (data.validation_path, "data.validation_path") if own_files else (data.path, "data.path")
         stories = None
@@ -234,6 +256,7 @@ class QuestionSource(_Documents):
       seed: with the index it determines the document.
       count: documents; fewer if the files hold fewer questions.
       paths: bAbI test files or patterns; None: made-up stories.
+      segment_length: as in StorySource.
 
     Raises UserError if files cannot be used or the budget is too small for any story.
     """
@@ -247,8 +270,9 @@ class QuestionSource(_Documents):
         seed: int,
         count: int,
         paths: Sequence[str] | None = None,
+        segment_length: int | None = None,
     ) -> None:
-        scatterer = Scatterer(tokenizer, budget, data.background)
+        scatterer = Scatterer(tokenizer, budget, data.background, segment_length if data.stories.whole_lines else None)
         samples = None
         if paths:
             every = [sample for story in _read_stories(paths, "eval.path") for sample in question_samples(story)]
@@ -259,6 +283,33 @@ class QuestionSource(_Documents):
             count = len(samples)
         one_question = data.stories.model_copy(update={"questions_between": (0, 0), "questions_after": (1, 1)})
         super().__init__(scatterer, one_question, seed=seed, held_out=True, count=count, stories=samples)
+
+
+def _keep_lines_whole(order: Sequence[_Piece], segment_length: int) -> Iterator[_Piece]:
+    """Moves background up before a line that would cross a segment's end; lines keep their order."""
+    rest, offset = deque(order), 0
+    while rest:
+        piece = rest.popleft()
+        until_end = segment_length - offset % segment_length
+        if until_end < len(piece.ids) <= segment_length and not piece.background:
+            spare = sum(len(later.ids) for later in rest if later.background)
+            if spare >= until_end:
+                moved = _take_background(rest, until_end)
+                yield moved
+                offset += len(moved.ids)
+        yield piece
+        offset += len(piece.ids)
+
+
+def _take_background(pieces: deque[_Piece], count: int) -> _Piece:
+    """Removes the first `count` ids of background from `pieces`."""
+    taken: list[int] = []
+    for index, piece in enumerate(pieces):
+        if piece.background and len(taken) < count:
+            here = count - len(taken)
+            taken += piece.ids[:here]
+            pieces[index] = piece._replace(ids=piece.ids[here:])
+    return _Piece(taken, background=True)
 
 
 def is_held_out(story: Story) -> bool:
@@ -297,7 +348,8 @@ def _too_small(key: str, samples: Iterable[Story], scatterer: Scatterer) -> User
     )
 
 
-def _document(pieces: Sequence[_Piece]) -> Document:
+def _document(pieces: Iterable[_Piece]) -> Document:
+    pieces = list(pieces)
     tokens = np.array(list(chain.from_iterable(piece.ids for piece in pieces)), np.int32)
     answers = np.zeros(len(tokens), bool)
     offset = 0

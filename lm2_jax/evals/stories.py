@@ -72,6 +72,7 @@ def accuracy_by_length(
                 seed=config.train.seed,
                 count=config.eval.questions,
                 paths=paths,
+                segment_length=last.segment_length,
             )
             stage = StageConfig(segments=min(segments, last.segments), segment_length=last.segment_length)
             correct = sum(
