@@ -141,7 +141,7 @@ def plot_run(path: Path, records: Sequence[Record], table: Sequence[Mapping[str,
     validated = [r for r in records if r.get("validation_loss") is not None]
     validation = [r["step"] for r in validated], [r["validation_loss"] for r in validated]
     left.plot(*validation, "o-", color="tab:orange", markersize=3, label="validation loss (nats a token)")
-    left.set(xlabel="step", ylabel="loss", ylim=(0, None), title="Training")
+    left.set(xlabel="step", ylabel="loss", yscale="log", title="Training")
     if any(r.get("accuracy") is not None for r in records):
         right = left.twinx()
         right.plot(steps, [_or_nan(r.get("accuracy")) for r in records], color="tab:green", linewidth=0.8, alpha=0.6)
