@@ -37,7 +37,10 @@ class Checkpoints:
     """The checkpoints of one run directory."""
 
     def __init__(self, run_dir: Path, config: CheckpointConfig) -> None:
-        """Opens run_dir/checkpoints, which is made if it is not there; what an interrupted save left is removed."""
+        """Opens run_dir/checkpoints, which is made if it is not there; what an interrupted save left is removed.
+
+        Raises UserError if there can be no such directory.
+        """
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save at length
         self.directory = (run_dir / "checkpoints").absolute()
         self._config = config
@@ -50,6 +53,10 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
+        try:
+            self.directory.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.directory} is no directory to save checkpoints in ({error.strerror})") from None
         return ocp.CheckpointManager(self.directory, options=options)
 
     def save(self, state: TrainState, progress: Progress, config: Config) -> None:

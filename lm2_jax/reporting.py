@@ -54,8 +54,8 @@ class Reporter:
         self.console = Console(highlight=False, soft_wrap=True)
         self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
-        self._first, self._last = first_step, last_step
-        self._started = time.monotonic()
+        self._last = last_step
+        self._stage, self._stage_first, self._stage_began = "", first_step, time.monotonic()
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), console=self.console
         )
@@ -86,10 +86,11 @@ class Reporter:
         os.fsync(self._file.fileno())
 
     def show(self, record: Record, stage: str) -> None:
-        """The newest record as a line, with the time that is left."""
-        step = record["step"]
-        elapsed = time.monotonic() - self._started
-        left = elapsed / max(step - self._first, 1) * (self._last - step)
+        """The newest record as a line, with the time that is left if its stage, and its speed, are to last."""
+        step, now = record["step"], time.monotonic()
+        left = (now - self._stage_began) / max(step - self._stage_first, 1) * (self._last - step)
+        if stage != self._stage:
+            self._stage, self._stage_first, self._stage_began = stage, step, now
         parts = [f"step {step}/{self._last}", f"loss {record['loss']:.4f}"]
         if record.get("accuracy") is not None:
             parts.append(f"answers {record['accuracy']:.1%}")
@@ -146,7 +147,7 @@ def plot_run(path: Path, records: Sequence[Record], table: Sequence[Mapping[str,
         right = left.twinx()
         right.plot(steps, [_or_nan(r.get("accuracy")) for r in records], color="tab:green", linewidth=0.8, alpha=0.6)
         right.set(ylabel="share of answers right (green)", ylim=(0, 1.02))
-    left.legend(loc="center right", fontsize=8)
+    left.legend(loc="lower left", fontsize=8)
     if table:
         plot_accuracy(axes[0, 1], table, trained_segments)
     figure.tight_layout()

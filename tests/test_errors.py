@@ -206,6 +206,12 @@ def test_run_directory_that_is_a_file(fails):
     assert "train.run_dir: text.txt/run cannot be made" in fails("train.run_dir=text.txt/run")
 
 
+def test_checkpoint_directory_that_is_a_file(fails):
+    Path("other").mkdir()
+    Path("other/checkpoints").write_text("")
+    assert "other/checkpoints is no directory to save checkpoints in (File exists)" in fails("train.run_dir=other")
+
+
 def test_run_directory_with_a_broken_config(fails):
     Path("broken").mkdir()
     Path("broken/config.yaml").write_text("model: {d_modle: 3}")

@@ -220,6 +220,11 @@ def test_no_paths_of_one_machine():
     assert not found
 
 
+def test_ci_runs_the_readme_command():
+    commands = re.findall(r"^```bash\n(.*?)\n```$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    assert (ROOT / ".ci" / "run").read_text("utf-8").splitlines()[-1] == commands[1]
+
+
 @pytest.mark.skipif(not shutil.which("git") or not (ROOT / ".git").exists(), reason="not a git checkout")
 def test_every_package_is_installed():
     """A directory of modules that pyproject.toml does not name would be missing from an installed lm2_jax."""
