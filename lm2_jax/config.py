@@ -263,7 +263,8 @@ class EvalConfig(Section):
 
     every_steps: NonNegativeInt = 100  # 0: only at the end
     windows: PositiveInt = 8  # validation windows of batch_size lanes
-    lengths: tuple[PositiveInt, ...] = (1, 2, 4, 8, 16, 32)  # stories: context lengths in segments
+    lengths: tuple[NonNegativeInt, ...] = (1, 2, 4, 8, 16, 32)  # stories: context in segments; 0: no background
+    one_segment: bool = False  # stories: read a context as one segment however long it is (attention over all of it)
     questions: PositiveInt = 1000  # stories: questions per length
     path: Paths | None = None  # stories: bAbI test files to report beside the held-out stories
 

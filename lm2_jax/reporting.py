@@ -157,15 +157,15 @@ def plot_run(path: Path, records: Sequence[Record], table: Sequence[Mapping[str,
 
 def plot_accuracy(axis: Any, table: Sequence[Mapping[str, Any]], trained_segments: int) -> None:
     """Accuracy against context length with 95% intervals, on a matplotlib axis."""
+    lengths = sorted({cell["segments"] for cell in table})
     for name in dict.fromkeys(cell["questions"] for cell in table):
         cells = [cell for cell in table if cell["questions"] == name]
-        x = [cell["segments"] for cell in cells]
+        x = [lengths.index(cell["segments"]) for cell in cells]
         axis.plot(x, [cell["accuracy"] for cell in cells], "o-", markersize=4, label=name)
         axis.fill_between(x, [cell["low"] for cell in cells], [cell["high"] for cell in cells], alpha=0.2)
-    axis.axvline(trained_segments, color="grey", linestyle=":", label="longest in training")
-    lengths = sorted({cell["segments"] for cell in table})
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(lengths, [str(length) for length in lengths])
+    if trained_segments in lengths:
+        axis.axvline(lengths.index(trained_segments), color="grey", linestyle=":", label="longest in training")
+    axis.set_xticks(range(len(lengths)), [str(length) for length in lengths])
     axis.set(xlabel="context length, segments", ylabel="accuracy (exact match)", ylim=(0, 1.02))
     axis.set_title("Accuracy by context length")
     axis.grid(alpha=0.3)

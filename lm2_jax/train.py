@@ -143,7 +143,7 @@ def train(config: Config) -> dict[str, Any]:
         # --- The end: accuracy by length, pictures, summary ----------------------------------------------------------
         table: list[Accuracy] = []
         if config.data.source == "stories":
-            table = accuracy_by_length(config, model, tokenizer, mesh, state, shardings, reporter.say)
+            table = accuracy_by_length(config, model, pipeline, mesh, state, shardings, reporter.say)
             reporter.console.print(accuracy_table(table, stages[-1].segments))
         records = read_records(run_dir / "metrics.jsonl")
         summary = {

@@ -130,7 +130,7 @@ def test_dates_are_text():
         ("data.document_separator=#", "put the value in quotes"),
         ("train.steps=many", "train.steps: found 'many'; should be a valid integer"),
         ("train.steps=", "train.steps: found None; should be a valid integer"),
-        ("eval.lengths=[1, 0]", "eval.lengths.1: found 0; should be greater than 0"),
+        ("eval.lengths=[1, -1]", "eval.lengths.1: found -1; should be greater than or equal to 0"),
         ("mesh={data: -2}", "mesh.data: found -2; should be greater than or equal to -1"),
         ("train=5", "train: found 5; should be a section with keys"),
         ("train.run_dir=''", "train.run_dir: found ''"),

@@ -357,6 +357,14 @@ def test_questions_are_paired_over_lengths():
         assert all(document.answers.sum() == 1 and document.answers[-3] for document in documents)
 
 
+def test_stories_alone():
+    alone, among = (QuestionSource(data(), TOKENIZER, budget=b, seed=3, count=50) for b in (None, 512))
+    for i in range(50):
+        statements_alone, question = TOKENIZER.decode(alone[i].tokens).split(" where is ")
+        assert statements_alone == told(among[i]).lower()
+        assert TOKENIZER.decode(among[i].tokens).endswith(question)
+
+
 FILE = "".join(
     f"1 Mary went to the {a}.\n2 Where is Mary?\t{a}\t1\n3 John went to the {b}.\n4 Where is John?\t{b}\t3\n"
     for a in sorted(PLACES)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from lm2_jax.config import Config, StageConfig
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from lm2_jax.config import Config, DataConfig, StageConfig
 from lm2_jax.data.documents import (
     BinSource,
     DocumentSource,
@@ -11,6 +14,7 @@ from lm2_jax.data.documents import (
     split_documents,
 )
 from lm2_jax.data.lanes import LaneDataset, shuffled_documents
+from lm2_jax.data.paths import expand_paths
 from lm2_jax.data.stories import QuestionSource, StorySource
 from lm2_jax.errors import UserError
 from lm2_jax.tokenizer import Tokenizer
@@ -55,14 +59,43 @@ class Pipeline:
         )
         return training, held_out
 
+    def question_sets(self) -> Iterator[tuple[str, Callable[[int | None], QuestionSource]]]:
+        """Names of sets of questions, and what makes them for a context of so many tokens (None: no background).
+
+        First the held-out stories of what is trained on: each task of the generator, or each file of data.path; then
+        the files of eval.path.
+        """
+        data, ask = self._config.data, self._config.eval
+
+        def among(data: DataConfig, **which: Any) -> Callable[[int | None], QuestionSource]:
+            return lambda budget: QuestionSource(
+                data,
+                self._tokenizer,
+                budget=budget,
+                seed=self._config.train.seed,
+                count=ask.questions,
+                segment_length=self._config.stages[-1].segment_length,
+                **which,
+            )
+
+        if data.path is None:
+            for task in data.stories.tasks:
+                stories = data.stories.model_copy(update={"tasks": (task,)})
+                yield f"{task} (generator)", among(data.model_copy(update={"stories": stories}))
+        else:
+            for path in expand_paths(data.validation_path or data.path, "data.path"):
+                held_out = data.validation_path is None
+                yield f"{path.name} (held out)", among(data, paths=(str(path),), key="data.path", held_out=held_out)
+        for path in expand_paths(ask.path, "eval.path") if ask.path else ():
+            yield path.name, among(data, paths=(str(path),))
+
     def _check_stories(self) -> None:
         """Finds bad files and segments that are too short for a story now, not when their stage or the end comes."""
-        stages, data, ask = self._config.stages, self._config.data, self._config.eval
+        stages, lengths = self._config.stages, self._config.eval.lengths
         self.sources(min(stages, key=lambda stage: stage.segments * stage.segment_length))
-        for segments in sorted(ask.lengths)[:1]:  # what fits the shortest context fits all of them
-            budget = segments * stages[-1].segment_length
-            for paths in (None, ask.path) if ask.path else (None,):
-                QuestionSource(data, self._tokenizer, budget=budget, seed=0, count=ask.questions, paths=paths)
+        for segments in sorted(filter(None, lengths))[:1]:  # what fits the shortest context fits all of them
+            for _, make_source in self.question_sets():
+                make_source(segments * stages[-1].segment_length)
 
     def _open_files(self) -> tuple[DocumentSource, DocumentSource | None]:
         data = self._config.data

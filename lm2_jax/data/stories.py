@@ -5,6 +5,7 @@ A document is `[<bos>] text [<eos>]`; in the text a question stands with its ans
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -41,6 +42,7 @@ class Scatterer:
     Args:
       tokenizer: text to ids; sentences after the first are encoded with a leading space, answers as " hallway".
       budget: input positions. A document has at most budget + 1 tokens, since its last token is never an input.
+        None: stories stand alone, without background.
       background: text files or patterns whose sentences stand between the story's; None: built-in ones.
       segment_length: lines of the story are not cut by the end of a segment of so many tokens, as long as there is
         background to move before them; None: segments end anywhere.
@@ -53,7 +55,7 @@ class Scatterer:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        budget: int,
+        budget: int | None,
         background: Sequence[str] | None = None,
         segment_length: int | None = None,
     ) -> None:
@@ -64,7 +66,7 @@ class Scatterer:
         self._end = [_Piece([i]) for i in (tokenizer.eos_id,) if i is not None]
         self._pieces: dict[tuple[Line, str], _Piece] = {}  # stories repeat their few different lines
         self.budget = budget
-        self.room = budget + 1 - len(self._begin) - len(self._end)
+        self.room = sys.maxsize if budget is None else budget + 1 - len(self._begin) - len(self._end)
 
     def length(self, story: Story) -> int:
         """Tokens of a story without background, begin and end."""
@@ -85,7 +87,7 @@ class Scatterer:
 
         Raises ValueError if the story alone is above the budget.
         """
-        missing = self.room - self.length(story)
+        missing = 0 if self.budget is None else self.room - self.length(story)
         if missing < 0:
             raise ValueError(f"a story is {-missing} tokens above the budget of {self.budget}")
         filler, opening = self._fill(missing, rng)
@@ -245,6 +247,8 @@ class StorySource(_Documents):
 class QuestionSource(_Documents):
     """Documents to measure answers by: one question each, at the very end, in a context of exactly `budget` tokens.
 
+    A budget of None leaves the stories alone: no background, a context as long as the story.
+
     Made-up stories are held-out ones. The same index holds the same story for every budget that it fits, so accuracies
     over lengths are paired. From bAbI files every question is a sample, as in BABILong, in a fixed shuffled order;
     those that do not fit the budget are left out.
@@ -252,10 +256,12 @@ class QuestionSource(_Documents):
     Args:
       data: the data section of the config; `data.path` is not used.
       tokenizer: text to ids.
-      budget: input positions of a document.
+      budget: input positions of a document; None: as many as its story has.
       seed: with the index it determines the document.
       count: documents; fewer if the files hold fewer questions.
       paths: bAbI test files or patterns; None: made-up stories.
+      key: the setting that names them, for messages.
+      held_out: of the files, take the stories that `StorySource` holds out, not all.
       segment_length: as in StorySource.
 
     Raises UserError if files cannot be used or the budget is too small for any story.
@@ -266,20 +272,25 @@ class QuestionSource(_Documents):
         data: DataConfig,
         tokenizer: Tokenizer,
         *,
-        budget: int,
+        budget: int | None,
         seed: int,
         count: int,
         paths: Sequence[str] | None = None,
+        key: str = "eval.path",
+        held_out: bool = False,
         segment_length: int | None = None,
     ) -> None:
         scatterer = Scatterer(tokenizer, budget, data.background, segment_length if data.stories.whole_lines else None)
         samples = None
         if paths:
-            every = [sample for story in _read_stories(paths, "eval.path") for sample in question_samples(story)]
+            stories = _read_stories(paths, key)
+            if held_out:
+                stories = _one_side(stories, key, held_out=True)
+            every = [sample for story in stories for sample in question_samples(story)]
             shuffled = (every[i] for i in np.random.default_rng(seed).permutation(len(every)))
             samples = list(islice((sample for sample in shuffled if scatterer.length(sample) <= scatterer.room), count))
             if not samples:
-                raise _too_small("eval.path", every, scatterer)
+                raise _too_small(key, every, scatterer)
             count = len(samples)
         one_question = data.stories.model_copy(update={"questions_between": (0, 0), "questions_after": (1, 1)})
         super().__init__(scatterer, one_question, seed=seed, held_out=True, count=count, stories=samples)

@@ -17,20 +17,19 @@ from jax.sharding import Mesh
 
 from lm2_jax.config import Config, StageConfig
 from lm2_jax.data.documents import Document, DocumentSource
-from lm2_jax.data.stories import QuestionSource
+from lm2_jax.data.pipeline import Pipeline
 from lm2_jax.model.decoder import Decoder
 from lm2_jax.segments import run_window
 from lm2_jax.sharding import batch_sharding, replicated
 from lm2_jax.state import TrainState
-from lm2_jax.tokenizer import Tokenizer
 
 
 class Accuracy(TypedDict):
     """One cell of the table."""
 
-    questions: str  # "generator", or the files they come from
+    questions: str  # where they come from: "qa1 (generator)", or a file's name
     segments: int
-    tokens: int
+    tokens: int  # of the longest context
     correct: int
     asked: int
     accuracy: float
@@ -41,17 +40,18 @@ class Accuracy(TypedDict):
 def accuracy_by_length(
     config: Config,
     model: Decoder,
-    tokenizer: Tokenizer,
+    pipeline: Pipeline,
     mesh: Mesh,
     state: TrainState,
     shardings: TrainState,
     progress: Callable[[str], None],
 ) -> list[Accuracy]:
-    """Asks eval.questions held-out stories at every length of eval.lengths, then those of eval.path, if given.
+    """Asks eval.questions questions of every set of the pipeline at every length of eval.lengths.
 
-    The same stories are asked at every length. `progress` is told what is going on.
+    The same stories are asked at every length that they fit; at length 0 they stand alone, without background.
+    `progress` is told what is going on.
     """
-    last = config.stages[-1]
+    T = config.stages[-1].segment_length
     answer = make_answer_step(model, mesh, shardings)
     fresh = jax.jit(
         lambda params: model.init_memory(config.data.batch_size, params),
@@ -59,24 +59,14 @@ def accuracy_by_length(
         out_shardings=shardings.memory,
     )(state.params)
     table: list[Accuracy] = []
-    for name, paths in (("generator", None), ("files", config.eval.path)):
-        if name == "files" and paths is None:
-            continue
+    for name, make_source in pipeline.question_sets():
         for segments in config.eval.lengths:
-            progress(f"asking {config.eval.questions} questions ({name}) after {segments} segments")
-            tokens = segments * last.segment_length
-            source = QuestionSource(
-                config.data,
-                tokenizer,
-                budget=tokens,
-                seed=config.train.seed,
-                count=config.eval.questions,
-                paths=paths,
-                segment_length=last.segment_length,
-            )
-            stage = StageConfig(segments=min(segments, last.segments), segment_length=last.segment_length)
+            progress(f"asking {config.eval.questions} questions of {name} after {segments} segments")
+            source = make_source(segments * T or None)
+            longest = segments * T or max(len(document.tokens) - 1 for document in source)
+            window = _read_as(config, longest)
             correct = sum(
-                _ask(answer, state.params, fresh, documents, segments, stage, config.data.batch_size)
+                _ask(answer, state.params, fresh, documents, window, config.data.batch_size)
                 for documents in _groups(source, config.data.batch_size)
             )
             low, high = wilson_interval(correct, len(source))
@@ -84,7 +74,7 @@ def accuracy_by_length(
                 Accuracy(
                     questions=name,
                     segments=segments,
-                    tokens=tokens,
+                    tokens=longest,
                     correct=correct,
                     asked=len(source),
                     accuracy=correct / len(source),
@@ -130,13 +120,12 @@ def _ask(
     params: Any,
     memory: Any,
     documents: Sequence[Document],
-    segments: int,
-    stage: StageConfig,
+    shape: StageConfig,
     num_lanes: int,
 ) -> int:
     """How many of the documents' answers are exact."""
     wrong_B = np.zeros(num_lanes, np.int64)
-    for window in _windows(documents, segments, stage, num_lanes):
+    for window in _windows(documents, shape, num_lanes):
         wrong_here_B, memory = answer(params, memory, window)
         wrong_B += np.asarray(wrong_here_B)
     return int(np.sum(wrong_B[: len(documents)] == 0))
@@ -147,11 +136,20 @@ def _groups(source: DocumentSource, size: int) -> Iterator[list[Document]]:
         yield [source[index] for index in range(start, min(start + size, len(source)))]
 
 
-def _windows(
-    documents: Sequence[Document], segments: int, stage: StageConfig, num_lanes: int
-) -> Iterator[dict[str, np.ndarray]]:
+def _read_as(config: Config, tokens: int) -> StageConfig:
+    """The window in which contexts of up to `tokens` tokens are read: at most the longest one in training."""
+    last = config.stages[-1]
+    if config.eval.one_segment:
+        return StageConfig(segments=1, segment_length=-(-tokens // last.segment_length) * last.segment_length)
+    return StageConfig(
+        segments=min(-(-tokens // last.segment_length), last.segments), segment_length=last.segment_length
+    )
+
+
+def _windows(documents: Sequence[Document], stage: StageConfig, num_lanes: int) -> Iterator[dict[str, np.ndarray]]:
     """One document a lane, padded to whole windows; lanes without one are all padding."""
-    length = -(-segments // stage.segments) * stage.segments * stage.segment_length
+    width = stage.segments * stage.segment_length
+    length = -(-max(len(document.tokens) - 1 for document in documents) // width) * width
     tokens, targets = np.zeros((num_lanes, length), np.int32), np.zeros((num_lanes, length), np.int32)
     answers, filled = np.zeros((num_lanes, length), bool), np.zeros((num_lanes, length), np.int32)
     for lane, document in enumerate(documents):
@@ -159,7 +157,6 @@ def _windows(
         tokens[lane, :n], targets[lane, :n] = document.tokens[:-1], document.tokens[1:]
         answers[lane, :n], filled[lane, :n] = document.answers[1:], 1
     arrays = {"tokens_BST": tokens, "targets_BST": targets, "answers_BST": answers, "document_BST": filled}
-    width = stage.segments * stage.segment_length
     for start in range(0, length, width):
         shape = (num_lanes, stage.segments, stage.segment_length)
         window = {name: array[:, start : start + width].reshape(shape) for name, array in arrays.items()}
