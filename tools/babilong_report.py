@@ -1,0 +1,246 @@
+"""Tables and pictures of tools/reproduce_babilong.py, from the JSON of its cells alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Result = Mapping[str, Any]
+
+# Two-sided 95% quantiles of Student's t by degrees of freedom, for means over few seeds
+_T95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+def write_report(output: Path) -> str:
+    """Writes report.md and the pictures into `output`, from output/cells/*.json; returns the report's text."""
+    results = [json.loads(path.read_text()) for path in sorted((output / "cells").glob("*.json"))]
+    by_phase: dict[str, list[Result]] = {}
+    for result in results:
+        by_phase.setdefault(result["labels"]["phase"], []).append(result)
+    parts = []
+    if comparison := by_phase.get("comparison"):
+        parts.append(_comparison(comparison, output / "comparison.png"))
+    if grid := by_phase.get("grid"):
+        parts.append(_grid(grid))
+    if ablations := by_phase.get("ablation"):
+        parts.append(_ablations(ablations, output / "gates.png"))
+    text = "\n".join(parts) or "no cells yet\n"
+    (output / "report.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The mean, and half the width of its 95% interval by Student's t (nan for a single value)."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, math.nan
+    freedom = len(values) - 1
+    return mean, _T95.get(freedom, 1.96) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+# --- The comparison ------------------------------------------------------------------------------------------------
+
+
+def _comparison(results: Sequence[Result], picture: Path) -> str:
+    models = _in_order(results, "model")
+    accuracy = {model: _by_set_and_multiple(_of(results, model)) for model in models}
+    sets = list(dict.fromkeys(name for cells in accuracy.values() for name, _ in cells))
+    multiples = sorted({multiple for cells in accuracy.values() for _, multiple in cells})
+    _plot_comparison(accuracy, sets, multiples, picture)
+
+    lines = ["## Comparison", "", *_sizes(results, models), ""]
+    header = [f"{multiple:g}x" if multiple else "facts only" for multiple in multiples]
+    for name in sets:
+        rows = [
+            [model, *(_percent(accuracy[model].get((name, multiple))) for multiple in multiples)] for model in models
+        ]
+        lines += [
+            f"**{name}**: exact match, mean and 95% interval over seeds",
+            "",
+            *_table(["model", *header], rows),
+            "",
+        ]
+    lines += _gains(accuracy, sets)
+    return "\n".join([*lines, ""])
+
+
+def _gains(accuracy: Mapping[str, Mapping[tuple[str, float], list[float]]], sets: Sequence[str]) -> list[str]:
+    """How many times better lm2's mean accuracy from the trained length to 8 times it is."""
+    others = [model for model in ("rmt", "none") if model in accuracy]
+    if "lm2" not in accuracy or not others:
+        return []
+    rows = []
+    for name in [*sets, "mean of all"]:
+        means = {
+            model: statistics.fmean(
+                statistics.fmean(values)
+                for (here, multiple), values in cells.items()
+                if name in (here, "mean of all") and 1 <= multiple <= 8
+            )
+            for model, cells in accuracy.items()
+        }
+        rows.append([name, f"{means['lm2']:.1%}", *(_ratio(means["lm2"], means[other]) for other in others)])
+    title = "Mean accuracy over 1, 2, 4 and 8 times the trained length"
+    return [f"**{title}**", "", *_table(["questions", "lm2", *(f"lm2 / {other}" for other in others)], rows)]
+
+
+def _by_set_and_multiple(results: Sequence[Result]) -> dict[tuple[str, float], list[float]]:
+    """Accuracies over seeds by (name of the questions, context as a multiple of the longest in training)."""
+    found: dict[tuple[str, float], list[float]] = {}
+    for result in results:
+        for cell in result["accuracy_by_length"]:
+            place = cell["questions"], cell["segments"] / result["trained_segments"]
+            found.setdefault(place, []).append(cell["accuracy"])
+    return found
+
+
+def _plot_comparison(
+    accuracy: Mapping[str, Mapping[tuple[str, float], list[float]]],
+    sets: Sequence[str],
+    multiples: Sequence[float],
+    path: Path,
+) -> None:
+    plt = _pyplot()
+    columns = min(3, len(sets))
+    rows = -(-len(sets) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.6 * rows), squeeze=False, sharey=True)
+    for axis, name in zip(axes.flat, sets, strict=False):
+        for model, cells in accuracy.items():
+            there = [multiple for multiple in multiples if (name, multiple) in cells]
+            x = [multiples.index(multiple) for multiple in there]
+            points = [mean_and_interval(cells[name, multiple]) for multiple in there]
+            spread = [0 if math.isnan(half) else half for _, half in points]
+            axis.errorbar(
+                x, [mean for mean, _ in points], yerr=spread, marker="o", markersize=4, capsize=2, label=model
+            )
+        axis.set_xticks(range(len(multiples)), [f"{multiple:g}x" if multiple else "facts" for multiple in multiples])
+        axis.set(title=name, ylim=(0, 1.02), xlabel="context, multiples of the longest in training")
+        axis.grid(alpha=0.3)
+    for axis in list(axes.flat)[len(sets) :]:
+        axis.set_axis_off()
+    axes[0, 0].set_ylabel("accuracy (exact match)")
+    axes[0, 0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# --- The grid ------------------------------------------------------------------------------------------------------
+
+
+def _grid(results: Sequence[Result]) -> str:
+    rows = []
+    for model in _in_order(results, "model"):
+        own = sorted(_of(results, model), key=lambda r: (r["labels"]["window"], r["labels"]["rate"]))
+        best = max(own, key=lambda r: r["validation_accuracy"] or 0)
+        for result in own:
+            accuracy = result["validation_accuracy"]
+            shown = "" if accuracy is None else f"{accuracy:.1%}" + (" (taken)" if result is best else "")
+            rows.append([model, result["labels"]["window"], f"{result['labels']['rate']:g}", shown])
+    table = _table(["model", "window", "learning rate", "answers right in validation"], rows)
+    return "\n".join(["## The grid that settings were chosen from", "", *table, ""])
+
+
+# --- Ablations -----------------------------------------------------------------------------------------------------
+
+
+def _ablations(results: Sequence[Result], picture: Path) -> str:
+    variants = _in_order(results, "model")
+    multiples = sorted({m for _, m in _by_set_and_multiple(_of(results, variants[0]))})
+    rows = []
+    for variant in variants:
+        own = _of(results, variant)
+        cells = _by_set_and_multiple(own)
+        sets = list(dict.fromkeys(name for name, _ in cells))
+        found = [_percent(cells.get((sets[0], multiple))) for multiple in multiples]
+        learnt = [step for result in own if (step := _step_learnt(result)) is not None]
+        steps = f"{statistics.fmean(learnt):.0f}" if len(learnt) == len(own) else f"{len(learnt)} of {len(own)} did"
+        rows.append([variant, str(len(own)), f"{own[0]['parameters']:,}", steps, *found])
+    _plot_gates(results, picture)
+    header = ["lm2", "seeds", "parameters", "step at 95%", *(f"{multiple:g}x" for multiple in multiples)]
+    title = "## Parts of lm2, at equal parameters (qa1; exact match at multiples of the trained length)"
+    return "\n".join([title, "", *_table(header, rows), ""])
+
+
+def _step_learnt(result: Result) -> int | None:
+    """The step from which on 95% of the answers in training were right in the last stage."""
+    curves = result["curves"]
+    stage = max(curves["stage"])
+    steps = [
+        step
+        for step, where, accuracy in zip(curves["step"], curves["stage"], curves["accuracy"], strict=True)
+        if where == stage and accuracy is not None and accuracy >= 0.95
+    ]
+    return round(min(steps)) if steps else None
+
+
+def _plot_gates(results: Sequence[Result], path: Path) -> None:
+    """Training accuracy and mean gates by step, of the first seed of every variant."""
+    plt = _pyplot()
+    variants = _in_order(results, "model")
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6))
+    for number, variant in enumerate(variants):
+        curves = _of(results, variant)[0]["curves"]
+        style = {"color": plt.cm.tab20(number % 20), "label": variant, "linewidth": 2.5 if number == 0 else 1}
+        for axis, name in zip(axes, ("accuracy", "gate_forget", "gate_output"), strict=True):
+            if name in curves:
+                axis.plot(curves["step"], [math.nan if v is None else v for v in curves[name]], **style)
+    for axis, title in zip(axes, ("answers right in training", "forget gate, mean", "output gate, mean"), strict=True):
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+    axes[2].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+# --- Small parts ---------------------------------------------------------------------------------------------------
+
+
+def _in_order(results: Sequence[Result], label: str) -> list[str]:
+    first = {"lm2": 0, "as it is": 0, "rmt": 1, "none": 2}
+    names = dict.fromkeys(result["labels"][label] for result in results)
+    return sorted(names, key=lambda name: first.get(name, 3))
+
+
+def _of(results: Sequence[Result], model: str) -> list[Result]:
+    return [result for result in results if result["labels"]["model"] == model]
+
+
+def _sizes(results: Sequence[Result], models: Sequence[str]) -> list[str]:
+    rows = []
+    for model in models:
+        own = _of(results, model)
+        seconds = statistics.fmean(result["seconds"] for result in own)
+        labels, sizes = own[0]["labels"], [f"{own[0][key]:,}" for key in ("parameters", "memory_size", "tokens")]
+        rows.append([model, *sizes, f"{labels['rate']:g}", labels["window"], str(len(own)), f"{seconds / 60:.0f} min"])
+    return _table(["model", "parameters", "memory", "tokens", "learning rate", "window", "seeds", "time"], rows)
+
+
+def _ratio(value: float, other: float) -> str:
+    return f"{value / other:.2f}" if other else "no other is right"
+
+
+def _percent(values: Sequence[float] | None) -> str:
+    if not values:
+        return ""
+    mean, half = mean_and_interval(values)
+    return f"{mean:.1%}" if math.isnan(half) else f"{mean:.1%} ± {half:.1%}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def _pyplot() -> Any:
+    import matplotlib  # slow to import
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt

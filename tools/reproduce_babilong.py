@@ -1,0 +1,431 @@
+"""Does memory pay? Trains lm2, rmt, none and full attention alike, and compares them on bAbI facts in long contexts.
+
+    python tools/reproduce_babilong.py --output runs/study --preset smoke
+
+Every cell (a model, a setting, a seed) is one run of `lm2_jax.train` in a process of its own; its result is kept in
+OUTPUT/cells as JSON, so an interrupted study goes on where it stopped. Tables and pictures are drawn from those files
+alone (--report draws them again, without training). Models have equal parameters: the width of the feed-forward layers
+makes up for what a memory costs. lm2 and rmt have memories of equal size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import fnmatch
+import functools
+import json
+import os
+import queue
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from babilong_report import write_report
+
+from lm2_jax.config import Config, dump_config, load_config, replace
+from lm2_jax.data.babi import Story, babi_text, read_babi
+from lm2_jax.data.pipeline import check_vocabulary
+from lm2_jax.data.worlds import Task, generate_story
+from lm2_jax.errors import TrainingFailed, run_command
+from lm2_jax.model import build_model
+from lm2_jax.reporting import clock, read_records, write_atomically
+from lm2_jax.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+Result = dict[str, Any]
+
+
+# --- What is compared ----------------------------------------------------------------------------------------------
+
+Changes = Mapping[str, Mapping[str, Any]]  # of a config, by section
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """The size of a study.
+
+    Attributes:
+      config: file in configs/ that every cell starts from.
+      base: changes for every cell.
+      models: changes by name; all have as many parameters as `lm2`, and rmt has as large a memory.
+      rates, windows: the grid that every model's learning rate and training window are chosen from.
+      seeds: of the comparison. The grid has a seed of its own.
+      ablations: changes of lm2 by name, for the table of its parts; all have as many parameters as lm2.
+      ablation_base: changes for those cells.
+      ablation_seeds: of those cells.
+    """
+
+    config: str
+    base: Changes
+    models: Mapping[str, Changes]
+    rates: tuple[float, ...]
+    windows: Mapping[str, Changes]
+    seeds: tuple[int, ...]
+    ablations: Mapping[str, Changes]
+    ablation_base: Changes
+    ablation_seeds: tuple[int, ...]
+
+
+_GRID_SEED = 100
+
+
+def _stages(*stages: tuple[int, int, float | None, int | None]) -> list[dict[str, Any]]:
+    names = ("segments", "segment_length", "advance_accuracy", "steps")
+    return [dict(zip(names, stage, strict=True)) for stage in stages]
+
+
+PRESETS = {
+    "smoke": Preset(
+        config="babilong_study.yaml",
+        base={
+            "model": {"d_model": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "d_ff": 24},
+            "memory": {"num_slots": 4, "num_heads": 2},
+            "data": {"segments_per_window": 2, "batch_size": 4, "stories": {"tasks": ["qa1"]}},
+            "optim": {"warmup_steps": 1},
+            "train": {"steps": 3, "curriculum": []},
+            "eval": {"lengths": [0, 2, 4], "questions": 4, "every_steps": 0},
+        },
+        models={
+            "lm2": {},
+            "rmt": {"memory": {"kind": "rmt"}},
+            "none": {"memory": {"kind": "none"}},
+        },
+        rates=(2e-3,),
+        windows={"2 segments": {}},
+        seeds=(0,),
+        ablations={"as it is": {}},
+        ablation_base={},
+        ablation_seeds=(0,),
+    ),
+    "cpu": Preset(
+        config="babilong_study.yaml",
+        base={},
+        models={
+            "lm2": {},
+            "rmt": {"memory": {"kind": "rmt", "num_slots": 48}},
+            "none": {"memory": {"kind": "none"}},
+            "full attention": {  # one segment: the whole window, and the whole context when asked
+                "memory": {"kind": "none"},
+                "data": {"segment_length": 256, "segments_per_window": 1},
+                "train": {"curriculum": _stages((1, 96, 0.9, 500), (1, 128, 0.9, 400), (1, 256, None, None))},
+                "eval": {"one_segment": True, "lengths": [0, 1, 2, 4, 8]},
+            },
+        },
+        rates=(1e-3, 2e-3, 4e-3),
+        windows={
+            "8 segments": {},
+            "16 segments": {  # of half as many lanes: as many tokens
+                "data": {"segments_per_window": 16, "batch_size": 16},
+                "train": {"curriculum": _stages((1, 96, 0.9, 500), (4, 32, 0.9, 400), (16, 32, None, None))},
+            },
+        },
+        seeds=(0, 1, 2),
+        ablations={
+            "as it is": {},
+            "independent gates": {"memory": {"gates": "independent"}},
+            "no candidate MLP": {"memory": {"candidate_mlp": False}},
+            "no W' in the gates": {"memory": {"bank_gates": False}},
+            "no slot self-attention": {"memory": {"slot_attention": False}},
+            "no output projections": {"memory": {"output_projection": False}},
+            "b_f 0": {"memory": {"forget_bias": 0.0}},
+            "b_f 1": {"memory": {"forget_bias": 1.0}},
+            "b_f 4": {"memory": {"forget_bias": 4.0}},
+            "N 32, M 48": {"memory": {"num_slots": 32, "width": 48}},
+            "N 8, M 192": {"memory": {"num_slots": 8, "width": 192}},
+            "bank in the first block, N 48": {"memory": {"num_layers": 1, "num_slots": 48}},
+            "banks in the first two blocks, N 24": {"memory": {"num_layers": 2, "num_slots": 24}},
+            "no convolution": {"model": {"conv_width": 0}},
+            "no curriculum": {"train": {"curriculum": []}},
+            "windows of 3 segments": {
+                "data": {"segments_per_window": 3},
+                "train": {"curriculum": _stages((1, 72, 0.95, None), (3, 24, None, None))},
+            },
+        },
+        ablation_base={  # the embedded default, asked at 16 times the trained length besides
+            "data": {
+                "segment_length": 24,
+                "segments_per_window": 6,
+                "stories": {"tasks": ["qa1"], "facts": [1, 10], "questions_between": [0, 1], "questions_after": [3, 4]},
+            },
+            "train": {
+                "steps": 900,
+                "curriculum": _stages((1, 72, 0.95, None), (3, 24, 0.95, 250), (6, 24, None, None)),
+            },
+            "eval": {"lengths": [6, 12, 24, 48, 96], "questions": 500, "every_steps": 0},
+        },
+        ablation_seeds=(0, 1),
+    ),
+}
+
+
+# --- Cells ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run.
+
+    Attributes:
+      labels: what it is in the study: phase, model, seed, and what was chosen for it.
+      config: complete, but for its run directory.
+    """
+
+    labels: Mapping[str, Any]
+    config: Config
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return "-".join(re.sub(r"[^\w.]+", "_", str(value)) for value in self.labels.values())
+
+
+class Plan:
+    """The cells of a preset."""
+
+    def __init__(self, preset: Preset, data: Changes) -> None:
+        """data: changes that replace the generator by files, for the grid and the comparison."""
+        self._preset, self._data = preset, data
+        config = load_config(ROOT / "configs" / preset.config)
+        self._config = check_vocabulary(config, load_tokenizer(config.tokenizer))
+        self._sizes: dict[str, int] = {}
+
+    def ablations(self) -> Iterator[Cell]:
+        """lm2 and its variants."""
+        for seed in self._preset.ablation_seeds:
+            for name, changes in self._preset.ablations.items():
+                yield self._cell(
+                    {"phase": "ablation", "model": name, "seed": seed}, self._preset.ablation_base, changes
+                )
+
+    def grid(self) -> Iterator[Cell]:
+        """Every model with every learning rate, and those with segments with every window."""
+        for model, changes in self._preset.models.items():
+            for window, window_changes in self._preset.windows.items():
+                for rate in self._preset.rates:
+                    yield self._compared("grid", model, changes, window, window_changes, rate, _GRID_SEED)
+                if "data" in changes:  # has its own
+                    break
+
+    def comparison(self, grid: Sequence[Result]) -> Iterator[Cell]:
+        """Every model as the grid was best for it: by the share of right answers in validation at the end."""
+        for seed in self._preset.seeds:
+            for model, changes in self._preset.models.items():
+                own = [result for result in grid if result["labels"]["model"] == model]
+                best = max(own, key=lambda result: result["validation_accuracy"] or 0)["labels"]
+                window, rate = best["window"], best["rate"]
+                yield self._compared("comparison", model, changes, window, self._preset.windows[window], rate, seed)
+
+    def _compared(
+        self, phase: str, model: str, changes: Changes, window: str, window_changes: Changes, rate: float, seed: int
+    ) -> Cell:
+        labels = {"phase": phase, "model": model, "window": window, "rate": rate, "seed": seed}
+        return self._cell(labels, self._data, window_changes, changes, {"optim": {"learning_rate": rate}})
+
+    def _cell(self, labels: Mapping[str, Any], base: Changes, *changes: Changes) -> Cell:
+        standard = _changed(self._config, self._preset.base, base)
+        config = _changed(self._config, self._preset.base, base, *changes, {"train": {"seed": labels["seed"]}})
+        return Cell(labels, with_parameters(config, parameters(standard)))
+
+
+def _changed(config: Config, *changes: Changes) -> Config:
+    merged: dict[str, dict[str, Any]] = {}
+    for change in changes:
+        for section, keys in change.items():
+            merged.setdefault(section, {}).update(keys)
+    return replace(config, **merged)
+
+
+@functools.lru_cache
+def parameters(config: Config) -> int:
+    """How many a model has."""
+    model = build_model(config)
+
+    def init(key: jax.Array) -> Any:
+        return model.init(key, jnp.zeros((1, 1), jnp.int32), model.init_memory(1))["params"]
+
+    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(init, jax.random.key(0))))
+
+
+def with_parameters(config: Config, count: int) -> Config:
+    """The config with the width of the feed-forward layers at which the model has nearest to `count` parameters."""
+    missing = count - parameters(config)
+    per_unit = 3 * config.model.d_model * config.model.num_layers
+    return replace(config, model={"d_ff": max(1, config.model.d_ff + round(missing / per_unit))})
+
+
+def memory_size(config: Config) -> int:
+    """Numbers that a lane's memory holds."""
+    return sum(leaf.size for leaf in jax.tree.leaves(build_model(config).init_memory(1)))
+
+
+# --- Running -------------------------------------------------------------------------------------------------------
+
+
+class Runner:
+    """Trains cells, several at a time, each on its share of the cores, and keeps their results."""
+
+    def __init__(self, output: Path, workers: int, only: str, until: float) -> None:
+        """only: a pattern of cell names; until: no cell begins after this time.monotonic()."""
+        self._output, self._only, self._until = output, only, until
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        self._places: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
+        for worker in range(workers):
+            self._places.put(cores[worker::workers])
+        self._workers = workers
+
+    def results(self, cells: Iterable[Cell]) -> tuple[list[Result], bool]:
+        """What is there of the cells' results after training those that are wanted, and whether that is all."""
+        cells = list(cells)
+        waiting = [cell for cell in cells if not self._file(cell).exists() and fnmatch.fnmatch(cell.name, self._only)]
+        began, seconds = time.monotonic(), []
+        with concurrent.futures.ThreadPoolExecutor(self._workers) as pool:
+            for number, took in enumerate(pool.map(self._train, waiting), 1):
+                if took is None:
+                    continue
+                seconds.append(took)
+                left = (time.monotonic() - began) / number * (len(waiting) - number)
+                print(f"{number}/{len(waiting)} cells, about {clock(left)} left", flush=True)
+        there = [json.loads(self._file(cell).read_text()) for cell in cells if self._file(cell).exists()]
+        return there, len(there) == len(cells)
+
+    def _file(self, cell: Cell) -> Path:
+        return self._output / "cells" / f"{cell.name}.json"
+
+    def _train(self, cell: Cell) -> float | None:
+        if time.monotonic() > self._until:
+            return None
+        run_dir = self._output / "runs" / cell.name
+        run_dir.mkdir(parents=True, exist_ok=True)
+        config = replace(cell.config, train={"run_dir": str(run_dir)})
+        config_file = run_dir / "cell.yaml"
+        config_file.write_text(dump_config(config), encoding="utf-8")
+        place, began = self._places.get(), time.monotonic()
+        try:
+            with (run_dir / "log.txt").open("a") as log:
+                command = [sys.executable, "-m", "lm2_jax.train", "--config", str(config_file)]
+                process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+                if place:
+                    os.sched_setaffinity(process.pid, place)
+                code = process.wait()
+        finally:
+            self._places.put(place)
+        if code:
+            raise TrainingFailed(f"cell {cell.name} ended with {code}; see {run_dir / 'log.txt'}")
+        result = read_result(cell, run_dir, time.monotonic() - began)
+        self._file(cell).parent.mkdir(exist_ok=True)
+        write_atomically(self._file(cell), json.dumps(result, indent=1) + "\n")
+        print(f"{cell.name}: {describe(result)}", flush=True)
+        return result["seconds"]
+
+
+def read_result(cell: Cell, run_dir: Path, seconds: float) -> Result:
+    """What is kept of a run: its config, its table, and its curves at every tenth of them."""
+    summary = json.loads((run_dir / "summary.json").read_text())
+    records = read_records(run_dir / "metrics.jsonl")
+    validated = [r["validation_accuracy"] for r in records if r.get("validation_accuracy") is not None]
+    every = max(1, len(records) // 60)
+    names = ["step", "stage", "accuracy", *sorted(name for name in records[-1] if name.startswith("gate_"))]
+    curves = {}
+    for name in names:
+        chunks = [records[start : start + every] for start in range(0, len(records), every)]
+        values = [[r[name] for r in chunk if r.get(name) is not None] for chunk in chunks]
+        mean = [sum(v) / len(v) if v else None for v in values]
+        curves[name] = [None if v is None else round(v, 4) for v in mean]
+    return {
+        "labels": dict(cell.labels),
+        "parameters": summary["parameters"],
+        "memory_size": memory_size(cell.config),
+        "tokens": summary["tokens"],
+        "seconds": round(seconds),
+        "validation_accuracy": validated[-1] if validated else None,
+        "accuracy_by_length": summary["accuracy_by_length"],
+        "trained_segments": cell.config.stages[-1].segments,
+        "curves": curves,
+        "config": cell.config.model_dump(mode="json"),
+    }
+
+
+def describe(result: Result) -> str:
+    """A line on a result."""
+    cells = [f"{cell['segments']}: {cell['accuracy']:.1%}" for cell in result["accuracy_by_length"]]
+    return f"{clock(result['seconds'])}, accuracy after segments {', '.join(cells)}"
+
+
+# --- bAbI files ----------------------------------------------------------------------------------------------------
+
+
+def babi_changes(directory: Path, output: Path, tasks: Sequence[Task]) -> Changes:
+    """Changes that train and ask on real bAbI facts: qa1_..._train.txt and so on of `directory`.
+
+    Of every task at most as many stories are taken as bAbI has of most, so that no task outweighs the others; where
+    there is no file, the generator's stories stand in. Test files are asked about besides the held-out stories.
+    """
+    folder = output / "data"
+    folder.mkdir(parents=True, exist_ok=True)
+    training, asking = [], []
+    for task in tasks:
+        found = sorted(directory.glob(f"{task}_*_train.txt"))
+        stories = read_babi(found[0])[:_STORIES] if found else _made_up(task)
+        path = folder / f"{task}_{'train' if found else 'generated'}.txt"
+        write_atomically(path, "".join(map(babi_text, stories)))
+        training.append(str(path))
+        asking += [str(path) for path in sorted(directory.glob(f"{task}_*_test.txt"))]
+    return {"data": {"path": training}, "eval": {"path": asking or None}}
+
+
+_STORIES = 2000
+
+
+def _made_up(task: Task) -> list[Story]:
+    rng = np.random.default_rng(0)
+    return [generate_story(task, rng, int(rng.integers(6, 17)), 4, 1) for _ in range(_STORIES)]
+
+
+# --- The command ---------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="cells, tables and pictures go here")
+    parser.add_argument("--preset", choices=PRESETS, default="smoke", help="the size of the study")
+    parser.add_argument("--babi", type=Path, metavar="DIR", help="bAbI v1.2 files (en-10k); without: the generator")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="cells at a time; they share the cores")
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="cells to train, such as 'ablation-*'")
+    parser.add_argument("--hours", type=float, default=1e9, metavar="H", help="begin no cell after so many hours")
+    parser.add_argument("--report", action="store_true", help="train nothing; draw tables and pictures again")
+    arguments = parser.parse_args()
+    preset = PRESETS[arguments.preset]
+    if not arguments.report:
+        run(preset, arguments)
+    print(write_report(arguments.output))
+
+
+def run(preset: Preset, arguments: argparse.Namespace) -> None:
+    """Trains what is missing: the ablations, the grid, and, once the grid is complete, the comparison."""
+    data: Changes = {}
+    if arguments.babi:
+        tasks = load_config(ROOT / "configs" / preset.config).data.stories.tasks
+        data = babi_changes(arguments.babi, arguments.output, tasks)
+    plan = Plan(preset, data)
+    until = time.monotonic() + arguments.hours * 3600
+    runner = Runner(arguments.output, arguments.workers, arguments.only, until)
+    runner.results(plan.ablations())
+    grid, complete = runner.results(plan.grid())
+    if complete:
+        runner.results(plan.comparison(grid))
+
+
+if __name__ == "__main__":
+    run_command(main)
