@@ -80,7 +80,8 @@ class Decoder(nn.Module):
         banks = self.kind.num_bank_layers
         self.bank_blocks = self._stack(banks, with_bank=True) if banks else None
         self.blocks = self._stack(c.num_layers - banks, with_bank=False) if banks < c.num_layers else None
-        self.final_norm = RMSNorm(c.norm_eps)
+        norm = RMSNorm if self.config.train.remat == "none" else nn.remat(RMSNorm)
+        self.final_norm = norm(c.norm_eps)
         if not c.tie_embeddings:
             self.head = self.param("head", table, (c.vocab_size, c.d_model))
 
