@@ -1,0 +1,96 @@
+"""The study's command from end to end at its smallest, and what its report computes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import babilong_report
+import numpy as np
+import pytest
+import reproduce_babilong as study
+
+from lm2_jax.data.babi import read_babi
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_smoke(tmp_path):
+    """Trains every phase; a second call finds everything done; the report is drawn from the cells alone."""
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+    def run(*flags):
+        command = [sys.executable, "tools/reproduce_babilong.py", "--output", tmp_path, "--preset", "smoke", *flags]
+        done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    first = run("--workers", "2")
+    assert first.count("accuracy after segments") == 7
+    assert "accuracy after segments" not in run()
+    names = {path.stem.split("-seed")[0] for path in (tmp_path / "cells").glob("*.json")}
+    assert len(names) == 7
+    (tmp_path / "comparison.png").unlink()
+    report = run("--report")
+    assert (tmp_path / "comparison.png").stat().st_size > 10_000
+    assert (tmp_path / "report.md").read_text() in report
+    for heading in ("## Comparison", "## The grid", "## Parts of lm2"):
+        assert heading in report
+
+
+@pytest.mark.parametrize("preset", study.PRESETS)
+def test_models_are_of_one_size(preset):
+    """Equal parameters up to one unit of the feed-forward layers; lm2 and rmt remember as many numbers."""
+    plan = study.Plan(study.PRESETS[preset], {})
+    cells = [*plan.ablations(), *plan.grid()]
+    assert len({cell.name for cell in cells}) == len(cells)
+    for phase in ("ablation", "grid"):
+        configs = {cell.labels["model"]: cell.config for cell in cells if cell.labels["phase"] == phase}
+        model = next(iter(configs.values())).model
+        counts = [study.parameters(config) for config in configs.values()]
+        assert max(counts) - min(counts) <= 3 * model.d_model * model.num_layers
+        sizes = {name: study.memory_size(config) for name, config in configs.items()}
+        assert len({size for name, size in sizes.items() if name not in ("none", "full attention")}) == 1, sizes
+
+
+def test_babi_files(tmp_path):
+    given = tmp_path / "given"
+    given.mkdir()
+    text = "1 Mary went to the garden.\n2 Where is Mary?\tgarden\n"
+    (given / "qa1_single_train.txt").write_text(text * 3000)
+    (given / "qa1_single_test.txt").write_text(text)
+    changes = study.babi_changes(given, tmp_path, ("qa1", "qa3"))
+    assert changes["eval"]["path"] == [str(given / "qa1_single_test.txt")]
+    qa1, qa3 = (read_babi(Path(path)) for path in changes["data"]["path"])
+    assert len(qa1) == len(qa3) == 2000
+    assert qa1[0] == read_babi(given / "qa1_single_train.txt")[0]
+    assert all(line.text.startswith("Where was") for line in qa3[0] if line.text.endswith("?"))
+
+
+def test_intervals():
+    """Student's t with 2 degrees of freedom: 4.303 · s / sqrt(3)."""
+    mean, half = babilong_report.mean_and_interval([0.2, 0.4, 0.6])
+    np.testing.assert_allclose((mean, half), (0.4, 4.303 * 0.2 / 3**0.5))
+    assert np.isnan(babilong_report.mean_and_interval([0.3])[1])
+
+
+def test_gains(tmp_path):
+    """lm2 / rmt over 1 to 8 times the trained length, nothing outside it."""
+    cells = tmp_path / "cells"
+    cells.mkdir()
+    accuracy = {
+        "lm2": (0.1, 0.9, 0.9, 0.6, 0.6, 0.1),
+        "rmt": (1, 0.9, 0.3, 0.2, 0.1, 1),
+        "none": (1, 0.2, 0.2, 0.2, 0.2, 1),
+    }
+    for model, values in accuracy.items():
+        table = [
+            {"questions": "qa1", "segments": segments, "accuracy": value}
+            for segments, value in zip((0, 4, 8, 16, 32, 64), values, strict=True)
+        ]
+        labels = {"phase": "comparison", "model": model, "window": "4", "rate": 1e-3, "seed": 0}
+        sizes = {"parameters": 1, "memory_size": 1, "tokens": 1, "seconds": 1, "trained_segments": 4}
+        result = {"labels": labels, **sizes, "accuracy_by_length": table}
+        (cells / f"{model}.json").write_text(json.dumps(result))
+    assert "| qa1 | 75.0% | 2.00 | 3.75 |" in babilong_report.write_report(tmp_path)
