@@ -142,7 +142,7 @@ PRESETS = {
             "b_f 1": {"memory": {"forget_bias": 1.0}},
             "b_f 4": {"memory": {"forget_bias": 4.0}},
             "N 32, M 48": {"memory": {"num_slots": 32, "width": 48}},
-            "N 8, M 192": {"memory": {"num_slots": 8, "width": 192}},
+            "N 24, M 64": {"memory": {"num_slots": 24, "width": 64}},
             "bank in the first block, N 48": {"memory": {"num_layers": 1, "num_slots": 48}},
             "banks in the first two blocks, N 24": {"memory": {"num_layers": 2, "num_slots": 24}},
             "no convolution": {"model": {"conv_width": 0}},
@@ -260,8 +260,10 @@ def parameters(config: Config) -> int:
 def with_parameters(config: Config, count: int) -> Config:
     """The config with the width of the feed-forward layers at which the model has nearest to `count` parameters."""
     missing = count - parameters(config)
-    per_unit = 3 * config.model.d_model * config.model.num_layers
-    return replace(config, model={"d_ff": max(1, config.model.d_ff + round(missing / per_unit))})
+    d_ff = config.model.d_ff + round(missing / (3 * config.model.d_model * config.model.num_layers))
+    if d_ff < 1:
+        raise ValueError(f"{parameters(config):,} parameters cannot be made {count:,} by narrower feed-forward layers")
+    return replace(config, model={"d_ff": d_ff})
 
 
 def memory_size(config: Config) -> int:
