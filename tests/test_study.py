@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[1]
 
 def test_smoke(tmp_path):
     """Trains every phase; a second call finds everything done; the report is drawn from the cells alone."""
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment = {**os.environ, **cache, "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
     def run(*flags):
         command = [sys.executable, "tools/reproduce_babilong.py", "--output", tmp_path, "--preset", "smoke", *flags]
@@ -29,8 +30,7 @@ def test_smoke(tmp_path):
     first = run("--workers", "2")
     assert first.count("accuracy after segments") == 7
     assert "accuracy after segments" not in run()
-    names = {path.stem.split("-seed")[0] for path in (tmp_path / "cells").glob("*.json")}
-    assert len(names) == 7
+    assert len(list((tmp_path / "cells").glob("*.json"))) == 7
     (tmp_path / "comparison.png").unlink()
     report = run("--report")
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
