@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import reproduce_babilong as study
 
-from lm2_jax.data.babi import read_babi
-
 ROOT = Path(__file__).parents[1]
 
 
@@ -42,7 +40,8 @@ def test_smoke(tmp_path):
 @pytest.mark.parametrize("preset", study.PRESETS)
 def test_models_are_of_one_size(preset):
     """Equal parameters up to one unit of the feed-forward layers; lm2 and rmt remember as many numbers."""
-    plan = study.Plan(study.PRESETS[preset], {})
+    preset = study.PRESETS[preset]
+    plan = study.Plan(preset, {task: study.facts_of(task, facts, None) for task, facts in preset.tasks.items()})
     cells = [*plan.ablations(), *plan.grid()]
     assert len({cell.name for cell in cells}) == len(cells)
     for phase in ("ablation", "grid"):
@@ -54,18 +53,17 @@ def test_models_are_of_one_size(preset):
         assert len({size for name, size in sizes.items() if name not in ("none", "full attention")}) == 1, sizes
 
 
-def test_babi_files(tmp_path):
-    given = tmp_path / "given"
-    given.mkdir()
-    text = "1 Mary went to the garden.\n2 Where is Mary?\tgarden\n"
-    (given / "qa1_single_train.txt").write_text(text * 3000)
-    (given / "qa1_single_test.txt").write_text(text)
-    changes = study.babi_changes(given, tmp_path, ("qa1", "qa3"))
-    assert changes["eval"]["path"] == [str(given / "qa1_single_test.txt")]
-    qa1, qa3 = (read_babi(Path(path)) for path in changes["data"]["path"])
-    assert len(qa1) == len(qa3) == 2000
-    assert qa1[0] == read_babi(given / "qa1_single_train.txt")[0]
-    assert all(line.text.startswith("Where was") for line in qa3[0] if line.text.endswith("?"))
+def test_facts_are_of_files_where_there_are_some(tmp_path):
+    for name in ("qa1_single_train.txt", "qa1_single_test.txt", "qa10_indefinite_train.txt", "qa4_two_train.txt"):
+        (tmp_path / name).write_text("")
+    assert study.facts_of("qa1", (1, 10), tmp_path) == {
+        "data": {"path": [str(tmp_path / "qa1_single_train.txt")]},
+        "eval": {"path": [str(tmp_path / "qa1_single_test.txt")]},
+    }
+    assert study.facts_of("qa4", (2, 5), tmp_path)["eval"]["path"] is None
+    for babi in (tmp_path, None):
+        stories = study.facts_of("qa3", (6, 24), babi)["data"]["stories"]
+        assert (stories["tasks"], stories["facts"]) == (["qa3"], (6, 24))
 
 
 def test_intervals():
@@ -86,10 +84,11 @@ def test_gains(tmp_path):
     }
     for model, values in accuracy.items():
         table = [
-            {"questions": "qa1", "segments": segments, "accuracy": value}
+            {"questions": name, "segments": segments, "accuracy": value if name == "qa1_test.txt" else 0}
+            for name in ("qa1_train.txt (held out)", "qa1_test.txt")
             for segments, value in zip((0, 4, 8, 16, 32, 64), values, strict=True)
         ]
-        labels = {"phase": "comparison", "model": model, "window": "4", "rate": 1e-3, "seed": 0}
+        labels = {"phase": "comparison", "model": model, "task": "qa1", "window": "4", "rate": 1e-3, "seed": 0}
         sizes = {"parameters": 1, "memory_size": 1, "tokens": 1, "seconds": 1, "trained_segments": 4}
         result = {"labels": labels, **sizes, "accuracy_by_length": table}
         (cells / f"{model}.json").write_text(json.dumps(result))

@@ -89,11 +89,16 @@ def _gains(accuracy: Mapping[str, Mapping[tuple[str, float], list[float]]], sets
 
 
 def _by_set_and_multiple(results: Sequence[Result]) -> dict[tuple[str, float], list[float]]:
-    """Accuracies over seeds by (name of the questions, context as a multiple of the longest in training)."""
+    """Accuracies over seeds by (task, context as a multiple of the longest in training).
+
+    Where a test file was asked about, it counts, and the held-out stories of the training file do not.
+    """
     found: dict[tuple[str, float], list[float]] = {}
     for result in results:
-        for cell in result["accuracy_by_length"]:
-            place = cell["questions"], cell["segments"] / result["trained_segments"]
+        table = result["accuracy_by_length"]
+        tests = [cell for cell in table if not cell["questions"].endswith(")")]
+        for cell in tests or table:
+            place = result["labels"].get("task", "qa1"), cell["segments"] / result["trained_segments"]
             found.setdefault(place, []).append(cell["accuracy"])
     return found
 

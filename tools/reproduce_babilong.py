@@ -15,6 +15,7 @@ import concurrent.futures
 import dataclasses
 import fnmatch
 import functools
+import itertools
 import json
 import os
 import queue
@@ -30,14 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from babilong_report import write_report
 
-from lm2_jax.config import Config, dump_config, load_config, replace
-from lm2_jax.data.babi import Story, babi_text, read_babi
+from lm2_jax.config import Config, MemoryConfig, ModelConfig, dump_config, load_config, replace
 from lm2_jax.data.pipeline import check_vocabulary
-from lm2_jax.data.worlds import Task, generate_story
-from lm2_jax.errors import TrainingFailed, run_command
+from lm2_jax.data.worlds import Task
+from lm2_jax.errors import TrainingFailed, UserError, run_command
 from lm2_jax.model import build_model
 from lm2_jax.reporting import clock, read_records, write_atomically
 from lm2_jax.tokenizer import load_tokenizer
@@ -58,6 +57,7 @@ class Preset:
     Attributes:
       config: file in configs/ that every cell starts from.
       base: changes for every cell.
+      tasks: fewest and most statements of the generator's stories, by bAbI task; the grid is about the first.
       models: changes by name; all have as many parameters as `lm2`, and rmt has as large a memory.
       rates, windows: the grid that every model's learning rate and training window are chosen from.
       seeds: of the comparison. The grid has a seed of its own.
@@ -68,6 +68,7 @@ class Preset:
 
     config: str
     base: Changes
+    tasks: Mapping[Task, tuple[int, int]]
     models: Mapping[str, Changes]
     rates: tuple[float, ...]
     windows: Mapping[str, Changes]
@@ -91,11 +92,12 @@ PRESETS = {
         base={
             "model": {"d_model": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "d_ff": 24},
             "memory": {"num_slots": 4, "num_heads": 2},
-            "data": {"segments_per_window": 2, "batch_size": 4, "stories": {"tasks": ["qa1"]}},
+            "data": {"segments_per_window": 2, "batch_size": 4},
             "optim": {"warmup_steps": 1},
             "train": {"steps": 3, "curriculum": []},
             "eval": {"lengths": [0, 2, 4], "questions": 4, "every_steps": 0},
         },
+        tasks={"qa1": (1, 4)},
         models={
             "lm2": {},
             "rmt": {"memory": {"kind": "rmt"}},
@@ -111,6 +113,7 @@ PRESETS = {
     "cpu": Preset(
         config="babilong_study.yaml",
         base={},
+        tasks={"qa1": (1, 10), "qa2": (4, 20), "qa3": (6, 24), "qa4": (2, 5), "qa5": (2, 20)},
         models={
             "lm2": {},
             "rmt": {"memory": {"kind": "rmt", "num_slots": 48}},
@@ -193,9 +196,9 @@ class Cell:
 class Plan:
     """The cells of a preset."""
 
-    def __init__(self, preset: Preset, data: Changes) -> None:
-        """data: changes that replace the generator by files, for the grid and the comparison."""
-        self._preset, self._data = preset, data
+    def __init__(self, preset: Preset, facts: Mapping[Task, Changes]) -> None:
+        """facts: where the grid and the comparison have a task's stories from."""
+        self._preset, self._facts = preset, facts
         config = load_config(ROOT / "configs" / preset.config)
         self._config = check_vocabulary(config, load_tokenizer(config.tokenizer))
         self._sizes: dict[str, int] = {}
@@ -209,28 +212,38 @@ class Plan:
                 )
 
     def grid(self) -> Iterator[Cell]:
-        """Every model with every learning rate, and those with segments with every window."""
+        """Every model with every learning rate, and those with segments with every window, on the first task."""
+        task = next(iter(self._preset.tasks))
         for model, changes in self._preset.models.items():
             for window, window_changes in self._preset.windows.items():
                 for rate in self._preset.rates:
-                    yield self._compared("grid", model, changes, window, window_changes, rate, _GRID_SEED)
+                    yield self._compared("grid", task, model, changes, window, window_changes, rate, _GRID_SEED)
                 if "data" in changes:  # has its own
                     break
 
     def comparison(self, grid: Sequence[Result]) -> Iterator[Cell]:
         """Every model as the grid was best for it: by the share of right answers in validation at the end."""
-        for seed in self._preset.seeds:
+        for seed, task in itertools.product(self._preset.seeds, self._preset.tasks):
             for model, changes in self._preset.models.items():
                 own = [result for result in grid if result["labels"]["model"] == model]
                 best = max(own, key=lambda result: result["validation_accuracy"] or 0)["labels"]
                 window, rate = best["window"], best["rate"]
-                yield self._compared("comparison", model, changes, window, self._preset.windows[window], rate, seed)
+                windows = self._preset.windows[window]
+                yield self._compared("comparison", task, model, changes, window, windows, rate, seed)
 
     def _compared(
-        self, phase: str, model: str, changes: Changes, window: str, window_changes: Changes, rate: float, seed: int
+        self,
+        phase: str,
+        task: Task,
+        model: str,
+        changes: Changes,
+        window: str,
+        window_changes: Changes,
+        rate: float,
+        seed: int,
     ) -> Cell:
-        labels = {"phase": phase, "model": model, "window": window, "rate": rate, "seed": seed}
-        return self._cell(labels, self._data, window_changes, changes, {"optim": {"learning_rate": rate}})
+        labels = {"phase": phase, "task": task, "model": model, "window": window, "rate": rate, "seed": seed}
+        return self._cell(labels, self._facts[task], window_changes, changes, {"optim": {"learning_rate": rate}})
 
     def _cell(self, labels: Mapping[str, Any], base: Changes, *changes: Changes) -> Cell:
         standard = _changed(self._config, self._preset.base, base)
@@ -246,10 +259,14 @@ def _changed(config: Config, *changes: Changes) -> Config:
     return replace(config, **merged)
 
 
-@functools.lru_cache
 def parameters(config: Config) -> int:
     """How many a model has."""
-    model = build_model(config)
+    return _parameters(config.model, config.memory)
+
+
+@functools.cache
+def _parameters(model_config: ModelConfig, memory_config: MemoryConfig) -> int:
+    model = build_model(Config(model=model_config, memory=memory_config))
 
     def init(key: jax.Array) -> Any:
         return model.init(key, jnp.zeros((1, 1), jnp.int32), model.init_memory(1))["params"]
@@ -367,31 +384,17 @@ def describe(result: Result) -> str:
 # --- bAbI files ----------------------------------------------------------------------------------------------------
 
 
-def babi_changes(directory: Path, output: Path, tasks: Sequence[Task]) -> Changes:
-    """Changes that train and ask on real bAbI facts: qa1_..._train.txt and so on of `directory`.
+def facts_of(task: Task, statements: tuple[int, int], babi: Path | None) -> Changes:
+    """Changes that make stories of a task: of bAbI files, where `babi` holds them, or else the generator's.
 
-    Of every task at most as many stories are taken as bAbI has of most, so that no task outweighs the others; where
-    there is no file, the generator's stories stand in. Test files are asked about besides the held-out stories.
+    A task has qa1_..._train.txt, and may have qa1_..._test.txt, which is asked about besides the held-out stories.
     """
-    folder = output / "data"
-    folder.mkdir(parents=True, exist_ok=True)
-    training, asking = [], []
-    for task in tasks:
-        found = sorted(directory.glob(f"{task}_*_train.txt"))
-        stories = read_babi(found[0])[:_STORIES] if found else _made_up(task)
-        path = folder / f"{task}_{'train' if found else 'generated'}.txt"
-        write_atomically(path, "".join(map(babi_text, stories)))
-        training.append(str(path))
-        asking += [str(path) for path in sorted(directory.glob(f"{task}_*_test.txt"))]
-    return {"data": {"path": training}, "eval": {"path": asking or None}}
-
-
-_STORIES = 2000
-
-
-def _made_up(task: Task) -> list[Story]:
-    rng = np.random.default_rng(0)
-    return [generate_story(task, rng, int(rng.integers(6, 17)), 4, 1) for _ in range(_STORIES)]
+    training = sorted(babi.glob(f"{task}_*_train.txt")) if babi else []
+    if not training:
+        stories = {"tasks": [task], "facts": statements, "questions_between": [0, 1], "questions_after": [3, 4]}
+        return {"data": {"stories": stories}}
+    tests = sorted(babi.glob(f"{task}_*_test.txt"))
+    return {"data": {"path": list(map(str, training))}, "eval": {"path": list(map(str, tests)) or None}}
 
 
 # --- The command ---------------------------------------------------------------------------------------------------
@@ -416,11 +419,9 @@ def main() -> None:
 
 def run(preset: Preset, arguments: argparse.Namespace) -> None:
     """Trains what is missing: the ablations, the grid, and, once the grid is complete, the comparison."""
-    data: Changes = {}
-    if arguments.babi:
-        tasks = load_config(ROOT / "configs" / preset.config).data.stories.tasks
-        data = babi_changes(arguments.babi, arguments.output, tasks)
-    plan = Plan(preset, data)
+    if arguments.babi and not arguments.babi.is_dir():
+        raise UserError(f"--babi: {arguments.babi} is no directory; give the one with qa1_..._train.txt")
+    plan = Plan(preset, {task: facts_of(task, facts, arguments.babi) for task, facts in preset.tasks.items()})
     until = time.monotonic() + arguments.hours * 3600
     runner = Runner(arguments.output, arguments.workers, arguments.only, until)
     runner.results(plan.ablations())

@@ -74,12 +74,6 @@ def question_samples(story: Story) -> Iterator[Story]:
             statements.append(line)
 
 
-def babi_text(story: Story) -> str:
-    """A story as lines of a bAbI file, without the numbers of the supporting facts."""
-    lines = (f"{line.text}\t{line.answer}" if isinstance(line, Question) else line.text for line in story)
-    return "".join(f"{number} {line}\n" for number, line in enumerate(lines, 1))
-
-
 def _parse_line(text: str, where: str) -> Line:
     sentence, *fields = (field.strip() for field in text.split("\t"))
     if not fields and "?" not in sentence:
