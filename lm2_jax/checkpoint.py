@@ -8,6 +8,7 @@ is taken.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import sys
@@ -120,6 +121,8 @@ class Checkpoints:
             )
             saved = restored.progress.pop("checksums")
         except Exception as error:  # whatever Orbax, TensorStore or JSON make of damaged files
+            if _lacks_resources(error):
+                raise
             raise DamagedError(_first_line(error)) from error
         found = _checksums(restored.params, restored.training, restored.progress)
         if found != saved:
@@ -211,6 +214,13 @@ def _checksums(params: Any, training: Any, progress: Progress) -> list[int]:
     """Of every array, parameters first, and of `progress`."""
     text = json.dumps(progress, sort_keys=True)
     return [*_array_checksums((params, training)), zlib.crc32(text.encode())]
+
+
+def _lacks_resources(error: Exception) -> bool:
+    """Whether an error is about this process or machine, and says nothing about a file's contents."""
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES):
+        return True
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _first_line(error: Exception) -> str:

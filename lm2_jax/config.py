@@ -97,7 +97,7 @@ class ModelConfig(Section):
 
 
 class MemoryConfig(Section):
-    """What remembers across segments. See DESIGN in the README for the equations behind the lm2 knobs."""
+    """What remembers across segments. The README has the equations behind the lm2 knobs ("What it computes")."""
 
     kind: Literal["lm2", "rmt", "none"] = "lm2"
     num_slots: PositiveInt = 16  # lm2: slots N of each bank; rmt: memory tokens m
@@ -138,7 +138,8 @@ class DataConfig(Section):
     source: Literal["stories", "text", "jsonl", "bin"] = "stories"
     path: Paths | None = None  # files or globs; stories: real bAbI files instead of the generator
     validation_path: Paths | None = None  # null: a share of the documents is held out
-    validation_fraction: Fraction = 0.05
+    validation_fraction: Fraction = 0.05  # of the documents; of stories it is always one in eight
+    begin_id: NonNegativeInt = 128_000  # bin: the id that documents begin with (Llama 3's begin-of-text)
     document_separator: str | None = None  # text: a regular expression; a new document starts where it matches
     background: Paths | None = None  # stories: text files to scatter facts in; null: built-in sentences
     stories: StoriesConfig = StoriesConfig()
@@ -240,7 +241,7 @@ class TrainConfig(Section):
     schedule: Literal["auto", "segment", "layer"] = "auto"  # order of the double loop over segments and layers
     remat: Literal["none", "block", "full"] = "none"  # recompute: nothing, each block, each block and each segment
     log_every: PositiveInt = 10
-    max_skipped_steps: NonNegativeInt = 20  # non-finite steps in a row before the run stops
+    max_skipped_steps: NonNegativeInt = 20  # non-finite steps in a row before the run stops; 0: never
     curriculum: tuple[StageConfig, ...] = ()
 
     @model_validator(mode="after")
@@ -334,6 +335,13 @@ class Config(Section):
         if data.source == "stories":
             if data.boundaries != "segment":
                 problems.append(f"data.boundaries {data.boundaries}: stories start at segments; use segment")
+            if data.background and self.tokenizer.kind == "stories":
+                problems.append(
+                    "tokenizer.kind stories knows only the generator's words; data.background needs bytes, "
+                    "sentencepiece, tokenizers or llama3"
+                )
+            if data.validation_path and not data.path:
+                problems.append("data.validation_path without data.path: the generator holds out its own stories")
         elif data.source == "bin" and self.model.vocab_size is None:
             problems.append("model.vocab_size is missing; .bin shards hold ids, no text to tokenise")
         elif data.source != "bin" and self.tokenizer.kind == "stories":

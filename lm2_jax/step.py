@@ -120,6 +120,15 @@ def make_eval_step(
     )
 
 
+def make_fresh_memory(model: Decoder, shardings: TrainState) -> Callable[[Any], Memory]:
+    """A jitted params -> memory of data.batch_size lanes, all at a document's start."""
+    return jax.jit(
+        lambda params: model.init_memory(model.config.data.batch_size, params),
+        in_shardings=(shardings.params,),
+        out_shardings=shardings.memory,
+    )
+
+
 def forward(
     model: Decoder, params: Any, memory: Memory, batch: Batch, weights_BST: jax.Array
 ) -> tuple[LossSums, Memory, Metrics]:

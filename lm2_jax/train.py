@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import json
 import signal
 import time
@@ -36,12 +37,12 @@ from lm2_jax.reporting import (
 )
 from lm2_jax.sharding import batch_sharding, make_mesh, use_mesh
 from lm2_jax.state import TrainState, create_state
-from lm2_jax.step import make_eval_step, make_train_step
+from lm2_jax.step import make_eval_step, make_fresh_memory, make_train_step
 from lm2_jax.tokenizer import load_tokenizer
 
 # Keys that may differ between a run directory and the command that resumes it: none of them changes what is learnt,
 # but for train.steps, which moves the learning rate's decay.
-_MAY_CHANGE = ("train.run_dir", "train.steps", "data.prefetch", "checkpoint", "eval", "mesh")
+_MAY_CHANGE = ("train.run_dir", "train.steps", "train.max_skipped_steps", "data.prefetch", "checkpoint", "eval", "mesh")
 
 
 def main() -> None:
@@ -73,6 +74,8 @@ def train(config: Config) -> dict[str, Any]:
     run_dir = _open_run_dir(config)
 
     with use_mesh(mesh), contextlib.ExitStack() as cleanup:
+        cleanup.enter_context(_lock(run_dir))
+
         # --- Model and state, made where they will live --------------------------------------------------------------
         model, optimizer = build_model(config), make_optimizer(config.optim)
         state, shardings = create_state(model, optimizer, mesh, config.data.batch_size, config.train.seed)
@@ -86,6 +89,8 @@ def train(config: Config) -> dict[str, Any]:
         progress: Progress = {"step": 0, "stage": 0, "stage_start": 0, "tokens": 0, "correct": 0, "answers": 0}
         if restored is not None:
             state, progress = restored
+            _check_data(progress, pipeline, run_dir)
+        progress["data_fingerprint"] = pipeline.fingerprint()
         first_step = progress["step"]
         drop_records_after(run_dir / "metrics.jsonl", first_step)
 
@@ -96,39 +101,41 @@ def train(config: Config) -> dict[str, Any]:
         if restored is not None:
             reporter.say(f"resuming after step {first_step}")
         log = _Log(reporter, progress, config.train.max_skipped_steps)
-        stop = cleanup.enter_context(_stop_signals())
         stages, windows = config.stages, None
         lanes_to_devices = batch_sharding(mesh)
 
-        while progress["step"] < config.train.steps and not stop.requested:
-            if windows is None:  # a new stage, or a resumed one
-                stage = stages[progress["stage"]]
-                windows = make_iterator(pipeline.training(stage), config.data.prefetch)
-                if "data" in progress:
-                    windows.set_state(progress["data"])
-            batch = jax.device_put(dict(next(windows)), lanes_to_devices)
-            state, metrics = train_step(state, batch)
-            progress["step"] += 1
-            progress["data"] = windows.get_state()
-            log.add(metrics, stage)
+        with _stop_signals() as stop:
+            while progress["step"] < config.train.steps and not stop.requested:
+                if windows is None:  # a new stage, or a resumed one
+                    stage = stages[progress["stage"]]
+                    windows = make_iterator(pipeline.training(stage), config.data.prefetch)
+                    if "data" in progress:
+                        windows.set_state(progress["data"])
+                batch = jax.device_put(dict(next(windows)), lanes_to_devices)
+                state, metrics = train_step(state, batch)
+                progress["step"] += 1
+                progress["data"] = windows.get_state()
+                log.add(metrics, stage)
 
-            step = progress["step"]
-            done = step == config.train.steps
-            at_validation = config.eval.every_steps and step % config.eval.every_steps == 0
-            at_checkpoint = step % config.checkpoint.every_steps == 0
-            at_log = step % config.train.log_every == 0
-            if at_validation or done:
-                log.extend(validate(state, stage))
-            if at_log or at_validation or at_checkpoint or done:
-                log.flush(f"stage {progress['stage'] + 1}/{len(stages)}" if len(stages) > 1 else "")
-            if _stage_is_over(stage, progress, at_log) and progress["stage"] + 1 < len(stages):
-                progress |= {"stage": progress["stage"] + 1, "stage_start": step}
-                windows.close()
-                windows = None
-            if at_log:
-                progress |= {"correct": 0, "answers": 0}
-            if at_checkpoint or done:
-                checkpoints.save(state, progress, config)
+                step = progress["step"]
+                done = step == config.train.steps
+                at_validation = config.eval.every_steps and step % config.eval.every_steps == 0
+                at_checkpoint = step % config.checkpoint.every_steps == 0
+                at_log = step % config.train.log_every == 0
+                if at_validation or done:
+                    log.extend(validate(state, stage))
+                if at_log or at_validation or at_checkpoint or done:
+                    log.flush(f"stage {progress['stage'] + 1}/{len(stages)}" if len(stages) > 1 else "")
+                stage_is_over = progress["stage"] + 1 < len(stages) and _stage_is_over(stage, progress, at_log)
+                if stage_is_over:
+                    log.flush(f"stage {progress['stage'] + 1}/{len(stages)}")  # its answers do not count for the next
+                    progress |= {"stage": progress["stage"] + 1, "stage_start": step}
+                    windows.close()
+                    windows = None
+                if at_log or stage_is_over:
+                    progress |= {"correct": 0, "answers": 0}
+                if at_checkpoint or done:
+                    checkpoints.save(state, progress, config)
 
         if windows is not None:
             windows.close()
@@ -206,8 +213,8 @@ class _Log:
         if self._max_skipped and records[-1]["skipped_in_a_row"] >= self._max_skipped:
             raise TrainingFailed(
                 f"{records[-1]['skipped_in_a_row']} steps in a row up to step {records[-1]['step']} had a loss or "
-                "gradient that was not finite; lower optim.learning_rate, lengthen optim.warmup_steps, or resume from "
-                "an older checkpoint with other data (limit: train.max_skipped_steps)"
+                "gradient that was not finite (limit: train.max_skipped_steps); start another run with a lower "
+                "optim.learning_rate or longer optim.warmup_steps"
             )
 
 
@@ -216,11 +223,7 @@ class _Validation:
 
     def __init__(self, config: Config, pipeline: Pipeline, eval_step: Any, model: Any, shardings: TrainState) -> None:
         self._config, self._pipeline, self._eval_step = config, pipeline, eval_step
-        self._fresh = jax.jit(
-            lambda params: model.init_memory(config.data.batch_size, params),
-            in_shardings=(shardings.params,),
-            out_shardings=shardings.memory,
-        )
+        self._fresh = make_fresh_memory(model, shardings)
 
     def __call__(self, state: TrainState, stage: StageConfig) -> Record:
         """Mean negative log-likelihood (nats a token), and the share of right answers where there are any."""
@@ -289,8 +292,34 @@ def _open_run_dir(config: Config) -> Path:
                 f"{run_dir} holds a run of another config; give this one another train.run_dir, or undo:\n"
                 + "\n".join(differences)
             )
-    write_atomically(run_dir / "config.yaml", dump_config(config))
+    try:
+        write_atomically(run_dir / "config.yaml", dump_config(config))
+    except OSError as error:
+        raise UserError(f"train.run_dir: {run_dir} cannot be written to ({error.strerror})") from None
     return run_dir
+
+
+@contextlib.contextmanager
+def _lock(run_dir: Path) -> Iterator[None]:
+    """Keeps other processes out of the run directory; the lock ends with the process, however that ends.
+
+    Raises UserError if another one is in it.
+    """
+    with (run_dir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run_dir}: another process trains in it; wait, or give another train.run_dir") from None
+        yield
+
+
+def _check_data(progress: Progress, pipeline: Pipeline, run_dir: Path) -> None:
+    """Raises UserError if the files or the tokenizer are not those that the checkpoint's place in the data is about."""
+    if progress["data_fingerprint"] != pipeline.fingerprint():
+        raise UserError(
+            f"{run_dir}: the tokenizer or the files in data.path, data.validation_path or data.background have changed "
+            "since its checkpoint; bring them back, or start another train.run_dir"
+        )
 
 
 def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -1,5 +1,6 @@
 """What a user can get wrong ends in exit code 2 and one message that says what, where and what would be right."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -151,13 +152,22 @@ def test_shards(fails):
         ),
         (["eval.lengths=[2, 1]", "data.segment_length=6"], "6 tokens are too few for a story of qa1"),
         (["data.path=text.txt"], "text.txt: line 1: found 'One line.'; a bAbI line is a number"),
-        (["data.background=text.txt"], "data.background: text.txt has 24 characters but no sentence of 10 words"),
+        (
+            ["data.background=text.txt", "tokenizer.kind=bytes"],
+            "data.background: text.txt has 24 characters but no sentence of 10 words",
+        ),
+        (["data.background=text.txt"], "data.background needs bytes, sentencepiece, tokenizers or llama3"),
+        (["data.validation_path=text.txt"], "data.validation_path without data.path"),
+        (["data.path=qa15.txt"], "does not know every word of 'Mice are afraid of wolves.'"),
         (["eval.path=missing.txt"], "eval.path: missing.txt does not exist"),
         (["eval.path=text.txt"], "text.txt: line 1: found 'One line.'; a bAbI line is a number"),
+        (["eval.path=text.txt", "eval.lengths=[0]"], "text.txt: line 1: found 'One line.'"),
+        (["eval.path=qa15.txt"], "does not know every word of 'Mice are afraid of wolves.'"),
     ],
     ids=lambda x: x[0] if isinstance(x, list) else "",
 )
 def test_stories_that_cannot_be_told_are_found_before_training(fails, overrides, said):
+    Path("qa15.txt").write_text("1 Mice are afraid of wolves.\n2 What are mice afraid of?\twolf\n")
     assert said in fails(*overrides)
 
 
@@ -210,6 +220,13 @@ def test_checkpoint_directory_that_is_a_file(fails):
     Path("other").mkdir()
     Path("other/checkpoints").write_text("")
     assert "other/checkpoints is no directory to save checkpoints in (File exists)" in fails("train.run_dir=other")
+
+
+def test_run_directory_in_use(fails):
+    Path("other").mkdir()
+    with Path("other/.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert "other: another process trains in it" in fails("train.run_dir=other")
 
 
 def test_run_directory_with_a_broken_config(fails):

@@ -1,15 +1,18 @@
 """A run that is killed and started again equals one that never stopped, to the bit."""
 
+import json
 import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from helpers import (
     Run,
     assert_same_run,
     checkpoint_steps,
+    newest_checkpoint,
     quick_training,
     text_overrides,
     tiny_config,
@@ -18,6 +21,7 @@ from helpers import (
 from lm2_jax import train as train_module
 from lm2_jax.checkpoint import Checkpoints
 from lm2_jax.config import save_config
+from lm2_jax.errors import UserError
 from lm2_jax.reporting import read_records
 from lm2_jax.train import train
 
@@ -110,6 +114,41 @@ def test_signal_saves_and_leaves(number, tmp_path, monkeypatch, capsys, quick):
     train(config)
     assert "resuming after step 7" in capsys.readouterr().out
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_signal_after_the_last_step(tmp_path, monkeypatch, quick):
+    """What is left to do then can be done again: the run ends at once, and the same command ends it."""
+    config = config_of("rmt stories", tmp_path / "stopped", "train.steps=4", "train.curriculum=[]")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(train_module, "accuracy_by_length", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        train(config)
+    assert checkpoint_steps(tmp_path / "stopped") == [4] and not (tmp_path / "stopped" / "summary.json").exists()
+    train(config)
+    assert (tmp_path / "stopped" / "summary.json").exists()
+
+
+def test_answers_of_a_stage_do_not_end_the_next(tmp_path, quick):
+    """The first stage ends between two looks at the answers (train.log_every)."""
+    stages = "[{segments: 1, segment_length: 16, steps: 3}, {segments: 2, segment_length: 16}]"
+    config = config_of(
+        "rmt stories", tmp_path / "run", f"train.curriculum={stages}", "train.steps=3", "checkpoint.every_steps=3"
+    )
+    train(config)
+    progress = json.loads((newest_checkpoint(tmp_path / "run") / "progress" / "metadata").read_text())
+    assert (progress["step"], progress["stage"]) == (3, 1)
+    assert (progress["correct"], progress["answers"]) == (0, 0)
+
+
+def test_changed_data_is_not_gone_on_with(tmp_path, quick):
+    config = config_of("lm2 packed text", tmp_path / "run", "train.curriculum=[]", "train.steps=4")
+    train(config)
+    path = Path(config.data.path[0])
+    text = path.read_text()
+    path.write_text(text + "One more line.\n")
+    with pytest.raises(UserError, match="have changed since its checkpoint"):
+        train(config)
+    path.write_text(text)
+    train(config)
 
 
 # --- SIGKILL in another process -------------------------------------------------------------------------------------

@@ -73,13 +73,14 @@ def _gains(accuracy: Mapping[str, Mapping[tuple[str, float], list[float]]], sets
     others = [model for model in ("rmt", "none") if model in accuracy]
     if "lm2" not in accuracy or not others:
         return []
+    sets = [name for name in sets if all((name, 1) in cells for cells in accuracy.values())]
     rows = []
-    for name in [*sets, "mean of all"]:
+    for name in [*sets, *(["mean of all"] if sets else [])]:
         means = {
             model: statistics.fmean(
                 statistics.fmean(values)
                 for (here, multiple), values in cells.items()
-                if name in (here, "mean of all") and 1 <= multiple <= 8
+                if here in sets and name in (here, "mean of all") and 1 <= multiple <= 8
             )
             for model, cells in accuracy.items()
         }
@@ -172,7 +173,7 @@ def _ablations(results: Sequence[Result], picture: Path) -> str:
 
 
 def _step_learnt(result: Result) -> int | None:
-    """The step from which on 95% of the answers in training were right in the last stage."""
+    """The first step around which 95% of the answers in training were right in the last stage."""
     curves = result["curves"]
     stage = max(curves["stage"])
     steps = [

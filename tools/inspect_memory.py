@@ -72,7 +72,7 @@ class Trace:
 
 def make_contexts(config: Config, tokenizer: Tokenizer, segments: int, count: int, seed: int = 0) -> Contexts:
     """Held-out qa1 stories in contexts of `segments` segments."""
-    T = config.data.segment_length
+    T = config.stages[-1].segment_length
     scatterer = Scatterer(tokenizer, segments * T, segment_length=T)
     columns: list[tuple[Any, ...]] = []
     rng = np.random.default_rng((seed, 1))
@@ -256,8 +256,16 @@ def main() -> None:
     config = model.config
     if not config.num_memory_layers or config.tokenizer.kind != "stories":
         raise UserError(f"{arguments.run}: no lm2 trained on stories; banks are looked at on their questions")
+    if not arguments.output.absolute().parent.is_dir():
+        raise UserError(f"--output: {arguments.output.parent} is no directory")
     tokenizer = load_tokenizer(config.tokenizer)
-    segments = arguments.segments or 4 * config.data.segments_per_window
+    segments = 4 * config.stages[-1].segments if arguments.segments is None else arguments.segments
+    _, most = config.data.stories.facts
+    if arguments.count < 1 or segments * config.stages[-1].segment_length < 8 * (most + 1):
+        raise UserError(
+            f"--count {arguments.count}, --segments {segments}: at least 1 context, of {8 * (most + 1)} tokens or more "
+            f"for up to {most} facts and a question"
+        )
     contexts = make_contexts(config, tokenizer, segments, arguments.count)
     seen = trace(config, params, contexts)
     place = int(contexts.asked_B[0])

@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 from babilong_report import write_report
 
-from lm2_jax.config import Config, MemoryConfig, ModelConfig, dump_config, load_config, replace
+from lm2_jax.config import Config, MemoryConfig, ModelConfig, dump_config, load_config, parse_config, replace
 from lm2_jax.data.pipeline import check_vocabulary
 from lm2_jax.data.worlds import Task
 from lm2_jax.errors import TrainingFailed, UserError, run_command
@@ -201,7 +201,6 @@ class Plan:
         self._preset, self._facts = preset, facts
         config = load_config(ROOT / "configs" / preset.config)
         self._config = check_vocabulary(config, load_tokenizer(config.tokenizer))
-        self._sizes: dict[str, int] = {}
 
     def ablations(self) -> Iterator[Cell]:
         """lm2 and its variants."""
@@ -218,7 +217,7 @@ class Plan:
             for window, window_changes in self._preset.windows.items():
                 for rate in self._preset.rates:
                     yield self._compared("grid", task, model, changes, window, window_changes, rate, _GRID_SEED)
-                if "data" in changes:  # has its own
+                if "data" in changes:  # has a window of its own
                     break
 
     def comparison(self, grid: Sequence[Result]) -> Iterator[Cell]:
@@ -306,7 +305,8 @@ class Runner:
     def results(self, cells: Iterable[Cell]) -> tuple[list[Result], bool]:
         """What is there of the cells' results after training those that are wanted, and whether that is all."""
         cells = list(cells)
-        waiting = [cell for cell in cells if not self._file(cell).exists() and fnmatch.fnmatch(cell.name, self._only)]
+        done = {cell.name: result for cell in cells if (result := self._read(cell))}
+        waiting = [cell for cell in cells if cell.name not in done and fnmatch.fnmatch(cell.name, self._only)]
         began, seconds = time.monotonic(), []
         with concurrent.futures.ThreadPoolExecutor(self._workers) as pool:
             for number, took in enumerate(pool.map(self._train, waiting), 1):
@@ -315,8 +315,17 @@ class Runner:
                 seconds.append(took)
                 left = (time.monotonic() - began) / number * (len(waiting) - number)
                 print(f"{number}/{len(waiting)} cells, about {clock(left)} left", flush=True)
-        there = [json.loads(self._file(cell).read_text()) for cell in cells if self._file(cell).exists()]
+        there = [result for cell in cells if (result := self._read(cell))]
         return there, len(there) == len(cells)
+
+    def _read(self, cell: Cell) -> Result | None:
+        """The cell's result, if it is there. Raises UserError if another study left it."""
+        if not self._file(cell).exists():
+            return None
+        result = json.loads(self._file(cell).read_text())
+        if parse_config(json.dumps(result["config"])) != cell.config:
+            raise UserError(f"{self._file(cell)} is of another config; give another --output, or remove it")
+        return result
 
     def _file(self, cell: Cell) -> Path:
         return self._output / "cells" / f"{cell.name}.json"
@@ -349,7 +358,7 @@ class Runner:
 
 
 def read_result(cell: Cell, run_dir: Path, seconds: float) -> Result:
-    """What is kept of a run: its config, its table, and its curves at every tenth of them."""
+    """What is kept of a run: its config, its table, and its curves as some 60 means."""
     summary = json.loads((run_dir / "summary.json").read_text())
     records = read_records(run_dir / "metrics.jsonl")
     validated = [r["validation_accuracy"] for r in records if r.get("validation_accuracy") is not None]
@@ -412,6 +421,8 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="train nothing; draw tables and pictures again")
     arguments = parser.parse_args()
     preset = PRESETS[arguments.preset]
+    arguments.output = arguments.output.resolve()  # cells run in the repository's directory
+    arguments.babi = arguments.babi and arguments.babi.resolve()
     if not arguments.report:
         run(preset, arguments)
     print(write_report(arguments.output))

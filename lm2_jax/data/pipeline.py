@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,6 +32,7 @@ class Pipeline:
         self._config = config
         self._tokenizer = tokenizer
         self._files: tuple[DocumentSource, DocumentSource | None] | None = None
+        self._stories: dict[StageConfig, tuple[StorySource, StorySource]] = {}
         if config.data.source != "stories":
             self._files = self._open_files()
         else:
@@ -45,19 +47,32 @@ class Pipeline:
         held_out = self.sources(stage)[1]
         return None if held_out is None else self._lanes(held_out, stage)
 
+    def fingerprint(self) -> str:
+        """16 hex digits that change with the tokenizer, and with the names and sizes of the files that are read."""
+        data, parts = self._config.data, [self._tokenizer.fingerprint() if self._tokenizer else ""]
+        for key in ("path", "validation_path", "background"):
+            paths = getattr(data, key)
+            for path in expand_paths(paths, f"data.{key}") if paths else ():
+                parts.append(f"{key} {path.name} {path.stat().st_size}")
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
     def sources(self, stage: StageConfig) -> tuple[DocumentSource, DocumentSource | None]:
         """Training documents and those held out; stories are as long as the stage's window."""
         if self._files is not None:
             return self._files
-        data, seed = self._config.data, self._config.train.seed
-        length = stage.segment_length
-        training, held_out = (
-            StorySource(
-                data, self._tokenizer, budget=stage.segments * length, seed=seed, held_out=side, segment_length=length
-            )
-            for side in (False, True)
+        if stage not in self._stories:
+            self._stories[stage] = self._make_stories(stage, held_out=False), self._make_stories(stage, held_out=True)
+        return self._stories[stage]
+
+    def _make_stories(self, stage: StageConfig, held_out: bool) -> StorySource:
+        return StorySource(
+            self._config.data,
+            self._tokenizer,
+            budget=stage.segments * stage.segment_length,
+            seed=self._config.train.seed,
+            held_out=held_out,
+            segment_length=stage.segment_length,
         )
-        return training, held_out
 
     def question_sets(self) -> Iterator[tuple[str, Callable[[int | None], QuestionSource]]]:
         """Names of sets of questions, and what makes them for a context of so many tokens (None: no background).
@@ -93,9 +108,9 @@ class Pipeline:
         """Finds bad files and segments that are too short for a story now, not when their stage or the end comes."""
         stages, lengths = self._config.stages, self._config.eval.lengths
         self.sources(min(stages, key=lambda stage: stage.segments * stage.segment_length))
-        for segments in sorted(filter(None, lengths))[:1]:  # what fits the shortest context fits all of them
-            for _, make_source in self.question_sets():
-                make_source(segments * stages[-1].segment_length)
+        shortest = min(filter(None, lengths), default=0)  # what fits the shortest context fits all of them
+        for _, make_source in self.question_sets():
+            make_source(shortest * stages[-1].segment_length or None)
 
     def _open_files(self) -> tuple[DocumentSource, DocumentSource | None]:
         data = self._config.data
@@ -107,7 +122,7 @@ class Pipeline:
     def _open(self, paths: tuple[str, ...], key: str) -> DocumentSource:
         data = self._config.data
         if data.source == "bin":
-            return BinSource(paths, self._config.model.vocab_size, key=key)
+            return BinSource(paths, self._config.model.vocab_size, data.begin_id, key=key)
         if data.source == "jsonl":
             return JsonLinesSource(paths, self._tokenizer, key=key)
         return TextSource(paths, self._tokenizer, data.document_separator, key=key)

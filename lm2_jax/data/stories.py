@@ -128,9 +128,15 @@ class Scatterer:
 
     def _encode_line(self, line: Line, space: str) -> _Piece:
         ids = self._tokenizer.encode(space + line.text)
-        if isinstance(line, Statement):
+        answer = [] if isinstance(line, Statement) else self._tokenizer.encode(" " + line.answer)
+        if getattr(self._tokenizer, "unk_id", None) in (*ids, *answer):
+            words = line.text if isinstance(line, Statement) else f"{line.text} {line.answer}"
+            raise UserError(
+                f"tokenizer.kind stories does not know every word of {words!r}; it has those of tasks qa1 to qa5: "
+                "for other stories train a tokenizer (tools/train_tokenizer.py) or take bytes"
+            )
+        if not answer:
             return _Piece(ids)
-        answer = self._tokenizer.encode(" " + line.answer)
         return _Piece(ids + answer + self._tokenizer.encode("."), len(ids), len(ids) + len(answer))
 
 

@@ -22,6 +22,7 @@ from lm2_jax.model.decoder import Decoder
 from lm2_jax.segments import run_window
 from lm2_jax.sharding import batch_sharding, replicated
 from lm2_jax.state import TrainState
+from lm2_jax.step import make_fresh_memory
 
 
 class Accuracy(TypedDict):
@@ -53,11 +54,7 @@ def accuracy_by_length(
     """
     T = config.stages[-1].segment_length
     answer = make_answer_step(model, mesh, shardings)
-    fresh = jax.jit(
-        lambda params: model.init_memory(config.data.batch_size, params),
-        in_shardings=(shardings.params,),
-        out_shardings=shardings.memory,
-    )(state.params)
+    fresh = make_fresh_memory(model, shardings)(state.params)
     table: list[Accuracy] = []
     for name, make_source in pipeline.question_sets():
         for segments in config.eval.lengths:
