@@ -62,12 +62,17 @@ def assert_same_run(one, other, tolerance=2e-4):
         np.testing.assert_allclose(a, b, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["lm2", "rmt", "none"])
-def test_eight_devices_are_one(kind):
+@pytest.mark.parametrize(
+    ("kind", "remat", "schedule"),
+    [("lm2", "none", "layer"), ("lm2", "full", "layer"), ("lm2", "none", "segment"), ("rmt", "none", "segment"),
+     ("none", "none", "layer")],
+)  # fmt: skip
+def test_eight_devices_are_one(kind, remat, schedule):
     """data 2 x fsdp 2 x tensor 2, same data order, to float noise."""
-    one = train(config_of(f"memory.kind={kind}"), jax.devices()[:1])
+    run = (f"memory.kind={kind}", f"train.remat={remat}", f"train.schedule={schedule}")
+    one = train(config_of(*run), jax.devices()[:1])
     mesh = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
-    eight = train(config_of(f"memory.kind={kind}", *mesh), jax.devices())
+    eight = train(config_of(*run, *mesh), jax.devices())
     assert_same_run(one, eight)
     # and the work is really spread
     query = eight[2].params["bank_blocks" if kind == "lm2" else "blocks"]["attention"]["query"]

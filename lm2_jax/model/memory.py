@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from lm2_jax.config import Config, MemoryConfig
+from lm2_jax.model import layers
 from lm2_jax.model.kind import Memory, MemoryKind, Parameters
-from lm2_jax.model.layers import Initializer, Layout, dense, matrix, rms_norm, vector
+from lm2_jax.model.layers import Initializer, Layout, matrix, rms_norm, vector
 
 _EXTRA_SLOTS_SEED = 2502_06049  # of the constant rows beyond the identity
 
@@ -29,6 +30,15 @@ def initial_bank(num_slots: int, width: int) -> jax.Array:
         extra_NM = jax.random.normal(jax.random.key(_EXTRA_SLOTS_SEED), (num_slots - width, width), jnp.float32)
         rows_NM = jnp.concatenate([rows_NM, extra_NM / jnp.linalg.norm(extra_NM, axis=-1, keepdims=True)])
     return rows_NM
+
+
+def dense(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """`layers.dense` of x [B,_,in], with the result's last axis whole on every device.
+
+    Left to the compiler (jax 0.10.2), that axis lies along the mesh axis `tensor`, and with data, fsdp and tensor all
+    above 1 the gradients of a loop over segments come out wrong (tests/test_step.py holds them right).
+    """
+    return nn.with_logical_constraint(layers.dense(x, weight), ("batch", None, None))
 
 
 def attend(
