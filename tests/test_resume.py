@@ -119,8 +119,13 @@ def test_signal_saves_and_leaves(number, tmp_path, monkeypatch, capsys, quick):
 def test_signal_after_the_last_step(tmp_path, monkeypatch, quick):
     """What is left to do then can be done again: the run ends at once, and the same command ends it."""
     config = config_of("rmt stories", tmp_path / "stopped", "train.steps=4", "train.curriculum=[]")
+
+    def interrupt(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)  # which the signal ends
+
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(train_module, "accuracy_by_length", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patched.setattr(train_module, "accuracy_by_length", interrupt)
         train(config)
     assert checkpoint_steps(tmp_path / "stopped") == [4] and not (tmp_path / "stopped" / "summary.json").exists()
     train(config)
