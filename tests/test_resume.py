@@ -124,9 +124,13 @@ def test_signal_after_the_last_step(tmp_path, monkeypatch, quick):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(60)  # which the signal ends
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(train_module, "accuracy_by_length", interrupt)
-        train(config)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    try:
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(train_module, "accuracy_by_length", interrupt)
+            train(config)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert checkpoint_steps(tmp_path / "stopped") == [4] and not (tmp_path / "stopped" / "summary.json").exists()
     train(config)
     assert (tmp_path / "stopped" / "summary.json").exists()
