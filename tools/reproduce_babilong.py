@@ -305,16 +305,13 @@ class Runner:
     def results(self, cells: Iterable[Cell]) -> tuple[list[Result], bool]:
         """What is there of the cells' results after training those that are wanted, and whether that is all."""
         cells = list(cells)
-        done = {cell.name: result for cell in cells if (result := self._read(cell))}
-        waiting = [cell for cell in cells if cell.name not in done and fnmatch.fnmatch(cell.name, self._only)]
-        began, seconds = time.monotonic(), []
+        waiting = [cell for cell in cells if not self._read(cell) and fnmatch.fnmatch(cell.name, self._only)]
+        began = time.monotonic()
         with concurrent.futures.ThreadPoolExecutor(self._workers) as pool:
-            for number, took in enumerate(pool.map(self._train, waiting), 1):
-                if took is None:
-                    continue
-                seconds.append(took)
-                left = (time.monotonic() - began) / number * (len(waiting) - number)
-                print(f"{number}/{len(waiting)} cells, about {clock(left)} left", flush=True)
+            for number, trained in enumerate(pool.map(self._train, waiting), 1):
+                if trained:
+                    left = (time.monotonic() - began) / number * (len(waiting) - number)
+                    print(f"{number}/{len(waiting)} cells, about {clock(left)} left", flush=True)
         there = [result for cell in cells if (result := self._read(cell))]
         return there, len(there) == len(cells)
 
@@ -330,9 +327,10 @@ class Runner:
     def _file(self, cell: Cell) -> Path:
         return self._output / "cells" / f"{cell.name}.json"
 
-    def _train(self, cell: Cell) -> float | None:
+    def _train(self, cell: Cell) -> bool:
+        """Whether there was time left to train it."""
         if time.monotonic() > self._until:
-            return None
+            return False
         run_dir = self._output / "runs" / cell.name
         run_dir.mkdir(parents=True, exist_ok=True)
         config = replace(cell.config, train={"run_dir": str(run_dir)})
@@ -354,7 +352,7 @@ class Runner:
         self._file(cell).parent.mkdir(exist_ok=True)
         write_atomically(self._file(cell), json.dumps(result, indent=1) + "\n")
         print(f"{cell.name}: {describe(result)}", flush=True)
-        return result["seconds"]
+        return True
 
 
 def read_result(cell: Cell, run_dir: Path, seconds: float) -> Result:
