@@ -99,10 +99,10 @@ class ModelConfig(Section):
 class MemoryConfig(Section):
     """What remembers across segments. The README has the equations behind the lm2 knobs ("What it computes")."""
 
-    kind: Literal["lm2", "rmt", "none"] = "lm2"
+    kind: Literal["lm2", "rmt", "none", "official"] = "lm2"
     num_slots: PositiveInt = 16  # lm2: slots N of each bank; rmt: memory tokens m
     width: PositiveInt | None = None  # lm2: slot width M; null: d_model
-    num_heads: PositiveInt = 4  # lm2: heads of the read and of the write attention
+    num_heads: PositiveInt = 4  # lm2: heads of the read and of the write attention; official: of its one attention
     num_layers: PositiveInt | None = None  # lm2: the first so many blocks have a bank; null: all of them
     gates: Literal["convex", "independent"] = "convex"  # g_in = 1 - g_f, or a gate of its own (the paper's)
     forget_bias: float = 2.0  # b_f; positive: remember at first
@@ -111,6 +111,7 @@ class MemoryConfig(Section):
     bank_gates: bool = True  # gates also see tanh(Bank) (W'_f, W'_i)
     slot_attention: bool = True  # slots also attend to slots, not to tokens only
     output_projection: bool = True  # W_O after the read and after the write attention
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # official: of its attention; the published code has 0.9
 
 
 class StoriesConfig(Section):
@@ -320,11 +321,34 @@ class Config(Section):
                 problems.append(
                     f"memory.num_layers {memory.num_layers} is above model.num_layers {self.model.num_layers}"
                 )
-        if memory.kind == "rmt":
+        if memory.kind in ("rmt", "official"):
             if data.boundaries == "packed":
-                problems.append("data.boundaries packed: rmt keeps one state per lane; use segment or stream")
+                problems.append(
+                    f"data.boundaries packed: {memory.kind} keeps one state per lane; use segment or stream"
+                )
             if self.train.schedule == "layer":
-                problems.append("train.schedule layer: rmt needs a segment's last layer before the next; use segment")
+                problems.append(
+                    f"train.schedule layer: {memory.kind} needs a segment's last layer before the next; use segment"
+                )
+        if memory.kind == "official":
+            N = memory.num_slots
+            sizes = {"model.d_model": self.model.d_model, "data.segment_length": data.segment_length}
+            sizes |= {
+                f"train.curriculum.{i}.segment_length": s.segment_length for i, s in enumerate(self.train.curriculum)
+            }
+            sizes |= {"memory.width": memory.width} if memory.width else {}
+            unequal = [f"{key} {size}" for key, size in sizes.items() if size != N]
+            if unequal:
+                problems.append(
+                    f"memory.kind official needs slots, segment length and model width to be equal, but "
+                    f"memory.num_slots is {N} and {', '.join(unequal)}; kind lm2 has no such bound"
+                )
+            if N % memory.num_heads:
+                problems.append(f"memory.num_heads {memory.num_heads} does not divide memory.num_slots {N}")
+            if memory.num_layers not in (None, self.model.num_layers):
+                problems.append(f"memory.num_layers {memory.num_layers}: kind official has its memory in all blocks")
+        elif memory.dropout:
+            problems.append(f"memory.dropout {memory.dropout}: only kind official has any")
         if data.batch_size % self.optim.accumulation_steps:
             problems.append(
                 f"optim.accumulation_steps {self.optim.accumulation_steps} does not divide "

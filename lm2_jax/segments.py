@@ -65,32 +65,44 @@ def run_window(
     document_BST: jax.Array | None,
     schedule: Schedule,
     packed: bool = True,
+    dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, Memory, dict[str, jax.Array]]:
     """As `run_segments`, to (hidden states [B,S,T,D], memory, mean of each gate over the window).
 
     packed: whether document numbers above 1 can occur; False saves the reads of the initial bank that packing needs.
+    dropout_key: of a training step; None: no dropout.
     """
 
     def window(
-        tokens_BST: jax.Array, memory: Memory, document_BST: Any, reset_BS: Any
+        tokens_BST: jax.Array, memory: Memory, document_BST: Any, reset_BS: Any, dropout_key: jax.Array | None
     ) -> tuple[jax.Array, Memory, Any]:
         (hidden_BSTD, memory), sown = model.apply(
-            {"params": params}, tokens_BST, memory, document_BST, reset_BS, packed, method="window", mutable=["gates"]
+            {"params": params},
+            tokens_BST,
+            memory,
+            document_BST,
+            reset_BS,
+            packed,
+            deterministic=dropout_key is None,
+            rngs=None if dropout_key is None else {"dropout": dropout_key},
+            method="window",
+            mutable=["gates"],
         )
         return hidden_BSTD, memory, sown.get("gates", {})
 
     def segment(memory: Memory, inputs: Any) -> tuple[Memory, tuple[jax.Array, Any]]:
-        tokens_BT, document_BT, reset_B = inputs
-        tokens_B1T, document_B1T, reset_B1 = jax.tree.map(lambda a: a[:, None], (tokens_BT, document_BT, reset_B))
-        hidden_B1TD, memory, gates = window(tokens_B1T, memory, document_B1T, reset_B1)
+        arrays, dropout_key = inputs
+        tokens_B1T, document_B1T, reset_B1 = jax.tree.map(lambda a: a[:, None], arrays)
+        hidden_B1TD, memory, gates = window(tokens_B1T, memory, document_B1T, reset_B1, dropout_key)
         return memory, (hidden_B1TD[:, 0], gates)
 
     if choose_schedule(model, schedule) == "layer":
-        hidden_BSTD, memory, gates = window(tokens_BST, memory, document_BST, reset_BS)
+        hidden_BSTD, memory, gates = window(tokens_BST, memory, document_BST, reset_BS, dropout_key)
     else:
         body = jax.checkpoint(segment, prevent_cse=False) if model.config.train.remat == "full" else segment
-        inputs = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (tokens_BST, document_BST, reset_BS))
-        memory, (hidden_SBTD, gates) = jax.lax.scan(body, memory, inputs)
+        arrays = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (tokens_BST, document_BST, reset_BS))
+        keys_S = None if dropout_key is None else jax.random.split(dropout_key, tokens_BST.shape[1])
+        memory, (hidden_SBTD, gates) = jax.lax.scan(body, memory, (arrays, keys_S))
         hidden_BSTD = jnp.moveaxis(hidden_SBTD, 0, 1)
     hidden_BSTD = nn.with_logical_constraint(hidden_BSTD, ("batch", None, None, "activation"))
     return hidden_BSTD, memory, _mean_by_name(gates)

@@ -34,22 +34,26 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         # Weights of the global batch, so that microbatches and devices add up to one mean
         batch = {**batch, "weights_BST": loss_weights(batch, config.optim.lm_loss_weight)}
+        step_key = jax.random.fold_in(jax.random.key(config.train.seed), state.step) if config.memory.dropout else None
 
         # Loss and gradient, microbatch by microbatch
-        def gradient(memory: Memory, batch: Batch) -> tuple[tuple[Any, LossSums, Metrics], Memory]:
+        def gradient(
+            memory: Memory, batch: Batch, dropout_key: jax.Array | None
+        ) -> tuple[tuple[Any, LossSums, Metrics], Memory]:
             def objective(params: Any) -> tuple[jax.Array, tuple[LossSums, Memory, Metrics]]:
-                sums, memory_after, gates = forward(model, params, memory, batch, batch["weights_BST"])
+                sums, memory_after, gates = forward(model, params, memory, batch, batch["weights_BST"], dropout_key)
                 return sums.loss, (sums, memory_after, gates)
 
             grads, (sums, memory_after, gates) = jax.grad(objective, has_aux=True)(state.params)
             return (grads, sums, gates), memory_after
 
         if microbatches == 1:
-            (grads, sums, gates), memory = gradient(state.memory, batch)
+            (grads, sums, gates), memory = gradient(state.memory, batch, step_key)
         else:
-            parts = _split_lanes(state.memory, microbatches, lane_axis), _split_lanes(batch, microbatches, 0)
+            keys_A = None if step_key is None else jax.random.split(step_key, microbatches)
+            parts = _split_lanes(state.memory, microbatches, lane_axis), _split_lanes(batch, microbatches, 0), keys_A
 
-            def accumulate(totals: Any, part: tuple[Memory, Batch]) -> tuple[Any, Memory]:
+            def accumulate(totals: Any, part: tuple[Memory, Batch, Any]) -> tuple[Any, Memory]:
                 here, memory = gradient(*part)
                 return jax.tree.map(jnp.add, totals, here), memory
 
@@ -130,9 +134,14 @@ def make_fresh_memory(model: Decoder, shardings: TrainState) -> Callable[[Any], 
 
 
 def forward(
-    model: Decoder, params: Any, memory: Memory, batch: Batch, weights_BST: jax.Array
+    model: Decoder,
+    params: Any,
+    memory: Memory,
+    batch: Batch,
+    weights_BST: jax.Array,
+    dropout_key: jax.Array | None = None,
 ) -> tuple[LossSums, Memory, Metrics]:
-    """A window through the model and the loss: (sums, memory after the window, gate means)."""
+    """A window through the model and the loss: (sums, memory after the window, gate means). No key: no dropout."""
     hidden_BSTD, memory, gates = run_window(
         model,
         params,
@@ -142,6 +151,7 @@ def forward(
         batch["document_BST"],
         model.config.train.schedule,
         packed=model.config.data.boundaries == "packed",
+        dropout_key=dropout_key,
     )
     return window_loss(model, params, hidden_BSTD, batch, weights_BST), memory, gates
 

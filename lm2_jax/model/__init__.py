@@ -7,9 +7,10 @@ from lm2_jax.errors import UserError
 from lm2_jax.model.decoder import Decoder
 from lm2_jax.model.kind import MemoryKind
 from lm2_jax.model.memory import LM2
+from lm2_jax.model.official import Official
 from lm2_jax.model.rmt import RMT
 
-KINDS: dict[str, type[MemoryKind]] = {"lm2": LM2, "rmt": RMT, "none": MemoryKind}
+KINDS: dict[str, type[MemoryKind]] = {"lm2": LM2, "rmt": RMT, "none": MemoryKind, "official": Official}
 
 
 def build_model(config: Config) -> Decoder:

@@ -25,11 +25,17 @@ class Block(nn.Module):
     with_bank: bool
 
     @nn.compact
-    def __call__(self, x_BSTD: jax.Array, bank: Memory, layout: Layout) -> tuple[jax.Array, Memory]:
-        """x [B,S,T,D] and the layer's bank before the window to the same after it."""
+    def __call__(
+        self, carry: tuple[jax.Array, Memory], own_bank: Memory, layout: Layout
+    ) -> tuple[tuple[jax.Array, Memory], Memory]:
+        """(x [B,S,T,D], a bank that passes through or None) and the block's own bank: before the window to after."""
+        x_BSTD, passing_bank = carry
+        bank = own_bank if passing_bank is None else passing_bank
         if self.config.train.remat == "full" and x_BSTD.shape[1] > 1:
-            return self._segment_by_segment(x_BSTD, bank, layout)
-        return self._window(x_BSTD, bank, layout)
+            x_BSTD, bank = self._segment_by_segment(x_BSTD, bank, layout)
+        else:
+            x_BSTD, bank = self._window(x_BSTD, bank, layout)
+        return ((x_BSTD, None), bank) if passing_bank is None else ((x_BSTD, bank), None)
 
     def _window(self, x_BSTD: jax.Array, bank: Memory, layout: Layout) -> tuple[jax.Array, Memory]:
         c = self.config.model
@@ -37,12 +43,13 @@ class Block(nn.Module):
             normed_BSTD = RMSNorm(c.norm_eps, name="conv_norm")(x_BSTD)
             x_BSTD += CausalConv(c.conv_width, name="conv")(normed_BSTD, layout)
         normed_BSTD = RMSNorm(c.norm_eps, name="attention_norm")(x_BSTD)
-        x_BSTD += SelfAttention(c, name="attention")(normed_BSTD, layout)
+        attended_BSTD = SelfAttention(c, self.kind.linear_init, name="attention")(normed_BSTD, layout)
+        x_BSTD += attended_BSTD
         if self.with_bank:
-            added_BSTD, bank = self.kind.block_memory()(name="memory")(normed_BSTD, bank, layout)
+            added_BSTD, bank = self.kind.block_memory()(name="memory")(normed_BSTD, attended_BSTD, bank, layout)
             x_BSTD += added_BSTD
         normed_BSTD = RMSNorm(c.norm_eps, name="mlp_norm")(x_BSTD)
-        x_BSTD += SwiGLU(c, name="mlp")(normed_BSTD)
+        x_BSTD += SwiGLU(c, self.kind.linear_init, name="mlp")(normed_BSTD)
         return nn.with_logical_constraint(x_BSTD, ("batch", None, None, "activation")), bank
 
     def _segment_by_segment(self, x_BSTD: jax.Array, bank: Memory, layout: Layout) -> tuple[jax.Array, Memory]:
@@ -90,7 +97,7 @@ class Decoder(nn.Module):
         stack = nn.scan(
             block,
             variable_axes={"params": 0, "gates": 0},
-            split_rngs={"params": True},
+            split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast),
             out_axes=0,
             length=length,
@@ -105,19 +112,22 @@ class Decoder(nn.Module):
         document_BST: jax.Array | None = None,
         reset_BS: jax.Array | None = None,
         packed: bool = True,
+        deterministic: bool = True,
     ) -> tuple[jax.Array, Memory]:
         """Hidden states [B,S,T,D] (after the final norm) of all S segments, layer by layer, and the memory after them.
 
         See `segments.run_segments` for the arguments.
         """
-        layout = _layout(tokens_BST, document_BST, reset_BS, packed)
+        layout = _layout(tokens_BST, document_BST, reset_BS, packed, deterministic)
         x_BSTD = self.embedding.astype(self.config.train.dtype)[tokens_BST]
         x_BSTD = nn.with_logical_constraint(x_BSTD, ("batch", None, None, "activation"))
         x_BSTD, layout, memory = self.kind.enter(self.memory_parameters, x_BSTD, layout, memory)
         if self.bank_blocks is not None:
-            x_BSTD, memory = self.bank_blocks(x_BSTD, memory, layout)
+            passing, own = (memory, None) if self.kind.bank_passes_through else (None, memory)
+            (x_BSTD, passing), own = self.bank_blocks((x_BSTD, passing), own, layout)
+            memory = passing if self.kind.bank_passes_through else own
         if self.blocks is not None:
-            x_BSTD, _ = self.blocks(x_BSTD, None, layout)
+            (x_BSTD, _), _ = self.blocks((x_BSTD, None), None, layout)
         return self.kind.leave(self.final_norm(x_BSTD), layout, memory)
 
     def project(self, hidden: jax.Array) -> jax.Array:
@@ -141,14 +151,16 @@ class Decoder(nn.Module):
           memory: what `init_memory` or the previous segment returned.
           document_BT: int32, 0 padding, 1, 2, ... the segment's documents in order; None: one document, no padding.
           reset_B: bool, the segment's first document starts here, so that it finds the initial memory.
-          deterministic: no dropout (no causal kind has any).
+          deterministic: no dropout; otherwise `apply` needs rngs={"dropout": key} (kind official alone has any).
 
         Returns:
           float32 logits [B,T,V] and the memory after the segment.
         """
         document_B1T = None if document_BT is None else document_BT[:, None]
         reset_B1 = None if reset_B is None else reset_B[:, None]
-        hidden_B1TD, memory = self.window(tokens_BT[:, None], memory, document_B1T, reset_B1)
+        hidden_B1TD, memory = self.window(
+            tokens_BT[:, None], memory, document_B1T, reset_B1, deterministic=deterministic
+        )
         return self.project(hidden_B1TD[:, 0]), memory
 
     @nn.nowrap
@@ -170,10 +182,16 @@ class Decoder(nn.Module):
         return self.kind.init_memory(batch_size, params)
 
 
-def _layout(tokens_BST: jax.Array, document_BST: jax.Array | None, reset_BS: jax.Array | None, packed: bool) -> Layout:
+def _layout(
+    tokens_BST: jax.Array,
+    document_BST: jax.Array | None,
+    reset_BS: jax.Array | None,
+    packed: bool,
+    deterministic: bool,
+) -> Layout:
     if document_BST is None:
         document_BST, packed = jnp.ones(tokens_BST.shape, jnp.int32), False
     if reset_BS is None:
         reset_BS = jnp.zeros(tokens_BST.shape[:2], bool)
     position_BST = jnp.broadcast_to(jnp.arange(tokens_BST.shape[2]), tokens_BST.shape)
-    return Layout(document_BST, position_BST, reset_BS, packed)
+    return Layout(document_BST, position_BST, reset_BS, packed, deterministic)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from lm2_jax.config import Config
-from lm2_jax.model.layers import Initializer, Layout
+from lm2_jax.model.layers import Initializer, Layout, linear_init
 
 Memory = Any  # a pytree of float32 arrays
 Parameters = Mapping[str, jax.Array]
@@ -30,12 +30,16 @@ class MemoryKind:
       num_bank_layers: how many blocks, from the first, carry a bank.
       layer_by_layer: a block's bank depends on earlier segments only through this very bank, so a window may run layer
         by layer.
+      bank_passes_through: one bank goes from block to block, instead of one bank for each.
       lane_axis: the axis of the lanes B in every leaf of the memory.
+      linear_init: makes the initialiser of the blocks' weights; called as `layers.linear_init`.
     """
 
     config: Config
     layer_by_layer = True
+    bank_passes_through = False
     lane_axis = 0
+    linear_init = staticmethod(linear_init)
 
     @property
     def num_bank_layers(self) -> int:
@@ -51,7 +55,7 @@ class MemoryKind:
         return ()
 
     def block_memory(self) -> Callable[[], nn.Module] | None:
-        """Makes the module that a block with a bank calls: (x' [B,S,T,D], bank, layout) -> (added to x, bank)."""
+        """Makes the module that a block with a bank calls: (x', what self-attention added, bank, layout) -> (added to x, bank)."""
         return None
 
     def enter(

@@ -30,15 +30,17 @@ class Layout:
       position_BST: int32 RoPE position; memory tokens of rmt sit at 0, where RoPE rotates nothing.
       reset_BS: bool, the segment's first document starts here: it finds the initial memory.
       packed: static; whether document numbers above 1 can occur.
+      deterministic: static; no dropout.
     """
 
     document_BST: jax.Array
     position_BST: jax.Array
     reset_BS: jax.Array
     packed: bool = struct.field(pytree_node=False)
+    deterministic: bool = struct.field(pytree_node=False, default=True)
 
 
-def matrix(axes: tuple[str | None, ...], scale: float = 1.0) -> Initializer:
+def linear_init(axes: tuple[str | None, ...], scale: float = 1.0) -> Initializer:
     """Initialiser of a weight [in, out]: normal with variance scale / in, and its logical axes."""
     initializer = nn.initializers.variance_scaling(scale, "fan_in", "normal", in_axis=0, out_axis=1)
     return nn.with_logical_partitioning(initializer, axes)
@@ -111,6 +113,7 @@ class SelfAttention(nn.Module):
     """Grouped-query causal self-attention within each segment, with RoPE; no biases."""
 
     config: ModelConfig
+    linear_init: Callable[..., Initializer] = linear_init
 
     @nn.compact
     def __call__(self, x_BSTD: jax.Array, layout: Layout) -> jax.Array:
@@ -119,10 +122,10 @@ class SelfAttention(nn.Module):
         B, S, T, D = x_BSTD.shape
         H, G, K = c.num_heads, c.num_kv_heads, c.attention_head_dim
         output_scale = 1 / (2 * c.num_layers)
-        w_q = self.param("query", matrix(("embed", "heads")), (D, H * K))
-        w_k = self.param("key", matrix(("embed", "kv_heads")), (D, G * K))
-        w_v = self.param("value", matrix(("embed", "kv_heads")), (D, G * K))
-        w_o = self.param("output", matrix(("heads", "embed"), output_scale), (H * K, D))
+        w_q = self.param("query", self.linear_init(("embed", "heads")), (D, H * K))
+        w_k = self.param("key", self.linear_init(("embed", "kv_heads")), (D, G * K))
+        w_v = self.param("value", self.linear_init(("embed", "kv_heads")), (D, G * K))
+        w_o = self.param("output", self.linear_init(("heads", "embed"), output_scale), (H * K, D))
 
         x_NTD = x_BSTD.reshape(B * S, T, D)  # N = B·S: every segment by itself
         position_NT, document_NT = layout.position_BST.reshape(B * S, T), layout.document_BST.reshape(B * S, T)
@@ -138,14 +141,15 @@ class SwiGLU(nn.Module):
     """Llama's feed-forward: down(silu(gate(x)) ⊙ up(x)); no biases."""
 
     config: ModelConfig
+    linear_init: Callable[..., Initializer] = linear_init
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., D], already normalised, to the same shape."""
         c = self.config
-        w_gate = self.param("gate", matrix(("embed", "mlp")), (c.d_model, c.d_ff))
-        w_up = self.param("up", matrix(("embed", "mlp")), (c.d_model, c.d_ff))
-        w_down = self.param("down", matrix(("mlp", "embed"), 1 / (2 * c.num_layers)), (c.d_ff, c.d_model))
+        w_gate = self.param("gate", self.linear_init(("embed", "mlp")), (c.d_model, c.d_ff))
+        w_up = self.param("up", self.linear_init(("embed", "mlp")), (c.d_model, c.d_ff))
+        w_down = self.param("down", self.linear_init(("mlp", "embed"), 1 / (2 * c.num_layers)), (c.d_ff, c.d_model))
         return dense(nn.silu(dense(x, w_gate)) * dense(x, w_up), w_down)
 
 

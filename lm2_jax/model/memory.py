@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from lm2_jax.config import Config, MemoryConfig
 from lm2_jax.model import layers
 from lm2_jax.model.kind import Memory, MemoryKind, Parameters
-from lm2_jax.model.layers import Initializer, Layout, matrix, rms_norm, vector
+from lm2_jax.model.layers import Initializer, Layout, linear_init, rms_norm, vector
 
 _EXTRA_SLOTS_SEED = 2502_06049  # of the constant rows beyond the identity
 
@@ -133,7 +133,9 @@ class BankMemory(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, x_BSTD: jax.Array, bank_BNM: jax.Array, layout: Layout) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, x_BSTD: jax.Array, a_BSTD: jax.Array, bank_BNM: jax.Array, layout: Layout
+    ) -> tuple[jax.Array, jax.Array]:
         """x' [B,S,T,D] and the bank before the window to (g_out ⊙ E_mem [B,S,T,D], the bank after the window)."""
         memory, eps = self.config.memory, self.config.model.norm_eps
         N, M = bank_BNM.shape[-2:]
@@ -172,21 +174,21 @@ def _parameters(config: Config) -> dict[str, tuple[Initializer, tuple[int, ...]]
     """Name to (initialiser, shape) of one block's memory."""
     c, D, M = config.memory, config.model.d_model, config.memory_width
     output_scale = 1 / (2 * config.model.num_layers)
-    to_slots = (matrix(("slot_in", "slot_out")), (M, M))
+    to_slots = (linear_init(("slot_in", "slot_out")), (M, M))
     shapes = {
         "bank_norm": (vector(1.0, "norm"), (M,)),
-        "read_query": (matrix(("embed", "heads")), (D, D)),
-        "read_key": (matrix(("slot_in", "heads")), (M, D)),
-        "read_value": (matrix(("slot_in", "heads")), (M, D)),
-        "output_gate": (matrix(("embed", "heads")), (D, D)),
+        "read_query": (linear_init(("embed", "heads")), (D, D)),
+        "read_key": (linear_init(("slot_in", "heads")), (M, D)),
+        "read_value": (linear_init(("slot_in", "heads")), (M, D)),
+        "output_gate": (linear_init(("embed", "heads")), (D, D)),
         "output_gate_bias": (vector(0.0, "norm"), (D,)),
         "write_query": to_slots,
-        "write_key": (matrix(("embed", "slot_out")), (D, M)),
-        "write_value": (matrix(("embed", "slot_out")), (D, M)),
+        "write_key": (linear_init(("embed", "slot_out")), (D, M)),
+        "write_value": (linear_init(("embed", "slot_out")), (D, M)),
         "candidate_norm": (vector(1.0, "norm"), (M,)),
     }
     if c.output_projection:
-        shapes["read_output"] = (matrix(("heads", "embed"), output_scale), (D, D))
+        shapes["read_output"] = (linear_init(("heads", "embed"), output_scale), (D, D))
         shapes["write_output"] = to_slots
     if c.slot_attention and M != D:
         shapes["slot_key"] = shapes["slot_value"] = to_slots
