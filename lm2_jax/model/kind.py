@@ -55,7 +55,10 @@ class MemoryKind:
         return ()
 
     def block_memory(self) -> Callable[[], nn.Module] | None:
-        """Makes the module that a block with a bank calls: (x', what self-attention added, bank, layout) -> (added to x, bank)."""
+        """Makes the module that a block with a bank calls.
+
+        Called with x' [B,S,T,D], what self-attention added to x, the bank and the layout; to (added to x, the bank).
+        """
         return None
 
     def enter(
