@@ -22,6 +22,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from lm2_jax.config import CheckpointConfig, Config, load_config, parse_config
+from lm2_jax.convert import directory as converted
+from lm2_jax.convert.engine import abstract_params, as_tree
 from lm2_jax.errors import UserError
 from lm2_jax.model import build_model
 from lm2_jax.model.decoder import Decoder
@@ -142,13 +144,16 @@ class Checkpoints:
 
 
 def load(path: str | Path) -> tuple[Decoder, Any]:
-    """The model and its parameters from a run directory (its newest checkpoint) or from one checkpoint of it.
+    """The model and its parameters from a run directory (its newest checkpoint), one checkpoint, or a converted one.
 
     Returns the linen module and the tree under "params". Raises UserError if there is no readable checkpoint.
     """
     path = Path(path).absolute()
     if not path.is_dir():
-        raise UserError(f"{path}: no such directory; give a run directory or one of its checkpoints")
+        raise UserError(f"{path}: no such directory; give a run directory, one of its checkpoints, or a converted one")
+    if converted.is_converted(path):
+        found = converted.read(path)
+        return build_model(found.config), as_tree({p: jnp.asarray(t.read()) for p, t in found.params.items()})
     if (path / "config.yaml").is_file():
         steps = sorted((int(p.name) for p in (path / "checkpoints").glob("*") if p.name.isdigit()), reverse=True)
         if not steps:
@@ -161,9 +166,7 @@ def load(path: str | Path) -> tuple[Decoder, Any]:
         except OSError:
             raise UserError(f"{path}: neither a run directory (no config.yaml) nor a checkpoint (no config)") from None
     model = build_model(config)
-    abstract = jax.eval_shape(
-        lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32), model.init_memory(1))["params"], jax.random.key(0)
-    )
+    abstract = as_tree(abstract_params(config))
     on_one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_one), abstract)
     try:
@@ -178,10 +181,12 @@ def load(path: str | Path) -> tuple[Decoder, Any]:
 
 
 def load_memory(path: str | Path) -> Any:
-    """The start memory that a converted or saved directory carries; None for run directories, which carry none."""
-    if not Path(path).is_dir():
+    """The start memory that a converted directory carries (official: memory_bank [B,N,N]); None if it carries none."""
+    path = Path(path).absolute()
+    if not path.is_dir():
         raise UserError(f"{path}: no such directory")
-    return None
+    memory = converted.read(path).memory if converted.is_converted(path) else None
+    return None if memory is None else jnp.asarray(memory)
 
 
 def read_run_config(run_dir: Path) -> Config | None:

@@ -236,6 +236,7 @@ class TrainConfig(Section):
     """The loop."""
 
     run_dir: NonEmptyStr = "runs/default"
+    init_from: NonEmptyStr | None = None  # weights to start from: a run directory, a checkpoint, or a converted one
     steps: PositiveInt = 650
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters and banks stay float32

@@ -42,8 +42,8 @@ def create_state(
     """A fresh state, every array made where it will live, and its shardings: abstract -> shardings -> jitted init."""
 
     def init(key: jax.Array) -> TrainState:
-        memory = model.init_memory(1)
-        boxed = model.init_with_axes(key, jnp.zeros((1, 1), jnp.int32), memory)["params"]
+        tokens_BT = jnp.zeros((1, model.config.data.segment_length), jnp.int32)
+        boxed = model.init_with_axes(key, tokens_BT, model.init_memory(1))["params"]
         params = unbox(boxed)
         zero = jnp.zeros((), jnp.int32)
         return TrainState(

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from lm2_jax.checkpoint import Checkpoints, Progress, read_run_config
+from lm2_jax.checkpoint import Checkpoints, Progress, load, read_run_config
 from lm2_jax.config import Config, StageConfig, dump_config, load_config
 from lm2_jax.data.lanes import make_iterator
 from lm2_jax.data.pipeline import Pipeline, check_vocabulary
@@ -25,6 +25,7 @@ from lm2_jax.errors import TrainingFailed, UserError, run_command
 from lm2_jax.evals.stories import Accuracy, accuracy_by_length
 from lm2_jax.loss import zero_sums
 from lm2_jax.model import build_model
+from lm2_jax.model.decoder import Decoder
 from lm2_jax.optim import make_optimizer
 from lm2_jax.reporting import (
     Record,
@@ -90,6 +91,8 @@ def train(config: Config) -> dict[str, Any]:
         if restored is not None:
             state, progress = restored
             _check_data(progress, pipeline, run_dir)
+        elif config.train.init_from:
+            state = _start_from(config.train.init_from, model, state, shardings)
         progress["data_fingerprint"] = pipeline.fingerprint()
         first_step = progress["step"]
         drop_records_after(run_dir / "metrics.jsonl", first_step)
@@ -100,6 +103,8 @@ def train(config: Config) -> dict[str, Any]:
         reporter.say(f"{config.memory.kind}: {parameters:,} parameters, {_describe(mesh)}, run directory {run_dir}")
         if restored is not None:
             reporter.say(f"resuming after step {first_step}")
+        elif config.train.init_from:
+            reporter.say(f"starting from the weights of {config.train.init_from}")
         log = _Log(reporter, progress, config.train.max_skipped_steps)
         stages, windows = config.stages, None
         lanes_to_devices = batch_sharding(mesh)
@@ -165,6 +170,31 @@ def train(config: Config) -> dict[str, Any]:
         plot_run(run_dir / "training.png", records, table, stages[-1].segments)
         reporter.say(f"written: {run_dir / 'summary.json'} and {run_dir / 'training.png'}")
     return summary
+
+
+def _start_from(path: str, model: Decoder, state: TrainState, shardings: TrainState) -> TrainState:
+    """The fresh state with the weights of another run or of a converted directory.
+
+    Raises UserError if they are not the weights of this model.
+    """
+    other, params = load(path)
+    mine, theirs = (
+        {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (state.params, params))
+    )
+    problems = [
+        f"  {name}: {theirs.get(name, 'nothing')} there, {mine.get(name, 'nothing')} in this model"
+        for name in sorted(mine.keys() | theirs.keys())
+        if mine.get(name) != theirs.get(name)
+    ]
+    problems += [
+        f"  {key}: {old!r} there, {new!r} here"
+        for key, old, new in _differences(other.config.model.model_dump(), model.config.model.model_dump(), "model")
+    ]
+    if problems:
+        raise UserError(f"train.init_from: {path} holds another model:\n" + "\n".join(problems))
+    params = jax.device_put(params, shardings.params)
+    return state.replace(params=params, memory=make_fresh_memory(model, shardings)(params))
 
 
 class _Log:

@@ -1,0 +1,9 @@
+"""Conversion: our parameters to and from the official LM2 code's and Hugging Face's, strictly by tables of names.
+
+tensors.py       files of named tensors, read and written one by one
+tables.py        which tensor of theirs is which of ours, for every model and both directions
+engine.py        the tables applied: everything that does not fit is found before anything is written
+directory.py     a converted lm2_jax directory
+official.py      the official code's directory
+huggingface.py   Hugging Face directories: plain Llama, or our own modelling code
+"""

@@ -1,0 +1,202 @@
+"""The tables applied: a foreign state dict seen as our parameters, and ours written as theirs.
+
+Parameters are `Tensor`s by path ("bank_blocks/attention/query"), read when they are needed: from any source, to any
+destination, one block's at a time. Everything that does not fit is found and named before a byte is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from lm2_jax.config import Config
+from lm2_jax.convert.tables import Rule, Table
+from lm2_jax.convert.tensors import Tensor
+from lm2_jax.errors import UserError
+from lm2_jax.model import build_model
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+Track = Callable[[Iterable, str], Iterable]  # shows progress over what it hands on; knows its length and a title
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A model, wherever it came from.
+
+    Attributes:
+      config: its model, memory, segments and tokenizer; other sections are defaults.
+      params: by path.
+      memory: the start memory that it carries (official: [B,N,N]); None: the usual one.
+    """
+
+    config: Config
+    params: Mapping[str, Tensor]
+    memory: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One foreign tensor.
+
+    Attributes:
+      path: of our parameter.
+      row: its row in our layer axis; None: all of it.
+      name, aliases: theirs.
+      shape: theirs.
+      transposed: theirs is [out, in].
+    """
+
+    path: str
+    row: int | None
+    name: str
+    aliases: tuple[str, ...]
+    shape: tuple[int, ...]
+    transposed: bool
+
+
+def abstract_params(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the parameters of a config, by path."""
+    model = build_model(config)
+    tokens_BT = jnp.zeros((1, config.data.segment_length), jnp.int32)
+    shapes = jax.eval_shape(lambda key: model.init(key, tokens_BT, model.init_memory(1))["params"], jax.random.key(0))
+    return by_path(shapes)
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree of dictionaries: {"a": {"b": x}} to {"a/b": x}."""
+    return {"/".join(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def as_tree(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The reverse of `by_path`."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split("/")
+        functools.reduce(lambda node, name: node.setdefault(name, {}), parents, tree)[last] = leaf
+    return tree
+
+
+def place(path: str) -> str:
+    """Where a parameter is looked up in a table: its path, within the block if it is in one."""
+    stack, _, within = path.partition("/")
+    return within if stack in ("bank_blocks", "blocks") else path
+
+
+def entries(table: Table, shapes: Mapping[str, Any], num_bank_layers: int) -> list[Entry]:
+    """The foreign tensors of parameters of these shapes. Raises UserError where the layout has no place for one."""
+    homeless = sorted(path for path in shapes if place(path) not in table.rules)
+    if homeless:
+        raise UserError("the layout asked for has no place for " + ", ".join(homeless))
+    found = []
+    for path, leaf in shapes.items():
+        rule = table.rules[place(path)]
+        if place(path) == path:
+            found.append(_entry(rule, path, None, None, leaf.shape))
+            continue
+        first = num_bank_layers if path.startswith("blocks/") else 0
+        found += [_entry(rule, path, row, first + row, leaf.shape[1:]) for row in range(leaf.shape[0])]
+    return found
+
+
+def _entry(rule: Rule, path: str, row: int | None, layer: int | None, shape: tuple[int, ...]) -> Entry:
+    name, *aliases = (text.format(layer=layer) for text in (rule.name, *rule.aliases))
+    return Entry(path, row, name, tuple(aliases), shape[::-1] if rule.transposed else shape, rule.transposed)
+
+
+def check_names(wanted: Iterable[Entry], tensors: Mapping[str, Tensor], table: Table, where: Path) -> None:
+    """Raises UserError with every tensor that is missing, unknown, of another shape, or holds no such numbers."""
+    problems, known = [], set()
+    for entry in wanted:
+        known |= {entry.name, *entry.aliases}
+        for name in (entry.name, *entry.aliases):
+            tensor = tensors.get(name)
+            if tensor is None:
+                if name == entry.name or table.aliases_required:
+                    problems.append(f"{name}: is missing; expected {list(entry.shape)}")
+                continue
+            if tensor.shape != entry.shape:
+                transposed = " (transposed?)" if tensor.shape == entry.shape[::-1] else ""
+                problems.append(f"{name}: found {list(tensor.shape)}; expected {list(entry.shape)}{transposed}")
+            if not tensor.is_float:
+                problems.append(f"{name}: found {tensor.dtype}; expected F32, F16 or BF16")
+    problems += [f"{name}: is not a tensor of this model" for name in tensors if name not in known]
+    if problems:
+        raise UserError(f"{where}: {len(problems)} problem(s) with its tensors:\n" + _listed(problems))
+
+
+def check_values(wanted: Iterable[Entry], tensors: Mapping[str, Tensor], where: Path) -> None:
+    """Raises UserError with every tensor that is not finite, and names of one tensor whose values differ."""
+    problems = []
+    for entry in wanted:
+        array = tensors[entry.name].read()
+        if not np.all(np.isfinite(array)):
+            problems.append(f"{entry.name}: holds NaN or infinite numbers")
+        for alias in entry.aliases:
+            if alias in tensors and not np.array_equal(array, tensors[alias].read(), equal_nan=True):
+                problems.append(f"{alias}: differs from {entry.name}, but both are the same tensor")
+    if problems:
+        raise UserError(f"{where}: {len(problems)} problem(s) with its values:\n" + _listed(problems))
+
+
+def seen_as_ours(
+    wanted: Iterable[Entry], tensors: Mapping[str, Tensor], shapes: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Our parameters, float32, each read from the foreign tensors it is made of."""
+    parts: dict[str, list[Entry]] = {}
+    for entry in wanted:
+        parts.setdefault(entry.path, []).append(entry)
+
+    def one(entry: Entry) -> np.ndarray:
+        array = tensors[entry.name].read().astype(np.float32, copy=False)
+        return array.T if entry.transposed else array
+
+    def reader(path: str) -> Callable[..., np.ndarray]:
+        def read(row: int | None = None) -> np.ndarray:
+            here = parts[path]
+            if here[0].row is None:
+                return one(here[0])
+            return np.stack([one(entry) for entry in here]) if row is None else one(here[row])
+
+        return read
+
+    return {
+        path: Tensor(tensors[own[0].name].file, shapes[path].shape, "F32", reader(path)) for path, own in parts.items()
+    }
+
+
+def as_theirs(table: Table, checkpoint: Checkpoint, dtype: str, track: Track) -> Iterator[tuple[str, np.ndarray]]:
+    """Foreign names and arrays, one by one, in the order of their blocks."""
+    wanted = entries(table, checkpoint.params, checkpoint.config.num_memory_layers)
+    for entry in track(sorted(wanted, key=_in_reading_order), "writing"):
+        array = checkpoint.params[entry.path].read(entry.row)
+        array = (array.T if entry.transposed else array).astype(DTYPES[dtype])
+        yield entry.name, array
+        if table.aliases_required:
+            yield from ((alias, array) for alias in entry.aliases)
+
+
+def from_arrays(params: Any, where: Path) -> dict[str, Tensor]:
+    """Parameters that are in memory already."""
+
+    def reader(array: Any) -> Callable[..., np.ndarray]:
+        return lambda row=None: np.asarray(array if row is None else array[row])
+
+    return {path: Tensor(where, leaf.shape, "F32", reader(leaf)) for path, leaf in by_path(params).items()}
+
+
+def _in_reading_order(entry: Entry) -> tuple[int, ...]:
+    numbers = [int(part) for part in entry.name.split(".") if part.isdecimal()]
+    return tuple(numbers[:1]) or (-1 if entry.path == "embedding" else 1 << 30,)
+
+
+def _listed(problems: list[str], most: int = 40) -> str:
+    rest = [f"... and {len(problems) - most} more"] if len(problems) > most else []
+    return "\n".join(f"  {line}" for line in [*problems[:most], *rest])

@@ -1,0 +1,87 @@
+"""Hugging Face's Llama settings (config.json) to and from our model section."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lm2_jax.config import Config
+
+_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_MUST_BE = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+
+
+def from_llama(theirs: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Sections `model` and `data` of a config; what is missing or not supported is added to `problems`."""
+    for key, right in _MUST_BE.items():
+        if theirs.get(key, right) != right:
+            problems.append(f"{key}: found {theirs[key]!r}; only {right!r} is supported")
+    heads = number(theirs, "num_attention_heads", problems)
+    head_dim = number(theirs, "head_dim", problems, default=0)
+    if not head_dim and heads:
+        head_dim = number(theirs, "hidden_size", []) // heads
+    theta, scaling = _rope(theirs, problems)
+    model = {
+        "vocab_size": number(theirs, "vocab_size", problems),
+        "d_model": number(theirs, "hidden_size", problems),
+        "num_layers": number(theirs, "num_hidden_layers", problems),
+        "num_heads": heads,
+        "num_kv_heads": number(theirs, "num_key_value_heads", problems, default=heads),
+        "head_dim": head_dim,
+        "d_ff": number(theirs, "intermediate_size", problems),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "norm_eps": number(theirs, "rms_norm_eps", problems, default=1e-6),
+        "tie_embeddings": theirs.get("tie_word_embeddings", False),
+    }
+    # A template: the tokens or the text to train on are the user's
+    return {"model": model, "data": {"source": "bin", "path": ["tokens/*.bin"], "boundaries": "stream"}}
+
+
+def to_llama(config: Config) -> dict[str, Any]:
+    """Hugging Face's names of our model section; RoPE in the form of transformers 5."""
+    c = config.model
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": c.rope_theta}
+    longest = config.data.segment_length
+    if c.rope_scaling is not None:
+        rope |= {"rope_type": "llama3"} | {key: getattr(c.rope_scaling, key) for key in _SCALING}
+        longest = max(longest, round(c.rope_scaling.factor * c.rope_scaling.original_max_position_embeddings))
+    return {
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.d_model,
+        "intermediate_size": c.d_ff,
+        "num_hidden_layers": c.num_layers,
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_kv_heads,
+        "head_dim": c.attention_head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": longest,
+        "rms_norm_eps": c.norm_eps,
+        "tie_word_embeddings": c.tie_embeddings,
+        "rope_parameters": rope,
+    }
+
+
+def number(theirs: dict[str, Any], key: str, problems: list[str], default: float | None = None) -> Any:
+    """A positive number of the config; without one, 1 and a problem."""
+    value = theirs.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or (value <= 0 and value != default):
+        problems.append(f"{key}: found {value!r}; expected a positive number")
+        return 1
+    return value
+
+
+def _rope(theirs: dict[str, Any], problems: list[str]) -> tuple[float, dict[str, Any] | None]:
+    """theta and scaling, from rope_parameters (transformers 5) or rope_theta and rope_scaling (before it)."""
+    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        problems.append(f"rope_parameters: found {rope!r}; expected an object")
+        return 10_000.0, None
+    theta = number({**theirs, **rope}, "rope_theta", problems, default=10_000.0)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        problems.append(f"rope_parameters: found rope_type {kind!r}; only 'default' and 'llama3' are supported")
+        return theta, None
+    return theta, {key: number(rope, key, problems) for key in _SCALING}

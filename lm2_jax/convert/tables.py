@@ -1,0 +1,167 @@
+"""Which tensor of theirs is which of ours: one table for each foreign layout, read in both directions.
+
+A parameter of ours is named by its path in the tree; inside the blocks by its path in a block, since ours are stacked
+along a layer axis and theirs are numbered. Our weights are [in, out]; theirs are torch's, [out, in].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Where a parameter stands in a foreign state dict.
+
+    Attributes:
+      name: theirs; {layer} is the number of the block.
+      transposed: theirs is [out, in].
+      aliases: further names of the same tensor.
+    """
+
+    name: str
+    transposed: bool = False
+    aliases: tuple[str, ...] = ()
+
+    def within(self, prefix: str) -> Rule:
+        """The same below a prefix."""
+        return dataclasses.replace(self, name=prefix + self.name, aliases=tuple(prefix + a for a in self.aliases))
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A foreign layout.
+
+    Attributes:
+      rules: by our path, within a block for what is in the blocks.
+      aliases_required: every alias is written, and must be there to be read; otherwise none is written, and one that
+        is there must only be equal.
+    """
+
+    rules: Mapping[str, Rule]
+    aliases_required: bool = False
+
+
+def _linear(name: str) -> Rule:
+    return Rule(f"{name}.weight", transposed=True)
+
+
+def _in_blocks(rules: Mapping[str, Rule], prefix: str = "") -> dict[str, Rule]:
+    return {path: rule.within("model.layers.{layer}." + prefix) for path, rule in rules.items()}
+
+
+# --- Hugging Face's Llama ------------------------------------------------------------------------------------------
+
+_ATTENTION = {
+    "attention/query": _linear("self_attn.q_proj"),
+    "attention/key": _linear("self_attn.k_proj"),
+    "attention/value": _linear("self_attn.v_proj"),
+    "attention/output": _linear("self_attn.o_proj"),
+}
+_REST_OF_BLOCK = {
+    "attention_norm/scale": Rule("input_layernorm.weight"),
+    "mlp_norm/scale": Rule("post_attention_layernorm.weight"),
+    "mlp/gate": _linear("mlp.gate_proj"),
+    "mlp/up": _linear("mlp.up_proj"),
+    "mlp/down": _linear("mlp.down_proj"),
+}
+_OUTSIDE_BLOCKS = {
+    "embedding": Rule("model.embed_tokens.weight"),
+    "final_norm/scale": Rule("model.norm.weight"),
+    "head": Rule("lm_head.weight"),
+}
+_TIED = {**_OUTSIDE_BLOCKS, "embedding": Rule("model.embed_tokens.weight", aliases=("lm_head.weight",))}
+
+
+def _llama(tied: bool) -> dict[str, Rule]:
+    return {**(_TIED if tied else _OUTSIDE_BLOCKS), **_in_blocks(_ATTENTION), **_in_blocks(_REST_OF_BLOCK)}
+
+
+def llama(tied: bool) -> Table:
+    """`LlamaForCausalLM`; tied: the head is the embedding."""
+    return Table(_llama(tied))
+
+
+# --- The official code ---------------------------------------------------------------------------------------------
+
+OFFICIAL_MEMORY = {
+    "memory/query": _linear("query_proj"),
+    "memory/query_bias": Rule("query_proj.bias"),
+    "memory/key": _linear("key_proj"),
+    "memory/key_bias": Rule("key_proj.bias"),
+    "memory/value": _linear("value_proj"),
+    "memory/value_bias": Rule("value_proj.bias"),
+    "memory/mlp": Rule("attention_mlp.0.weight", True, ("attention_mlp.1.weight",)),
+    "memory/mlp_bias": Rule("attention_mlp.0.bias", aliases=("attention_mlp.1.bias",)),
+    "memory/norm_1": Rule("attended_memory_layernorm.weight"),
+    "memory/norm_1_bias": Rule("attended_memory_layernorm.bias"),
+    "memory/norm_2": Rule("attended_memory_layernorm2.weight"),
+    "memory/norm_2_bias": Rule("attended_memory_layernorm2.bias"),
+    "memory/token_gate_scale": Rule("input_gate_projector.w"),
+    "memory/token_gate": _linear("input_gate_projector.linear"),
+    "memory/token_gate_bias": Rule("input_gate_projector.linear.bias"),
+    "memory/bank_gate": _linear("memory_gate_projector.linear"),
+    "memory/bank_gate_bias": Rule("memory_gate_projector.linear.bias"),
+    "memory/input_bias": Rule("input_bias"),
+    "memory/forget_bias": Rule("forget_bias"),
+}
+
+
+def official(tied: bool, with_memory: bool) -> Table:
+    """The official state dict, in which a block with memory holds its self-attention under two names."""
+    rules = _llama(tied)
+    if with_memory:
+        twice = {p: dataclasses.replace(r, aliases=(f"mem_attn.{r.name}",)) for p, r in _ATTENTION.items()}
+        rules |= _in_blocks(twice) | _in_blocks(OFFICIAL_MEMORY, "mem_attn.memory_module.")
+    return Table(rules, aliases_required=True)
+
+
+# --- Our own modelling code for transformers -----------------------------------------------------------------------
+
+_LM2_MATRICES = (
+    "read_query",
+    "read_key",
+    "read_value",
+    "read_output",
+    "output_gate",
+    "write_query",
+    "write_key",
+    "write_value",
+    "write_output",
+    "slot_key",
+    "slot_value",
+    "candidate_up",
+    "candidate_down",
+    "forget_gate",
+    "forget_gate_bank",
+    "input_gate",
+    "input_gate_bank",
+)
+_LM2_NORMS = ("bank_norm", "candidate_norm", "candidate_norm_2")
+_LM2_VECTORS = ("read_scale", "output_gate_bias", "forget_gate_bias", "input_gate_bias")
+_LM2_MEMORY = {
+    **{f"memory/{name}": _linear(name) for name in _LM2_MATRICES},
+    **{f"memory/{name}": Rule(f"{name}.weight") for name in _LM2_NORMS},
+    **{f"memory/{name}": Rule(name) for name in _LM2_VECTORS},
+}
+
+
+def _as_one_tensor(rule: Rule) -> Rule:
+    """The weight that the official code applies twice has one name here."""
+    return dataclasses.replace(rule, name=rule.name.replace("attention_mlp.0.", "attention_mlp."), aliases=())
+
+
+def lm2(tied: bool) -> Table:
+    """`modeling_lm2.py`, of every kind."""
+    convolution = {"conv_norm/scale": Rule("conv_norm.weight"), "conv/kernel": Rule("conv.weight")}
+    official_memory = {path: _as_one_tensor(rule) for path, rule in OFFICIAL_MEMORY.items()}
+    return Table(
+        {
+            **_llama(tied),
+            **_in_blocks(convolution),
+            **_in_blocks(_LM2_MEMORY, "memory."),
+            **_in_blocks(official_memory, "memory."),
+            "memory_tokens": Rule("model.memory_tokens"),
+        }
+    )

@@ -1,0 +1,187 @@
+"""Files of named tensors, read and written one by one: safetensors (single or sharded) and, to read, PyTorch files.
+
+Nothing is ever unpickled but what torch's `weights_only` admits: tensors and plain containers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from lm2_jax.errors import UserError
+
+SHARD_BYTES = 1 << 30
+_INDEX = ".safetensors.index.json"
+_FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+
+
+class Tensor(NamedTuple):
+    """A tensor that has not been read yet.
+
+    Attributes:
+      file: where it is, for messages.
+      shape: its sizes.
+      dtype: as safetensors names it: F32, BF16, I64, ...
+      read: reads it; a floating-point array of at most 32 bits. read(i) reads row i of its first axis alone.
+    """
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[..., np.ndarray]
+
+    @property
+    def size(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it holds floating-point numbers that float32 holds exactly."""
+        return self.dtype in _FLOATS
+
+
+def open_tensors(path: Path, stem: str) -> dict[str, Tensor]:
+    """The tensors of a file, or of a directory's {stem}.safetensors or {stem}.safetensors.index.json, by name.
+
+    Other files are taken for PyTorch's. Raises UserError with all problems: no such file, a damaged header or a
+    truncated file, an index that is not about its files, a name in two shards.
+    """
+    if path.is_file():
+        return _open_safetensors(path) if path.suffix == ".safetensors" else _open_torch(path)
+    single, index = path / f"{stem}.safetensors", path / f"{stem}{_INDEX}"
+    if single.is_file():
+        if index.is_file():
+            raise UserError(f"{path}: holds both {single.name} and {index.name}; remove the one that is not meant")
+        return _open_safetensors(single)
+    if index.is_file():
+        return _open_shards(index)
+    raise UserError(f"{path}: holds neither {single.name} nor {index.name}")
+
+
+def write_tensors(
+    directory: Path, stem: str, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Writes {stem}.safetensors, or shards of about `shard_bytes` and their index, holding one shard at a time."""
+    parts: list[tuple[Path, list[str]]] = []
+    held: dict[str, np.ndarray] = {}
+    total = 0
+
+    def flush() -> None:
+        part = directory / f"{stem}.part{len(parts) + 1}"
+        save_file(held, part, metadata={"format": "pt"})
+        part.chmod(0o644)  # readable like other files
+        parts.append((part, list(held)))
+        held.clear()
+
+    for name, array in tensors:
+        if held and sum(a.nbytes for a in held.values()) + array.nbytes > shard_bytes:
+            flush()
+        held[name] = np.ascontiguousarray(array).reshape(array.shape)  # numpy makes [] into [1]
+        total += array.nbytes
+    flush()
+
+    if len(parts) == 1:
+        parts[0][0].rename(directory / f"{stem}.safetensors")
+        return
+    weight_map = {}
+    for number, (part, names) in enumerate(parts, 1):
+        file = f"{stem}-{number:05}-of-{len(parts):05}.safetensors"
+        part.rename(directory / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / f"{stem}{_INDEX}").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object of a file. Raises UserError if it is missing or holds none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is no JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds {type(values).__name__}; expected an object, {{...}}")
+    return values
+
+
+def _open_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        file = safe_open(path, "np")
+        names = file.keys()
+        slices = {name: file.get_slice(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: is no whole safetensors file ({error})") from None
+
+    def reader(name: str) -> Callable[..., np.ndarray]:
+        def read(row: int | None = None) -> np.ndarray:
+            return file.get_tensor(name) if row is None else file.get_slice(name)[row]
+
+        return read
+
+    return {name: Tensor(path, tuple(s.get_shape()), str(s.get_dtype()), reader(name)) for name, s in slices.items()}
+
+
+def _open_shards(index: Path) -> dict[str, Tensor]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise UserError(f"{index}: weight_map: expected the file of every tensor, {{name: file}}")
+    outside = sorted({file for file in weight_map.values() if Path(file).name != file})
+    if outside:
+        raise UserError(f"{index}: weight_map: {outside[0]!r} is not the name of a file beside it")
+    tensors: dict[str, Tensor] = {}
+    problems = []
+    for file in sorted(set(weight_map.values())):
+        try:
+            shard = _open_safetensors(index.parent / file)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        problems += [f"{name}: in {tensors[name].file.name} and again in {file}" for name in shard if name in tensors]
+        problems += [f"{name}: in {file}, not where the index says" for name in shard if weight_map.get(name) != file]
+        listed = (name for name, where in weight_map.items() if where == file)
+        problems += [f"{name}: not in {file}, where the index says it is" for name in listed if name not in shard]
+        tensors |= shard
+    if problems:
+        raise UserError(f"{index}: does not describe its files:\n" + "\n".join(f"  {p}" for p in problems))
+    return tensors
+
+
+def _open_torch(path: Path) -> dict[str, Tensor]:
+    try:
+        import torch  # needed by this alone
+    except ImportError:
+        raise UserError(f"{path}: to read a PyTorch file, install torch; or give a .safetensors file") from None
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # whatever torch makes of a file that is none of its own, or that would run code
+        first_line = str(error).strip().split("\n")[0][:200]
+        raise UserError(f"{path}: is no PyTorch file of plain tensors ({first_line})") from None
+    state = loaded.get("model_state_dict", loaded) if isinstance(loaded, Mapping) else loaded
+    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{path}: holds no state dict; expected named tensors, alone or under model_state_dict")
+
+    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+    def reader(tensor: Any) -> Callable[..., np.ndarray]:
+        def read(row: int | None = None) -> np.ndarray:
+            chosen = tensor if row is None else tensor[row]
+            if chosen.dtype == torch.bfloat16:
+                return chosen.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+            return chosen.numpy()
+
+        return read
+
+    return {
+        str(name): Tensor(path, tuple(t.shape), names.get(t.dtype, str(t.dtype)), reader(t.detach()))
+        for name, t in state.items()
+    }

@@ -1,0 +1,87 @@
+"""Converts checkpoints between lm2_jax, the official LM2 code and Hugging Face.
+
+    python tools/convert_checkpoint.py --from lm2_jax --to huggingface --input runs/babilong_tiny --output hf/tiny
+    python tools/convert_checkpoint.py --from huggingface --to lm2_jax --input Llama-3.2-1B --output llama
+    python tools/convert_checkpoint.py --from huggingface --to lm2_jax --input Llama-3.2-1B --output lm2 \\
+        --set memory.kind=lm2 --set memory.num_slots=2048
+
+The last one is a warm start: an lm2 whose logits are the Llama's until it is trained (train.init_from).
+Everything that does not fit is named, and then nothing is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
+
+from rich.console import Console
+from rich.progress import track
+
+import lm2_jax
+from lm2_jax.convert import directory, engine, huggingface, official
+from lm2_jax.errors import UserError, run_command
+
+FORMATS = ("official", "huggingface", "lm2_jax")
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--from", dest="source", required=True, choices=FORMATS, help="format of --input")
+    parser.add_argument("--to", dest="target", required=True, choices=FORMATS, help="format of --output")
+    parser.add_argument(
+        "--input", type=Path, required=True, metavar="PATH", help="a directory; official: or its state-dict file"
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a directory that is not there yet")
+    parser.add_argument(
+        "--dtype", choices=engine.DTYPES, default="float32", help="of what is written for others; lm2_jax is float32"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="settings of the lm2_jax model; repeatable"
+    )
+    arguments = parser.parse_args()
+    convert(arguments.source, arguments.target, arguments.input, arguments.output, arguments.dtype, arguments.set)
+
+
+def convert(source: str, target: str, path: Path, output: Path, dtype: str, overrides: list[str]) -> None:
+    """Reads a checkpoint of one format and writes it in another. Raises UserError, and then writes nothing."""
+    if not path.exists():
+        raise UserError(f"--input: {path} is not there")
+    with directory.new_directory(output) as partial:
+        if source == "official":
+            checkpoint = official.read(path, overrides, _track)
+        elif source == "huggingface":
+            checkpoint = huggingface.read(path, overrides, _track)
+        else:
+            checkpoint = read_own(path, overrides)
+
+        if target == "official":
+            official.write(checkpoint, partial, dtype, _track)
+        elif target == "huggingface":
+            huggingface.write(checkpoint, partial, dtype, _track)
+        else:
+            directory.write(checkpoint, partial, _track)
+    count = sum(tensor.size for tensor in checkpoint.params.values())
+    print(f"{output}: {count:,} parameters, memory {checkpoint.config.memory.kind}")
+
+
+def read_own(path: Path, overrides: list[str]) -> engine.Checkpoint:
+    """A converted directory, tensor by tensor; or a run directory or a checkpoint, whole."""
+    if overrides:
+        raise UserError("--set: an lm2_jax checkpoint has its settings; they cannot be changed by converting it")
+    if directory.is_converted(path):
+        return directory.read(path, _track)
+    model, params = lm2_jax.load(path)
+    return engine.Checkpoint(model.config, engine.from_arrays(params, path))
+
+
+def _track(items: Iterable, title: str) -> Iterable:
+    return track(list(items), title, console=Console(stderr=True))
+
+
+if __name__ == "__main__":
+    run_command(main)
