@@ -141,6 +141,7 @@ class DataConfig(Section):
     validation_path: Paths | None = None  # null: a share of the documents is held out
     validation_fraction: Fraction = 0.05  # of the documents; of stories it is always one in eight
     begin_id: NonNegativeInt = 128_000  # bin: the id that documents begin with (Llama 3's begin-of-text)
+    order: Literal["shuffled", "official"] = "shuffled"  # official: bin alone; batches in the official trainer's order
     document_separator: str | None = None  # text: a regular expression; a new document starts where it matches
     background: Paths | None = None  # stories: text files to scatter facts in; null: built-in sentences
     stories: StoriesConfig = StoriesConfig()
@@ -374,6 +375,13 @@ class Config(Section):
                 f"tokenizer.kind stories knows only the generator's words; data.source {data.source} "
                 "needs bytes, sentencepiece, tokenizers or llama3"
             )
+        if data.order == "official" and (data.source, data.boundaries) != ("bin", "stream"):
+            problems.append(
+                f"data.order official: it is that of .bin shards read as a stream; found data.source {data.source}, "
+                f"data.boundaries {data.boundaries}"
+            )
+        if data.order == "official" and len({stage.segment_length for stage in self.stages}) > 1:
+            problems.append("data.order official: train.curriculum changes the segment length, which it is made of")
         if data.source != "stories" and self.optim.lm_loss_weight == 0:
             problems.append(
                 f"optim.lm_loss_weight 0: data.source {data.source} has no answers, nothing would be learnt"

@@ -75,6 +75,11 @@ def shuffled_documents(source: Sequence[Document], seed: int) -> grain.MapDatase
     return grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
 
 
+def documents_in_order(source: Sequence[Document]) -> grain.MapDataset[Document]:
+    """An endless dataset of documents by ordinal: every epoch is `source` as it stands."""
+    return grain.MapDataset.source(source).repeat(None)
+
+
 class LaneDataset(grain.IterDataset[Window]):
     """An endless stream of windows, read from documents by ordinal.
 

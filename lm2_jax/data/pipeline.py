@@ -14,7 +14,8 @@ from lm2_jax.data.documents import (
     TextSource,
     split_documents,
 )
-from lm2_jax.data.lanes import LaneDataset, shuffled_documents
+from lm2_jax.data.lanes import LaneDataset, documents_in_order, shuffled_documents
+from lm2_jax.data.official_order import OfficialItems
 from lm2_jax.data.paths import expand_paths
 from lm2_jax.data.stories import QuestionSource, StorySource
 from lm2_jax.errors import UserError
@@ -117,10 +118,15 @@ class Pipeline:
         training = self._open(data.path, "data.path")
         if data.validation_path is not None:
             return training, self._open(data.validation_path, "data.validation_path")
+        if data.order == "official":  # whose validation is other shards
+            return training, None
         return split_documents(training, data.validation_fraction, self._config.train.seed)
 
     def _open(self, paths: tuple[str, ...], key: str) -> DocumentSource:
         data = self._config.data
+        if data.order == "official":
+            T = self._config.stages[0].segment_length
+            return OfficialItems(paths, self._config.model.vocab_size, data.batch_size, T, key=key)
         if data.source == "bin":
             return BinSource(paths, self._config.model.vocab_size, data.begin_id, key=key)
         if data.source == "jsonl":
@@ -128,8 +134,9 @@ class Pipeline:
         return TextSource(paths, self._tokenizer, data.document_separator, key=key)
 
     def _lanes(self, source: DocumentSource, stage: StageConfig) -> LaneDataset:
+        seed, in_order = self._config.train.seed, self._config.data.order == "official"
         return LaneDataset(
-            shuffled_documents(source, self._config.train.seed),
+            documents_in_order(source) if in_order else shuffled_documents(source, seed),
             num_lanes=self._config.data.batch_size,
             segments=stage.segments,
             segment_length=stage.segment_length,
