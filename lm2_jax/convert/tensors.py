@@ -116,19 +116,20 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _open_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        file = safe_open(path, "np")
-        names = file.keys()
-        slices = {name: file.get_slice(name) for name in names}
+        with safe_open(path, "np") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            headers = {name: (tuple(s.get_shape()), str(s.get_dtype())) for name, s in slices.items()}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: is no whole safetensors file ({error})") from None
 
     def reader(name: str) -> Callable[..., np.ndarray]:
         def read(row: int | None = None) -> np.ndarray:
-            return file.get_tensor(name) if row is None else file.get_slice(name)[row]
+            with safe_open(path, "np") as file:  # anew each time: what is mapped counts as the process's memory
+                return file.get_tensor(name) if row is None else file.get_slice(name)[row]
 
         return read
 
-    return {name: Tensor(path, tuple(s.get_shape()), str(s.get_dtype()), reader(name)) for name, s in slices.items()}
+    return {name: Tensor(path, shape, dtype, reader(name)) for name, (shape, dtype) in headers.items()}
 
 
 def _open_shards(index: Path) -> dict[str, Tensor]:
