@@ -109,7 +109,6 @@ class MemoryConfig(Section):
     input_bias: float = -1.0  # b_i; independent gates only
     candidate_mlp: bool = True  # two-layer MLP on the candidate
     bank_gates: bool = True  # gates also see tanh(Bank) (W'_f, W'_i)
-    slot_attention: bool = True  # slots also attend to slots, not to tokens only
     output_projection: bool = True  # W_O after the read and after the write attention
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # official: of its attention; the published code has 0.9
 

@@ -97,7 +97,6 @@ def test_shapes_and_dtypes():
 def test_bank_has_the_sizes_asked_for():
     model, params = make("memory.num_slots=7", "memory.width=24", "memory.num_layers=1")
     assert model.init_memory(B, params).shape == (1, B, 7, 24)
-    assert "slot_key" in params["bank_blocks"]["memory"]
     assert params["blocks"]["attention"]["query"].shape[0] == 1
 
 

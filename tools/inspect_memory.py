@@ -125,13 +125,13 @@ def trace(config: Config, params: Any, contexts: Contexts) -> Trace:
         for layer in range(c.num_layers):
             if layer >= L:
                 own = jax.tree.map(lambda a: a[layer - L], params["blocks"])  # noqa: B023
-                x_B1TD, _ = bare.apply({"params": own}, x_B1TD, None, layout)
+                (x_B1TD, _), _ = bare.apply({"params": own}, (x_B1TD, None), None, layout)
                 continue
             own = jax.tree.map(lambda a: a[layer], params["bank_blocks"])  # noqa: B023
             bank_BNM = banks_LBNM[layer]
-            (x_B1TD, bank), seen = block.apply(
+            ((x_B1TD, _), bank), seen = block.apply(
                 {"params": own},
-                x_B1TD,
+                (x_B1TD, None),
                 bank_BNM,
                 layout,
                 capture_intermediates=_normed,
@@ -142,14 +142,10 @@ def trace(config: Config, params: Any, contexts: Contexts) -> Trace:
             slots_BNM = rms_norm(bank_BNM, p["bank_norm"], c.norm_eps)
             heads = config.memory.num_heads
             read_BHTN = attention_weights(normed_BTD @ p["read_query"], slots_BNM @ p["read_key"], heads)
-            keys_BKM = normed_BTD @ p["write_key"]
-            if config.memory.slot_attention:
-                slot_key = p.get("slot_key", p["write_key"])
-                keys_BKM = jnp.concatenate([keys_BKM, slots_BNM @ slot_key], axis=1)
-            written_BHNK = attention_weights(slots_BNM @ p["write_query"], keys_BKM, heads)
+            written_BHNT = attention_weights(slots_BNM @ p["write_query"], normed_BTD @ p["write_key"], heads)
             banks.append(bank)
             forget.append(write(p, config.memory, c.norm_eps, normed_BTD, bank_BNM, ones_B1T[:, 0] > 0)[2].mean((1, 2)))
-            written.append(written_BHNK.mean((1, 2))[:, :T])
+            written.append(written_BHNT.mean((1, 2)))
             read.append(jnp.take_along_axis(read_BHTN, asked_B[:, None, None, None], axis=2)[:, :, 0])
         hidden_BTD = rms_norm(x_B1TD[:, 0], params["final_norm"]["scale"], c.norm_eps)
         logits_BTV = model.apply({"params": params}, hidden_BTD, method="project")

@@ -51,6 +51,11 @@ _MEMORY_KEYS = {
     "memory_layers": "num_layers",
     "memory_gates": "gates",
     "memory_dropout": "dropout",
+    "candidate_mlp": "candidate_mlp",
+    "bank_gates": "bank_gates",
+    "output_projection": "output_projection",
+    "forget_bias": "forget_bias",
+    "input_bias": "input_bias",
 }
 
 
@@ -75,7 +80,7 @@ def write(checkpoint: Checkpoint, directory: Path, dtype: str, track: Track) -> 
         settings |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
         tensors = as_theirs(table, checkpoint, dtype, track)
     else:
-        settings |= _lm2_settings(config)
+        settings |= _lm2_settings(config) | {"memory_rows": 1 if checkpoint.memory is None else len(checkpoint.memory)}
         tensors = as_theirs(lm2(config.model.tie_embeddings), checkpoint, dtype, track)
         for file in sorted(_CODE.glob("*.py")):
             shutil.copyfile(file, directory / file.name)

@@ -129,8 +129,6 @@ _LM2_MATRICES = (
     "write_key",
     "write_value",
     "write_output",
-    "slot_key",
-    "slot_value",
     "candidate_up",
     "candidate_down",
     "forget_gate",

@@ -76,9 +76,9 @@ def read(p: Parameters, config: MemoryConfig, x_BTD: jax.Array, slots_BNM: jax.A
 def write(
     p: Parameters, config: MemoryConfig, eps: float, x_BTD: jax.Array, bank_BNM: jax.Array, token_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Slots ask, the segment's tokens and the slots answer; gates mix the answer in (paper 2.2).
+    """Slots ask, the segment's tokens answer; gates mix the answer in (paper 2.2).
 
-    U = MHA(q = Bank' W'_Q, k, v from [x' ; Bank']);  C = candidate(Bank' + U)
+    U = MHA(q = Bank' W'_Q, k = x' W'_K, v = x' W'_V);  C = candidate(Bank' + U)
     g_f = sigmoid(U W_f + tanh(Bank) W'_f + b_f);  g_in = 1 - g_f, or sigmoid(U W_i + tanh(Bank) W'_i + b_i)
     Bank <- g_in ⊙ tanh(C) + g_f ⊙ Bank
 
@@ -92,15 +92,9 @@ def write(
     """
     slots_BNM = rms_norm(bank_BNM, p["bank_norm"], eps).astype(x_BTD.dtype)
 
-    # The answer of tokens and slots
-    keys, values, seen = dense(x_BTD, p["write_key"]), dense(x_BTD, p["write_value"]), token_BT
-    if config.slot_attention:
-        shared = "slot_key" not in p  # M = D: tokens and slots share their projections
-        slot_keys = dense(slots_BNM, p["write_key"] if shared else p["slot_key"])
-        slot_values = dense(slots_BNM, p["write_value"] if shared else p["slot_value"])
-        keys, values = jnp.concatenate([keys, slot_keys], axis=1), jnp.concatenate([values, slot_values], axis=1)
-        seen = jnp.concatenate([seen, jnp.ones(slots_BNM.shape[:2], bool)], axis=1)
-    u_BNM = attend(dense(slots_BNM, p["write_query"]), keys, values, config.num_heads, seen)
+    # The tokens' answer
+    keys_BTM, values_BTM = dense(x_BTD, p["write_key"]), dense(x_BTD, p["write_value"])
+    u_BNM = attend(dense(slots_BNM, p["write_query"]), keys_BTM, values_BTM, config.num_heads, token_BT)
     if config.output_projection:
         u_BNM = dense(u_BNM, p["write_output"])
 
@@ -190,8 +184,6 @@ def _parameters(config: Config) -> dict[str, tuple[Initializer, tuple[int, ...]]
     if c.output_projection:
         shapes["read_output"] = (linear_init(("heads", "embed"), output_scale), (D, D))
         shapes["write_output"] = to_slots
-    if c.slot_attention and M != D:
-        shapes["slot_key"] = shapes["slot_value"] = to_slots
     if c.candidate_mlp:
         shapes["candidate_up"] = shapes["candidate_down"] = to_slots
         shapes["candidate_norm_2"] = (vector(1.0, "norm"), (M,))
