@@ -58,7 +58,7 @@ def reachable(module):
 
 # --- Imports -------------------------------------------------------------------------------------------------------
 
-COMMANDS = {"train", "evaluate", "aot", "bench"}
+COMMANDS = {"train", "evaluate", "generate", "aot", "bench"}
 BASE = {"config", "errors"}
 
 # What a part may import besides itself. A part that is not listed may import all but commands.

@@ -120,6 +120,8 @@ def write(
 class BankMemory(nn.Module):
     """One block's bank over a window: the recurrence (`write`, scanned over the segments), then all reads at once.
 
+    An unfinished segment only reads; `LM2.finish` writes.
+
     In packed segments, tokens of a document that began inside the segment read the initial bank, and only the segment's
     last document writes, from the initial bank if it began here.
     """
@@ -134,6 +136,9 @@ class BankMemory(nn.Module):
         memory, eps = self.config.memory, self.config.model.norm_eps
         N, M = bank_BNM.shape[-2:]
         p = {name: self.param(name, init, shape) for name, (init, shape) in _parameters(self.config).items()}
+        if layout.place_BST is not None:
+            slots_BNM = rms_norm(bank_BNM, p["bank_norm"], eps).astype(x_BSTD.dtype)
+            return read(p, memory, x_BSTD[:, 0], slots_BNM)[0][:, None], bank_BNM
         start_BNM = jnp.broadcast_to(initial_bank(N, M), bank_BNM.shape)
 
         def step(
@@ -214,3 +219,15 @@ class LM2(MemoryKind):
     def block_memory(self) -> Callable[[], nn.Module]:
         """Read and write of one bank."""
         return functools.partial(BankMemory, self.config)
+
+    def finish(
+        self, memory: Memory, block_parameters: Parameters, inputs_LBTD: jax.Array, token_BT: jax.Array, ends_BmD: None
+    ) -> Memory:
+        """The write of every bank, layer by layer."""
+        config, eps = self.config.memory, self.config.model.norm_eps
+
+        def layer(of_layer: tuple[Parameters, jax.Array, jax.Array]) -> jax.Array:
+            p, x_BTD, bank_BNM = of_layer
+            return write(p, config, eps, x_BTD, bank_BNM, token_BT)[0]
+
+        return jax.lax.map(layer, (block_parameters, inputs_LBTD, memory))
