@@ -173,7 +173,7 @@ def load(path: str | Path) -> tuple[Decoder, Any]:
         with ocp.StandardCheckpointer() as checkpointer:
             params = checkpointer.restore(path / "params", abstract)
         saved = json.loads((path / "progress" / "metadata").read_text(encoding="utf-8"))["checksums"]
-        if _array_checksums(params) != saved[: len(jax.tree.leaves(params))]:
+        if array_checksums(params) != saved[: len(jax.tree.leaves(params))]:
             raise DamagedError("parameters fail their checksums")
     except Exception as error:  # whatever Orbax or TensorStore make of damaged files
         raise UserError(f"{path}: the checkpoint cannot be read ({_first_line(error)}); take an older one") from error
@@ -210,7 +210,7 @@ def _checksum_arrays(tree: Any) -> jax.Array:
     return jnp.stack([checksum(leaf) for leaf in jax.tree.leaves(tree)])
 
 
-def _array_checksums(tree: Any) -> list[int]:
+def array_checksums(tree: Any) -> list[int]:
     """One 32-bit number per array, the same on any mesh: integer sums do not depend on their order."""
     return [int(value) for value in _checksum_arrays(tree)]
 
@@ -218,7 +218,7 @@ def _array_checksums(tree: Any) -> list[int]:
 def _checksums(params: Any, training: Any, progress: Progress) -> list[int]:
     """Of every array, parameters first, and of `progress`."""
     text = json.dumps(progress, sort_keys=True)
-    return [*_array_checksums((params, training)), zlib.crc32(text.encode())]
+    return [*array_checksums((params, training)), zlib.crc32(text.encode())]
 
 
 def _lacks_resources(error: Exception) -> bool:

@@ -354,7 +354,7 @@ def test_conv_sees_nothing_across_edges():
     layout = Layout(document, jnp.broadcast_to(jnp.arange(6), document.shape), jnp.zeros((1, 2), bool), packed=True)
     params = conv.init(jax.random.key(1), x, layout)
     kernel = params["params"]["kernel"].value
-    y = conv.apply(params, x, layout)
+    y, _ = conv.apply(params, x, layout)
     np.testing.assert_allclose(y[0, 0, 3], x[0, 0, 3] * kernel[0], rtol=1e-5)
     np.testing.assert_allclose(y[0, 1, 0], x[0, 1, 0] * kernel[0], rtol=1e-5)
     expected = sum(x[0, 1, 5 - back] * kernel[back] for back in range(4))

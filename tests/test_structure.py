@@ -22,7 +22,9 @@ def _module_name(path):
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-MODULES = {_module_name(path): ast.parse(path.read_text("utf-8")) for path in sorted((ROOT / PACKAGE).rglob("*.py"))}
+EXPORTED = ROOT / PACKAGE / "convert" / "huggingface_model"  # PyTorch code that is copied, and not imported here
+OURS = [path for path in sorted((ROOT / PACKAGE).rglob("*.py")) if path.parent != EXPORTED]
+MODULES = {_module_name(path): ast.parse(path.read_text("utf-8")) for path in OURS}
 TOOLS = {path.name: ast.parse(path.read_text("utf-8")) for path in sorted((ROOT / "tools").glob("*.py"))}
 
 
@@ -58,7 +60,7 @@ def reachable(module):
 
 # --- Imports -------------------------------------------------------------------------------------------------------
 
-COMMANDS = {"train", "evaluate", "aot", "bench"}
+COMMANDS = {"train", "evaluate", "generate", "aot", "bench"}
 BASE = {"config", "errors"}
 
 # What a part may import besides itself. A part that is not listed may import all but commands.
@@ -75,14 +77,13 @@ MAY_IMPORT = {
     "state": BASE | {"model", "optim", "sharding"},
     "step": BASE | {"model", "optim", "segments", "sharding", "loss", "state"},
     "checkpoint": BASE | {"model", "sharding", "state", "convert"},
-    "convert": BASE | {"model", "tokenizer"},
+    "convert": BASE | {"model", "tokenizer", "data"},
     "reporting": BASE,
 }
 
 
 def test_the_parts_that_are_listed_exist():
-    absent = {"convert"}  # may not be there yet
-    assert set(MAY_IMPORT) - absent <= {part(module) for module in MODULES}
+    assert set(MAY_IMPORT) <= {part(module) for module in MODULES}
 
 
 @pytest.mark.parametrize("module", MODULES)

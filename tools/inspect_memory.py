@@ -129,7 +129,7 @@ def trace(config: Config, params: Any, contexts: Contexts) -> Trace:
                 continue
             own = jax.tree.map(lambda a: a[layer], params["bank_blocks"])  # noqa: B023
             bank_BNM = banks_LBNM[layer]
-            ((x_B1TD, _), bank), seen = block.apply(
+            ((x_B1TD, _), (bank, _)), seen = block.apply(
                 {"params": own},
                 (x_B1TD, None),
                 bank_BNM,

@@ -39,9 +39,9 @@ from lm2_jax.errors import UserError
 from lm2_jax.model import build_model
 
 _CODE = Path(__file__).parent / "huggingface_model"
+_OURS = "lm2"  # the model_type of configuration_lm2.py, for every kind of memory
 _LONGEST_SEGMENT = 2048  # of a Llama, unless --set data.segment_length says otherwise
 _STARTS_AT_ZERO = ("memory/read_scale", "conv/kernel")  # what a warm start adds to a Llama's activations
-_BANKS = {"model.initial_bank", "model.memory_bank"}
 # Settings of modeling_lm2.py that are keys of our memory section
 _MEMORY_KEYS = {
     "memory_kind": "kind",
@@ -65,10 +65,11 @@ def read(path: Path, overrides: Sequence[str], track: Track) -> Checkpoint:
     Raises UserError with all that is missing, unknown, mis-shaped or not finite.
     """
     theirs = read_json(path / "config.json")
-    readers = {"llama": _read_llama, "lm2": _read_lm2}
-    if theirs.get("model_type") not in readers:
-        raise UserError(f"{path}/config.json: model_type: found {theirs.get('model_type')!r}; expected llama or lm2")
-    return readers[theirs["model_type"]](path, theirs, overrides, track)
+    if theirs.get("model_type") == "llama":
+        return _read_llama(path, theirs, overrides, track)
+    if theirs.get("model_type") == _OURS:
+        return _read_lm2(path, theirs, overrides, track)
+    raise UserError(f"{path}/config.json: model_type: found {theirs.get('model_type')!r}; expected llama or {_OURS}")
 
 
 def write(checkpoint: Checkpoint, directory: Path, dtype: str, track: Track) -> None:
@@ -157,7 +158,7 @@ def _read_lm2(path: Path, theirs: Mapping[str, Any], overrides: Sequence[str], t
 def _lm2_settings(config: Config) -> dict[str, Any]:
     memory = config.memory.model_copy(update={"width": config.memory_width, "num_layers": config.num_memory_layers})
     return {
-        "model_type": "lm2",
+        "model_type": _OURS,
         "architectures": ["LM2ForCausalLM"],
         "auto_map": {
             "AutoConfig": "configuration_lm2.LM2Config",

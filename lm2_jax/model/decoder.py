@@ -1,7 +1,8 @@
 """The decoder: Llama blocks around whatever memory the kind supplies.
 
 Axes: B lanes, S segments, T tokens, D model width, V vocabulary, L layers. A window [B,S,T] runs through `window` layer
-by layer; a single segment [B,T] through `__call__`. segments.py chooses between them.
+by layer; a single segment [B,T] through `__call__`. segments.py chooses between them. Token by token, a segment is read
+with `begin`, `extend` and `finish`; decoding.py drives them.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from lm2_jax.config import Config
 from lm2_jax.model.kind import Memory, MemoryKind, Parameters
-from lm2_jax.model.layers import CausalConv, Layout, RMSNorm, SelfAttention, SwiGLU, unbox
+from lm2_jax.model.layers import CausalConv, Layout, Past, RMSNorm, SelfAttention, SwiGLU, put, unbox
 
 
 class Block(nn.Module):
@@ -26,38 +28,47 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: tuple[jax.Array, Memory], own_bank: Memory, layout: Layout
-    ) -> tuple[tuple[jax.Array, Memory], Memory]:
-        """(x [B,S,T,D], a bank that passes through or None) and the block's own bank: before the window to after."""
+        self, carry: tuple[jax.Array, Memory], own_bank: Memory, layout: Layout, past: Past | None = None
+    ) -> tuple[tuple[jax.Array, Memory], tuple[Memory, Past | None]]:
+        """(x [B,S,T,D], a bank that passes through or None) and the block's own bank: before the window to after.
+
+        With a past, x [B,1,T,D] follows it in an unfinished segment: the past grows, and the bank stays.
+        """
         x_BSTD, passing_bank = carry
         bank = own_bank if passing_bank is None else passing_bank
         if self.config.train.remat == "full" and x_BSTD.shape[1] > 1:
             x_BSTD, bank = self._segment_by_segment(x_BSTD, bank, layout)
         else:
-            x_BSTD, bank = self._window(x_BSTD, bank, layout)
-        return ((x_BSTD, None), bank) if passing_bank is None else ((x_BSTD, bank), None)
+            x_BSTD, bank, past = self._window(x_BSTD, bank, layout, past)
+        return ((x_BSTD, None), (bank, past)) if passing_bank is None else ((x_BSTD, bank), (None, past))
 
-    def _window(self, x_BSTD: jax.Array, bank: Memory, layout: Layout) -> tuple[jax.Array, Memory]:
+    def _window(
+        self, x_BSTD: jax.Array, bank: Memory, layout: Layout, past: Past | None
+    ) -> tuple[jax.Array, Memory, Past | None]:
         c = self.config.model
         if c.conv_width:
             normed_BSTD = RMSNorm(c.norm_eps, name="conv_norm")(x_BSTD)
-            x_BSTD += CausalConv(c.conv_width, name="conv")(normed_BSTD, layout)
+            conv_BSTD, past = CausalConv(c.conv_width, name="conv")(normed_BSTD, layout, past)
+            x_BSTD += conv_BSTD
         normed_BSTD = RMSNorm(c.norm_eps, name="attention_norm")(x_BSTD)
-        attended_BSTD = SelfAttention(c, self.kind.linear_init, name="attention")(normed_BSTD, layout)
+        attention = SelfAttention(c, self.kind.linear_init, name="attention")
+        attended_BSTD, past = attention(normed_BSTD, layout, past)
         x_BSTD += attended_BSTD
         if self.with_bank:
+            if past is not None:
+                past = past.replace(inputs_BCD=put(past.inputs_BCD, normed_BSTD[:, 0], layout.place_BST[:, 0]))
             added_BSTD, bank = self.kind.block_memory()(name="memory")(normed_BSTD, attended_BSTD, bank, layout)
             x_BSTD += added_BSTD
         normed_BSTD = RMSNorm(c.norm_eps, name="mlp_norm")(x_BSTD)
         x_BSTD += SwiGLU(c, self.kind.linear_init, name="mlp")(normed_BSTD)
-        return nn.with_logical_constraint(x_BSTD, ("batch", None, None, "activation")), bank
+        return nn.with_logical_constraint(x_BSTD, ("batch", None, None, "activation")), bank, past
 
     def _segment_by_segment(self, x_BSTD: jax.Array, bank: Memory, layout: Layout) -> tuple[jax.Array, Memory]:
         """The same, holding the activations of one segment at a time: only x and the bank of each are kept."""
 
         def segment(block: Block, bank: Memory, inputs: tuple[jax.Array, Layout]) -> tuple[Memory, jax.Array]:
             x_BTD, layout = inputs
-            x_B1TD, bank = block._window(x_BTD[:, None], bank, jax.tree.map(lambda a: a[:, None], layout))
+            x_B1TD, bank, _ = block._window(x_BTD[:, None], bank, jax.tree.map(lambda a: a[:, None], layout), None)
             return bank, x_B1TD[:, 0]
 
         over_segments = nn.scan(
@@ -70,6 +81,25 @@ class Block(nn.Module):
         )
         bank, x_BSTD = over_segments(self, bank, (x_BSTD, layout))
         return x_BSTD, bank
+
+
+@struct.dataclass
+class Unfinished:
+    """Rows in the middle of a segment, each with a clock of its own.
+
+    Attributes:
+      memory: at the segment's start.
+      past: name of the stack of blocks -> what is kept of the segment, each array with the layers L in front.
+      count_B: int32, tokens in the unfinished segment.
+      read_B: int32, tokens since the document's start.
+      segment_length: static; T.
+    """
+
+    memory: Memory
+    past: dict[str, Past]
+    count_B: jax.Array
+    read_B: jax.Array
+    segment_length: int = struct.field(pytree_node=False)
 
 
 class Decoder(nn.Module):
@@ -98,7 +128,7 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0, "gates": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast),
+            in_axes=(0, nn.broadcast, 0),
             out_axes=0,
             length=length,
             metadata_params={nn.PARTITION_NAME: "layers"},
@@ -122,13 +152,108 @@ class Decoder(nn.Module):
         x_BSTD = self.embedding.astype(self.config.train.dtype)[tokens_BST]
         x_BSTD = nn.with_logical_constraint(x_BSTD, ("batch", None, None, "activation"))
         x_BSTD, layout, memory = self.kind.enter(self.memory_parameters, x_BSTD, layout, memory)
+        x_BSTD, memory, _ = self._all_blocks(x_BSTD, memory, layout, {})
+        return self.kind.leave(self.final_norm(x_BSTD), layout, memory)
+
+    def _all_blocks(
+        self, x_BSTD: jax.Array, memory: Memory, layout: Layout, past: dict[str, Past]
+    ) -> tuple[jax.Array, Memory, dict[str, Past]]:
+        past = dict(past)
         if self.bank_blocks is not None:
             passing, own = (memory, None) if self.kind.bank_passes_through else (None, memory)
-            (x_BSTD, passing), own = self.bank_blocks((x_BSTD, passing), own, layout)
+            (x_BSTD, passing), (own, past["bank_blocks"]) = self.bank_blocks(
+                (x_BSTD, passing), own, layout, past.get("bank_blocks")
+            )
             memory = passing if self.kind.bank_passes_through else own
         if self.blocks is not None:
-            (x_BSTD, _), _ = self.blocks((x_BSTD, None), None, layout)
-        return self.kind.leave(self.final_norm(x_BSTD), layout, memory)
+            (x_BSTD, _), (_, past["blocks"]) = self.blocks((x_BSTD, None), None, layout, past.get("blocks"))
+        return x_BSTD, memory, past
+
+    def begin(self, memory: Memory, batch_size: int, segment_length: int) -> Unfinished:
+        """The unfinished segment of `segment_length` tokens that `batch_size` rows begin, at a document's start."""
+        c, dtype, banks = self.config.model, self.config.train.dtype, self.kind.num_bank_layers
+        places = segment_length + 2 * self.kind.num_memory_tokens
+
+        def past(layers: int, with_bank: bool) -> Past:
+            def zeros(*shape: int) -> jax.Array:
+                return jnp.zeros((layers, batch_size, *shape), dtype)
+
+            return Past(
+                keys_BCGK=zeros(places, c.num_kv_heads, c.attention_head_dim),
+                values_BCGK=zeros(places, c.num_kv_heads, c.attention_head_dim),
+                inputs_BCD=zeros(places, c.d_model) if with_bank else None,
+                tail_BWD=zeros(c.conv_width - 1, c.d_model) if c.conv_width else None,
+            )
+
+        stacks = {"bank_blocks": (banks, True), "blocks": (c.num_layers - banks, False)}
+        nothing_B = jnp.zeros(batch_size, jnp.int32)
+        state = Unfinished(
+            memory=memory,
+            past={name: past(*stack) for name, stack in stacks.items() if stack[0]},
+            count_B=nothing_B,
+            read_B=nothing_B,
+            segment_length=segment_length,
+        )
+        if self.kind.num_memory_tokens:
+            _, state = self._append_memory(jnp.ones(batch_size, bool), nothing_B, state)
+        return state
+
+    def extend(self, tokens_BQ: jax.Array, count_B: jax.Array, state: Unfinished) -> tuple[jax.Array, Unfinished]:
+        """Reads on in unfinished segments; the same numbers as `window` gives over whole ones.
+
+        Args:
+          tokens_BQ: int32 token ids, each row padded on its right.
+          count_B: int32, how many of a row are no padding; they must find room in its segment.
+
+        Returns:
+          hidden states after the final norm [B,Q,D] (without meaning for padding), and the state after the tokens.
+        """
+        m = self.kind.num_memory_tokens
+        x_BQD = self.embedding.astype(self.config.train.dtype)[tokens_BQ]
+        position_BQ = state.count_B[:, None] + jnp.arange(tokens_BQ.shape[1])
+        hidden_BQD, state = self._append(x_BQD, position_BQ, m + state.count_B, count_B, state)
+        return hidden_BQD, state.replace(count_B=state.count_B + count_B, read_B=state.read_B + count_B)
+
+    def finish(self, rows_B: jax.Array, state: Unfinished) -> Unfinished:
+        """Writes the memory of the chosen rows from their segments, and begins the next ones. Other rows stay."""
+        m, T = self.kind.num_memory_tokens, state.segment_length
+        ends_BmD, bank_parameters, inputs_LBTD = None, None, None
+        if m:
+            ends_BmD, state = self._append_memory(rows_B, m + state.count_B, state)
+        if self.bank_blocks is not None:
+            bank_parameters = self.variables["params"]["bank_blocks"]["memory"]
+            inputs_LBTD = state.past["bank_blocks"].inputs_BCD[:, :, m : m + T]
+        token_BT = jnp.arange(T) < state.count_B[:, None]
+        written = self.kind.finish(state.memory, bank_parameters, inputs_LBTD, token_BT, ends_BmD)
+        state = state.replace(
+            memory=self.kind.choose_lanes(rows_B, written, state.memory), count_B=jnp.where(rows_B, 0, state.count_B)
+        )
+        if m:
+            _, state = self._append_memory(rows_B, jnp.zeros_like(state.count_B), state)
+        return state
+
+    def _append_memory(self, rows_B: jax.Array, first_B: jax.Array, state: Unfinished) -> tuple[jax.Array, Unfinished]:
+        """Runs the memory tokens in the chosen rows, at RoPE position 0."""
+        x_BmD = state.memory.astype(self.config.train.dtype)
+        m = x_BmD.shape[1]
+        return self._append(x_BmD, jnp.zeros(x_BmD.shape[:2], jnp.int32), first_B, m * rows_B, state)
+
+    def _append(
+        self, x_BQD: jax.Array, position_BQ: jax.Array, first_B: jax.Array, count_B: jax.Array, state: Unfinished
+    ) -> tuple[jax.Array, Unfinished]:
+        """Runs count_B of the Q embeddings of each row, whose places begin at first_B."""
+        step_Q = jnp.arange(x_BQD.shape[1])
+        real_BQ = step_Q < count_B[:, None]
+        places = state.segment_length + 2 * self.kind.num_memory_tokens
+        layout = Layout(
+            document_BST=real_BQ[:, None].astype(jnp.int32),
+            position_BST=position_BQ[:, None],
+            reset_BS=jnp.zeros((x_BQD.shape[0], 1), bool),
+            packed=False,
+            place_BST=jnp.where(real_BQ, first_B[:, None] + step_Q, places)[:, None],
+        )
+        x_B1QD, _, past = self._all_blocks(x_BQD[:, None], state.memory, layout, state.past)
+        return self.final_norm(x_B1QD)[:, 0], state.replace(past=past)
 
     def project(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., D] to logits [..., V], float32."""

@@ -1,7 +1,8 @@
 """What a memory kind supplies; nothing else in the code asks which kind it is.
 
 A kind answers three questions: what is the memory at a document's start, what does a block do with its part of it,
-and what happens around a segment. The base class answers for `none`: a Llama without memory.
+and what happens around a segment, read as a whole or token by token. The base class answers for `none`: a Llama without
+memory.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ class MemoryKind:
       layer_by_layer: a block's bank depends on earlier segments only through this very bank, so a window may run layer
         by layer.
       bank_passes_through: one bank goes from block to block, instead of one bank for each.
+      token_by_token: no logit depends on later tokens, so that a segment may be read bit by bit.
+      num_memory_tokens: so many embeddings, the memory itself [B,m,D], stand before and after a segment's tokens.
       lane_axis: the axis of the lanes B in every leaf of the memory.
       linear_init: makes the initialiser of the blocks' weights; called as `layers.linear_init`.
     """
@@ -38,12 +41,18 @@ class MemoryKind:
     config: Config
     layer_by_layer = True
     bank_passes_through = False
+    token_by_token = True
     lane_axis = 0
     linear_init = staticmethod(linear_init)
 
     @property
     def num_bank_layers(self) -> int:
         """Blocks that carry a bank."""
+        return 0
+
+    @property
+    def num_memory_tokens(self) -> int:
+        """Embeddings on either side of a segment's tokens."""
         return 0
 
     def parameters(self) -> dict[str, tuple[Initializer, tuple[int, ...]]]:
@@ -58,6 +67,7 @@ class MemoryKind:
         """Makes the module that a block with a bank calls.
 
         Called with x' [B,S,T,D], what self-attention added to x, the bank and the layout; to (added to x, the bank).
+        Where the layout has places, the segment is unfinished, and the bank stays as it is.
         """
         return None
 
@@ -70,6 +80,25 @@ class MemoryKind:
     def leave(self, y_BSTD: jax.Array, layout: Layout, memory: Memory) -> tuple[jax.Array, Memory]:
         """The tokens' part of the last layer's output [B,S,T,D], and the memory after the segment."""
         return y_BSTD, memory
+
+    def finish(
+        self,
+        memory: Memory,
+        block_parameters: Any,
+        inputs_LBTD: jax.Array | None,
+        token_BT: jax.Array,
+        ends_BmD: jax.Array | None,
+    ) -> Memory:
+        """The memory after a segment that was read token by token.
+
+        Args:
+          memory: at the segment's start.
+          block_parameters: of the modules that `block_memory` makes, all layers stacked; None without banks.
+          inputs_LBTD: x' of the blocks with a bank; None without banks.
+          token_BT: which of the T places hold a token.
+          ends_BmD: what the last layer made of the back memory tokens; None without memory tokens.
+        """
+        return memory
 
     def init_memory(self, batch_size: int, parameters: Parameters | None) -> Memory:
         """The memory of `batch_size` lanes, all at a document's start."""

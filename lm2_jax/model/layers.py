@@ -31,6 +31,8 @@ class Layout:
       reset_BS: bool, the segment's first document starts here: it finds the initial memory.
       packed: static; whether document numbers above 1 can occur.
       deterministic: static; no dropout.
+      place_BST: int32, where in the arrays of `Past` a position belongs; beyond their end for padding. None: segments
+        are whole, and nothing is kept of them.
     """
 
     document_BST: jax.Array
@@ -38,6 +40,29 @@ class Layout:
     reset_BS: jax.Array
     packed: bool = struct.field(pytree_node=False)
     deterministic: bool = struct.field(pytree_node=False, default=True)
+    place_BST: jax.Array | None = None
+
+
+@struct.dataclass
+class Past:
+    """What a block needs to know of the earlier positions of an unfinished segment, which has C places; W = conv_width.
+
+    Attributes:
+      keys_BCGK, values_BCGK: of self-attention.
+      inputs_BCD: x', from which the bank will be written; None without a bank.
+      tail_BWD: the last W - 1 inputs of the convolution; None without one.
+    """
+
+    keys_BCGK: jax.Array
+    values_BCGK: jax.Array
+    inputs_BCD: jax.Array | None
+    tail_BWD: jax.Array | None
+
+
+def put(array: jax.Array, new: jax.Array, place_BQ: jax.Array) -> jax.Array:
+    """array [B,C,...] with new[b, q] of new [B,Q,...] at place[b, q]; what has its place beyond C is dropped."""
+    row_B1 = jnp.arange(array.shape[0])[:, None]
+    return array.at[row_B1, place_BQ].set(new.astype(array.dtype), mode="drop")
 
 
 def linear_init(axes: tuple[str | None, ...], scale: float = 1.0) -> Initializer:
@@ -109,6 +134,12 @@ def causal_attention(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, do
     return jax.nn.dot_product_attention(q_BTHK, k_BTGK, v_BTGK, mask=mask_BTT[:, None])
 
 
+def attention_to_past(q_BQHK: jax.Array, past: Past, place_BQ: jax.Array) -> jax.Array:
+    """Softmax attention to the places of an unfinished segment up to the query's own; [B,Q,H,K]."""
+    mask_BQC = jnp.arange(past.keys_BCGK.shape[1]) <= place_BQ[..., None]
+    return jax.nn.dot_product_attention(q_BQHK, past.keys_BCGK, past.values_BCGK, mask=mask_BQC[:, None])
+
+
 class SelfAttention(nn.Module):
     """Grouped-query causal self-attention within each segment, with RoPE; no biases."""
 
@@ -116,8 +147,11 @@ class SelfAttention(nn.Module):
     linear_init: Callable[..., Initializer] = linear_init
 
     @nn.compact
-    def __call__(self, x_BSTD: jax.Array, layout: Layout) -> jax.Array:
-        """x [B,S,T,D], already normalised, to the same shape."""
+    def __call__(self, x_BSTD: jax.Array, layout: Layout, past: Past | None = None) -> tuple[jax.Array, Past | None]:
+        """x [B,S,T,D], already normalised, to the same shape; and the past, its keys and values added.
+
+        With a past, S = 1 and the T tokens follow it in their segment.
+        """
         c = self.config
         B, S, T, D = x_BSTD.shape
         H, G, K = c.num_heads, c.num_kv_heads, c.attention_head_dim
@@ -133,8 +167,15 @@ class SelfAttention(nn.Module):
         q_NTHK = rotate(dense(x_NTD, w_q).reshape(B * S, T, H, K), position_NT, frequencies_K)
         k_NTGK = rotate(dense(x_NTD, w_k).reshape(B * S, T, G, K), position_NT, frequencies_K)
         v_NTGK = dense(x_NTD, w_v).reshape(B * S, T, G, K)
-        attended_NTHK = causal_attention(q_NTHK, k_NTGK, v_NTGK, document_NT)
-        return dense(attended_NTHK.reshape(B, S, T, H * K), w_o)
+        if past is None:
+            attended_NTHK = causal_attention(q_NTHK, k_NTGK, v_NTGK, document_NT)
+        else:
+            place_BT = layout.place_BST[:, 0]
+            past = past.replace(
+                keys_BCGK=put(past.keys_BCGK, k_NTGK, place_BT), values_BCGK=put(past.values_BCGK, v_NTGK, place_BT)
+            )
+            attended_NTHK = attention_to_past(q_NTHK, past, place_BT)
+        return dense(attended_NTHK.reshape(B, S, T, H * K), w_o), past
 
 
 class SwiGLU(nn.Module):
@@ -163,11 +204,13 @@ class CausalConv(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(self, x_BSTD: jax.Array, layout: Layout) -> jax.Array:
-        """x [B,S,T,D], already normalised, to the same shape."""
+    def __call__(self, x_BSTD: jax.Array, layout: Layout, past: Past | None = None) -> tuple[jax.Array, Past | None]:
+        """As `SelfAttention`: x [B,S,T,D], already normalised, to the same shape; and the past, its tail moved on."""
         initializer = nn.with_logical_partitioning(nn.initializers.normal(1 / self.width), (None, "norm"))
         kernel_WD = self.param("kernel", initializer, (self.width, x_BSTD.shape[-1])).astype(x_BSTD.dtype)
         y_BSTD = x_BSTD * kernel_WD[0]
+        if past is not None:
+            return self._after(past, x_BSTD, y_BSTD, kernel_WD, layout)
         for back in range(1, min(self.width, x_BSTD.shape[2])):
             before_BSTD = jnp.pad(x_BSTD[:, :, :-back], ((0, 0), (0, 0), (back, 0), (0, 0)))
             document_BST, position_BST = layout.document_BST, layout.position_BST
@@ -175,4 +218,17 @@ class CausalConv(nn.Module):
             linked_BST &= position_BST[:, :, back:] - position_BST[:, :, :-back] == back
             linked_BST = jnp.pad(linked_BST, ((0, 0), (0, 0), (back, 0)))
             y_BSTD += jnp.where(linked_BST[..., None], before_BSTD, 0) * kernel_WD[back]
-        return y_BSTD
+        return y_BSTD, None
+
+    def _after(
+        self, past: Past, x_B1TD: jax.Array, y_B1TD: jax.Array, kernel_WD: jax.Array, layout: Layout
+    ) -> tuple[jax.Array, Past]:
+        """Tokens that follow others in their segment: a position tells how many there are to see."""
+        T, tail = x_B1TD.shape[2], self.width - 1
+        joined_BTD = jnp.concatenate([past.tail_BWD, x_B1TD[:, 0]], axis=1)
+        for back in range(1, self.width):
+            before_BTD = joined_BTD[:, tail - back : tail - back + T]
+            linked_BT = layout.position_BST[:, 0] >= back
+            y_B1TD += (jnp.where(linked_BT[..., None], before_BTD, 0) * kernel_WD[back])[:, None]
+        last_BW = jnp.sum(layout.document_BST[:, 0] > 0, axis=1)[:, None] + jnp.arange(tail)
+        return y_B1TD, past.replace(tail_BWD=jnp.take_along_axis(joined_BTD, last_BW[..., None], axis=1))

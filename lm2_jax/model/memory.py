@@ -58,19 +58,21 @@ def read(p: Parameters, config: MemoryConfig, x_BTD: jax.Array, slots_BNM: jax.A
 
     E_mem = MHA(q = x' W_Q, k = Bank' W_K, v = Bank' W_V);  g_out = sigmoid(E_mem W_out + b_out)
 
+    The learned scale s [D] begins at 1; at 0 in a block that starts as a Llama's (convert/huggingface.py).
+
     Args:
       x_BTD: x', the normalised input of the block's self-attention.
       slots_BNM: Bank', the normalised bank, in x's dtype.
 
     Returns:
-      g_out ⊙ E_mem and g_out, both [B,T,D].
+      s ⊙ g_out ⊙ E_mem and g_out, both [B,T,D].
     """
     keys_BND, values_BND = dense(slots_BNM, p["read_key"]), dense(slots_BNM, p["read_value"])
     e_mem_BTD = attend(dense(x_BTD, p["read_query"]), keys_BND, values_BND, config.num_heads)
     if config.output_projection:
         e_mem_BTD = dense(e_mem_BTD, p["read_output"])
     g_out_BTD = nn.sigmoid(dense(e_mem_BTD, p["output_gate"]) + p["output_gate_bias"].astype(x_BTD.dtype))
-    return g_out_BTD * e_mem_BTD, g_out_BTD
+    return p["read_scale"].astype(x_BTD.dtype) * g_out_BTD * e_mem_BTD, g_out_BTD
 
 
 def write(
@@ -120,6 +122,8 @@ def write(
 class BankMemory(nn.Module):
     """One block's bank over a window: the recurrence (`write`, scanned over the segments), then all reads at once.
 
+    An unfinished segment only reads; `LM2.finish` writes.
+
     In packed segments, tokens of a document that began inside the segment read the initial bank, and only the segment's
     last document writes, from the initial bank if it began here.
     """
@@ -130,10 +134,13 @@ class BankMemory(nn.Module):
     def __call__(
         self, x_BSTD: jax.Array, a_BSTD: jax.Array, bank_BNM: jax.Array, layout: Layout
     ) -> tuple[jax.Array, jax.Array]:
-        """x' [B,S,T,D] and the bank before the window to (g_out ⊙ E_mem [B,S,T,D], the bank after the window)."""
+        """x' [B,S,T,D] and the bank before the window to (s ⊙ g_out ⊙ E_mem, the bank after the window)."""
         memory, eps = self.config.memory, self.config.model.norm_eps
         N, M = bank_BNM.shape[-2:]
         p = {name: self.param(name, init, shape) for name, (init, shape) in _parameters(self.config).items()}
+        if layout.place_BST is not None:
+            slots_BNM = rms_norm(bank_BNM, p["bank_norm"], eps).astype(x_BSTD.dtype)
+            return read(p, memory, x_BSTD[:, 0], slots_BNM)[0][:, None], bank_BNM
         start_BNM = jnp.broadcast_to(initial_bank(N, M), bank_BNM.shape)
 
         def step(
@@ -176,6 +183,7 @@ def _parameters(config: Config) -> dict[str, tuple[Initializer, tuple[int, ...]]
         "read_value": (linear_init(("slot_in", "heads")), (M, D)),
         "output_gate": (linear_init(("embed", "heads")), (D, D)),
         "output_gate_bias": (vector(0.0, "norm"), (D,)),
+        "read_scale": (vector(1.0, "norm"), (D,)),
         "write_query": to_slots,
         "write_key": (linear_init(("embed", "slot_out")), (D, M)),
         "write_value": (linear_init(("embed", "slot_out")), (D, M)),
@@ -214,3 +222,15 @@ class LM2(MemoryKind):
     def block_memory(self) -> Callable[[], nn.Module]:
         """Read and write of one bank."""
         return functools.partial(BankMemory, self.config)
+
+    def finish(
+        self, memory: Memory, block_parameters: Parameters, inputs_LBTD: jax.Array, token_BT: jax.Array, ends_BmD: None
+    ) -> Memory:
+        """The write of every bank, layer by layer."""
+        config, eps = self.config.memory, self.config.model.norm_eps
+
+        def layer(of_layer: tuple[Parameters, jax.Array, jax.Array]) -> jax.Array:
+            p, x_BTD, bank_BNM = of_layer
+            return write(p, config, eps, x_BTD, bank_BNM, token_BT)[0]
+
+        return jax.lax.map(layer, (block_parameters, inputs_LBTD, memory))

@@ -162,6 +162,7 @@ class Official(MemoryKind):
 
     layer_by_layer = False
     bank_passes_through = True
+    token_by_token = False
     linear_init = staticmethod(linear_init)
 
     @property

@@ -20,8 +20,13 @@ class RMT(MemoryKind):
     layer_by_layer = False
 
     @property
+    def num_memory_tokens(self) -> int:
+        """The m on either side."""
+        return self.config.memory.num_slots
+
+    @property
     def _shape(self) -> tuple[int, int]:
-        return self.config.memory.num_slots, self.config.model.d_model
+        return self.num_memory_tokens, self.config.model.d_model
 
     def parameters(self) -> dict[str, tuple[Initializer, tuple[int, ...]]]:
         """The memory tokens at a document's start, drawn like embeddings."""
@@ -59,3 +64,9 @@ class RMT(MemoryKind):
         tokens_B = jnp.any(layout.document_BST[:, 0, m:-m] > 0, axis=-1)
         after_BmD = y_BSTD[:, 0, -m:].astype(jnp.float32)
         return y_BSTD[:, :, m:-m], self.choose_lanes(tokens_B, after_BmD, memory)
+
+    def finish(
+        self, memory: Memory, block_parameters: None, inputs_LBTD: None, token_BT: jax.Array, ends_BmD: jax.Array
+    ) -> Memory:
+        """The back memory tokens, as in `leave`."""
+        return ends_BmD.astype(jnp.float32)

@@ -1,0 +1,155 @@
+"""Continues a text: `python -m lm2_jax.generate --checkpoint runs/books --prompt "Call me Ishmael."`.
+
+A prompt may be a whole book: it streams through memory. Saved memory answers many questions for one reading.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lm2_jax.checkpoint import load
+from lm2_jax.config import Config
+from lm2_jax.decoding import decode, generate, start
+from lm2_jax.errors import UserError, run_command
+from lm2_jax.memory_file import load_state, save_state
+from lm2_jax.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = ["TextStream", "generate", "main"]
+
+
+def main() -> None:
+    """The command."""
+    arguments = _parse()
+    text = _prompt(arguments)
+    if arguments.save_memory and not Path(arguments.save_memory).absolute().parent.is_dir():
+        raise UserError(f"--save-memory: {arguments.save_memory} is in no directory that exists")
+    model, params = load(arguments.checkpoint)
+    tokenizer = _tokenizer(model.config, arguments.checkpoint)
+    if arguments.load_memory:
+        state, begin = load_state(arguments.load_memory, model, params), []
+        if len(state.count_B) != 1:
+            raise UserError(f"--load-memory: {arguments.load_memory} holds {len(state.count_B)} rows; expected one")
+    else:
+        state, begin = start(model, params, 1), [id for id in (tokenizer.bos_id,) if id is not None]
+    ids = tokenizer.encode(text)
+    if not ids:
+        raise UserError("the prompt holds no token; give some text to continue")
+    stream = TextStream(tokenizer, arguments.stop, functools.partial(print, end="", flush=True))
+    _, state = decode(
+        model,
+        params,
+        [begin + ids],
+        state,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+        stop_ids=[id for id in (tokenizer.eos_id,) if id is not None],
+        on_token=lambda _, token: stream.push(token),
+    )
+    stream.close()
+    if arguments.max_new_tokens:
+        print()
+    if arguments.save_memory:
+        save_state(arguments.save_memory, model, params, state)
+        print(f"{arguments.save_memory}: memory after {int(state.read_B[0]):,} tokens", file=sys.stderr)
+
+
+class TextStream:
+    """Tokens to text as they come, up to the first stop string.
+
+    Text is held back where the next token may still change it: an incomplete character, the beginning of a stop string.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], write: Callable[[str], object]) -> None:
+        self._tokenizer, self._stops, self._write = tokenizer, stops, write
+        self._ids: list[int] = []  # the tokens of the last text, for the space between them and the next, and new ones
+        self._old = 0  # how many of them are not new
+        self._held = ""
+
+    def push(self, token: int) -> bool:
+        """Whether a stop string is complete with this token."""
+        self._ids.append(token)
+        text = self._new_text()
+        if text.endswith("\ufffd"):
+            return False
+        if text:
+            self._ids = self._ids[self._old :]
+        self._old = len(self._ids)
+        return self._add(text)
+
+    def close(self) -> None:
+        """Writes what was held back."""
+        self._add(self._new_text())
+        self._write(self._held)
+
+    def _new_text(self) -> str:
+        return self._tokenizer.decode(self._ids)[len(self._tokenizer.decode(self._ids[: self._old])) :]
+
+    def _add(self, text: str) -> bool:
+        self._held += text
+        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        begun = [n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])]
+        ready = min(places) if places else len(self._held) - max(begun, default=0)
+        self._write(self._held[:ready])
+        self._held = "" if places else self._held[ready:]
+        return bool(places)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m lm2_jax.generate",
+        description="Continue a text. A prompt of any length streams through memory, a segment at a time.",
+        epilog="example: python -m lm2_jax.generate --checkpoint runs/books --prompt-file book.txt --max-new-tokens 0 "
+        '--save-memory book.safetensors, then --load-memory book.safetensors --prompt "Who is Ahab?"',
+    )
+    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="a run directory or one of its checkpoints")
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="what to continue")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="the same, from a UTF-8 text file")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default 128; 0: only read")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="default 0: the most likely token")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K most likely tokens")
+    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that make up P")
+    parser.add_argument("--stop", action="append", default=[], metavar="STRING", help="end before it; repeatable")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws; default 0")
+    parser.add_argument("--save-memory", metavar="FILE", help="write what was read, and written, to a safetensors file")
+    parser.add_argument("--load-memory", metavar="FILE", help="go on from there; the prompt follows what was read")
+    arguments = parser.parse_args()
+    if "" in arguments.stop:
+        parser.error("argument --stop: an empty string is everywhere")
+    return arguments
+
+
+def _prompt(arguments: argparse.Namespace) -> str:
+    text, origin = arguments.prompt, "--prompt"
+    if text is None:
+        origin = f"--prompt-file: {arguments.prompt_file}"
+        try:
+            text = Path(arguments.prompt_file).read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{origin} cannot be read ({error.strerror})") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"{origin} is no UTF-8 text (byte {error.start})") from None
+    if not text:
+        raise UserError(f"{origin} is empty; give some text to continue")
+    return text
+
+
+def _tokenizer(config: Config, checkpoint: str) -> Tokenizer:
+    if config.data.source == "bin" and config.tokenizer.kind == "stories":
+        raise UserError(
+            f"{checkpoint}: trained on token ids (data.source bin), and its config names no tokenizer to make ids of "
+            "text; its config.yaml can name one (tokenizer: {kind: llama3, path: tokenizer.model}), and a Hugging Face "
+            "directory can hold a tokenizer.json"
+        )
+    return load_tokenizer(config.tokenizer)
+
+
+if __name__ == "__main__":
+    run_command(main)
