@@ -300,7 +300,7 @@ class Config(Section):
     @property
     def num_memory_layers(self) -> int:
         """How many blocks, from the first, carry a bank (0 for kinds without one)."""
-        if self.memory.kind != "lm2":
+        if self.memory.kind not in ("lm2", "official"):
             return 0
         return self.memory.num_layers or self.model.num_layers
 

@@ -127,12 +127,12 @@ LLAMAS = {
 }
 
 
-def random_llama(path, name="untied, llama3 scaling", seed=0, **save):
+def random_llama(path, name="untied, llama3 scaling", seed=0, std=0.25, **save):
     """A LlamaForCausalLM with large random weights, saved."""
     torch.manual_seed(seed)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
     config = transformers.LlamaConfig(
-        vocab_size=V, max_position_embeddings=256, initializer_range=0.25, **sizes, **LLAMAS[name]
+        vocab_size=V, max_position_embeddings=256, initializer_range=std, **sizes, **LLAMAS[name]
     )
     llama = transformers.LlamaForCausalLM(config).eval()
     llama.save_pretrained(path, **save)

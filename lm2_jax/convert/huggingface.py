@@ -156,7 +156,8 @@ def _read_lm2(path: Path, theirs: Mapping[str, Any], overrides: Sequence[str], t
 
 
 def _lm2_settings(config: Config) -> dict[str, Any]:
-    memory = config.memory.model_copy(update={"width": config.memory_width, "num_layers": config.num_memory_layers})
+    layers = config.num_memory_layers or None
+    memory = config.memory.model_copy(update={"width": config.memory_width, "num_layers": layers})
     return {
         "model_type": _OURS,
         "architectures": ["LM2ForCausalLM"],

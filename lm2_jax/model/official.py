@@ -168,7 +168,7 @@ class Official(MemoryKind):
     @property
     def num_bank_layers(self) -> int:
         """All blocks."""
-        return self.config.model.num_layers
+        return self.config.num_memory_layers
 
     def initial(self, parameters: Parameters | None) -> Memory:
         """The identity, [N,N]."""
