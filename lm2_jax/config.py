@@ -107,9 +107,6 @@ class MemoryConfig(Section):
     gates: Literal["convex", "independent"] = "convex"  # g_in = 1 - g_f, or a gate of its own (the paper's)
     forget_bias: float = 2.0  # b_f; positive: remember at first
     input_bias: float = -1.0  # b_i; independent gates only
-    candidate_mlp: bool = True  # two-layer MLP on the candidate
-    bank_gates: bool = True  # gates also see tanh(Bank) (W'_f, W'_i)
-    output_projection: bool = True  # W_O after the read and after the write attention
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # official: of its attention; the published code has 0.9
 
 

@@ -51,9 +51,6 @@ _MEMORY_KEYS = {
     "memory_layers": "num_layers",
     "memory_gates": "gates",
     "memory_dropout": "dropout",
-    "candidate_mlp": "candidate_mlp",
-    "bank_gates": "bank_gates",
-    "output_projection": "output_projection",
     "forget_bias": "forget_bias",
     "input_bias": "input_bias",
 }

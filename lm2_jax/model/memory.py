@@ -56,7 +56,7 @@ def attend(
 def read(p: Parameters, config: MemoryConfig, x_BTD: jax.Array, slots_BNM: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Tokens ask, slots answer (paper 2.1).
 
-    E_mem = MHA(q = x' W_Q, k = Bank' W_K, v = Bank' W_V);  g_out = sigmoid(E_mem W_out + b_out)
+    E_mem = MHA(q = x' W_Q, k = Bank' W_K, v = Bank' W_V) W_O;  g_out = sigmoid(E_mem W_out + b_out)
 
     The learned scale s [D] begins at 1; at 0 in a block that starts as a Llama's (convert/huggingface.py).
 
@@ -69,8 +69,7 @@ def read(p: Parameters, config: MemoryConfig, x_BTD: jax.Array, slots_BNM: jax.A
     """
     keys_BND, values_BND = dense(slots_BNM, p["read_key"]), dense(slots_BNM, p["read_value"])
     e_mem_BTD = attend(dense(x_BTD, p["read_query"]), keys_BND, values_BND, config.num_heads)
-    if config.output_projection:
-        e_mem_BTD = dense(e_mem_BTD, p["read_output"])
+    e_mem_BTD = dense(e_mem_BTD, p["read_output"])
     g_out_BTD = nn.sigmoid(dense(e_mem_BTD, p["output_gate"]) + p["output_gate_bias"].astype(x_BTD.dtype))
     return p["read_scale"].astype(x_BTD.dtype) * g_out_BTD * e_mem_BTD, g_out_BTD
 
@@ -80,7 +79,8 @@ def write(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Slots ask, the segment's tokens answer; gates mix the answer in (paper 2.2).
 
-    U = MHA(q = Bank' W'_Q, k = x' W'_K, v = x' W'_V);  C = candidate(Bank' + U)
+    U = MHA(q = Bank' W'_Q, k = x' W'_K, v = x' W'_V) W'_O
+    C_1 = RMSNorm(Bank' + U);  C = RMSNorm(C_1 + silu(C_1 W_up) W_down)
     g_f = sigmoid(U W_f + tanh(Bank) W'_f + b_f);  g_in = 1 - g_f, or sigmoid(U W_i + tanh(Bank) W'_i + b_i)
     Bank <- g_in ⊙ tanh(C) + g_f ⊙ Bank
 
@@ -97,22 +97,19 @@ def write(
     # The tokens' answer
     keys_BTM, values_BTM = dense(x_BTD, p["write_key"]), dense(x_BTD, p["write_value"])
     u_BNM = attend(dense(slots_BNM, p["write_query"]), keys_BTM, values_BTM, config.num_heads, token_BT)
-    if config.output_projection:
-        u_BNM = dense(u_BNM, p["write_output"])
+    u_BNM = dense(u_BNM, p["write_output"])
 
     # The candidate
     c_BNM = rms_norm(slots_BNM + u_BNM, p["candidate_norm"], eps)
-    if config.candidate_mlp:
-        hidden_BNM = nn.silu(dense(c_BNM, p["candidate_up"]))
-        c_BNM = rms_norm(c_BNM + dense(hidden_BNM, p["candidate_down"]), p["candidate_norm_2"], eps)
+    hidden_BNM = nn.silu(dense(c_BNM, p["candidate_up"]))
+    c_BNM = rms_norm(c_BNM + dense(hidden_BNM, p["candidate_down"]), p["candidate_norm_2"], eps)
 
     # The gates
+    held_BNM = jnp.tanh(bank_BNM).astype(x_BTD.dtype)
+
     def gate(name: str) -> jax.Array:
-        g_BNM = dense(u_BNM, p[f"{name}_gate"]).astype(jnp.float32)
-        if config.bank_gates:
-            held_BNM = jnp.tanh(bank_BNM).astype(x_BTD.dtype)
-            g_BNM += dense(held_BNM, p[f"{name}_gate_bank"]).astype(jnp.float32)
-        return nn.sigmoid(g_BNM + p[f"{name}_gate_bias"])
+        told_BNM, kept_BNM = dense(u_BNM, p[f"{name}_gate"]), dense(held_BNM, p[f"{name}_gate_bank"])
+        return nn.sigmoid(told_BNM.astype(jnp.float32) + kept_BNM.astype(jnp.float32) + p[f"{name}_gate_bias"])
 
     g_f_BNM = gate("forget")
     g_in_BNM = 1 - g_f_BNM if config.gates == "convex" else gate("input")
@@ -174,33 +171,30 @@ class BankMemory(nn.Module):
 def _parameters(config: Config) -> dict[str, tuple[Initializer, tuple[int, ...]]]:
     """Name to (initialiser, shape) of one block's memory."""
     c, D, M = config.memory, config.model.d_model, config.memory_width
-    output_scale = 1 / (2 * config.model.num_layers)
     to_slots = (linear_init(("slot_in", "slot_out")), (M, M))
+    slot_norm = (vector(1.0, "norm"), (M,))
     shapes = {
-        "bank_norm": (vector(1.0, "norm"), (M,)),
+        "bank_norm": slot_norm,
         "read_query": (linear_init(("embed", "heads")), (D, D)),
         "read_key": (linear_init(("slot_in", "heads")), (M, D)),
         "read_value": (linear_init(("slot_in", "heads")), (M, D)),
+        "read_output": (linear_init(("heads", "embed"), 1 / (2 * config.model.num_layers)), (D, D)),
+        "read_scale": (vector(1.0, "norm"), (D,)),
         "output_gate": (linear_init(("embed", "heads")), (D, D)),
         "output_gate_bias": (vector(0.0, "norm"), (D,)),
-        "read_scale": (vector(1.0, "norm"), (D,)),
         "write_query": to_slots,
         "write_key": (linear_init(("embed", "slot_out")), (D, M)),
         "write_value": (linear_init(("embed", "slot_out")), (D, M)),
-        "candidate_norm": (vector(1.0, "norm"), (M,)),
+        "write_output": to_slots,
+        "candidate_norm": slot_norm,
+        "candidate_up": to_slots,
+        "candidate_down": to_slots,
+        "candidate_norm_2": slot_norm,
     }
-    if c.output_projection:
-        shapes["read_output"] = (linear_init(("heads", "embed"), output_scale), (D, D))
-        shapes["write_output"] = to_slots
-    if c.candidate_mlp:
-        shapes["candidate_up"] = shapes["candidate_down"] = to_slots
-        shapes["candidate_norm_2"] = (vector(1.0, "norm"), (M,))
     biases = {"forget": c.forget_bias} | ({"input": c.input_bias} if c.gates == "independent" else {})
     for name, bias in biases.items():
-        shapes[f"{name}_gate"] = to_slots
+        shapes[f"{name}_gate"] = shapes[f"{name}_gate_bank"] = to_slots
         shapes[f"{name}_gate_bias"] = (vector(bias, "norm"), (M,))
-        if c.bank_gates:
-            shapes[f"{name}_gate_bank"] = to_slots
     return shapes
 
 

@@ -48,9 +48,6 @@ class LM2Config(PreTrainedConfig):
     memory_gates: str = "convex"  # g_in = 1 - g_f, or "independent"
     memory_rows: int = 1  # official: of the start memory; the published code keeps one for each row of its batch
     memory_dropout: float = 0.0  # official: of the attention to slots, in training (the published code has 0.9)
-    candidate_mlp: bool = True  # two-layer MLP on the candidate
-    bank_gates: bool = True  # gates also see tanh(Bank)
-    output_projection: bool = True  # W_O after the read and after the write attention
     forget_bias: float = 2.0  # gate biases of a new model; the published code has 1 and 0
     input_bias: float = -1.0
 

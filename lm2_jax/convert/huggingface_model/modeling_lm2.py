@@ -241,31 +241,28 @@ class BankMemory(nn.Module):
         self.bank_norm = LM2RMSNorm(M, eps)
 
         self.read_query, self.read_key, self.read_value = linear(D, D), linear(M, D), linear(M, D)
-        self.read_output = linear(D, D) if config.output_projection else nn.Identity()
+        self.read_output = linear(D, D)
         self.output_gate = linear(D, D)
         self.output_gate_bias = nn.Parameter(torch.empty(D))
         self.read_scale = nn.Parameter(torch.empty(D))
 
         self.write_query, self.write_key, self.write_value = linear(M, M), linear(D, M), linear(D, M)
-        self.write_output = linear(M, M) if config.output_projection else nn.Identity()
+        self.write_output = linear(M, M)
 
         self.candidate_norm = LM2RMSNorm(M, eps)
-        self.candidate_mlp = config.candidate_mlp
-        if config.candidate_mlp:
-            self.candidate_up, self.candidate_down = linear(M, M), linear(M, M)
-            self.candidate_norm_2 = LM2RMSNorm(M, eps)
+        self.candidate_up, self.candidate_down = linear(M, M), linear(M, M)
+        self.candidate_norm_2 = LM2RMSNorm(M, eps)
 
-        self.bank_gates, self.convex = config.bank_gates, config.memory_gates == "convex"
+        self.convex = config.memory_gates == "convex"
         for name in ("forget",) if self.convex else ("forget", "input"):
             self.register_module(f"{name}_gate", linear(M, M))
             self.register_parameter(f"{name}_gate_bias", nn.Parameter(torch.empty(M)))
-            if config.bank_gates:
-                self.register_module(f"{name}_gate_bank", linear(M, M))
+            self.register_module(f"{name}_gate_bank", linear(M, M))
 
     def forward(self, x_BQD: Tensor, attended_BQD: Tensor, layout: Layout, shared: State, block: State) -> Tensor:
         """Tokens ask, slots answer (paper 2.1). Returns what is added to x.
 
-        E_mem = MHA(q = x' W_Q, k = Bank' W_K, v = Bank' W_V);  g_out = sigmoid(E_mem W_out + b_out)
+        E_mem = MHA(q = x' W_Q, k = Bank' W_K, v = Bank' W_V) W_O;  g_out = sigmoid(E_mem W_out + b_out)
         x <- x + scale ⊙ g_out ⊙ E_mem
         """
         block["inputs"] = layout.append(block["inputs"], x_BQD)
@@ -278,7 +275,8 @@ class BankMemory(nn.Module):
     def write(self, x_RTD: Tensor, bank_RNM: Tensor) -> Tensor:
         """Slots ask, a whole segment answers; gates mix the answer in (paper 2.2). Returns the new bank.
 
-        U = MHA(q = Bank' W'_Q, k = x' W'_K, v = x' W'_V);  C = candidate(Bank' + U)
+        U = MHA(q = Bank' W'_Q, k = x' W'_K, v = x' W'_V) W'_O
+        C_1 = RMSNorm(Bank' + U);  C = RMSNorm(C_1 + silu(C_1 W_up) W_down)
         g_f = sigmoid(U W_f + tanh(Bank) W'_f + b_f);  g_in = 1 - g_f, or sigmoid(U W_i + tanh(Bank) W'_i + b_i)
         Bank <- g_in ⊙ tanh(C) + g_f ⊙ Bank
         """
@@ -290,15 +288,14 @@ class BankMemory(nn.Module):
 
         # The candidate
         c_RNM = self.candidate_norm(slots_RNM + u_RNM)
-        if self.candidate_mlp:
-            c_RNM = self.candidate_norm_2(c_RNM + self.candidate_down(F.silu(self.candidate_up(c_RNM))))
+        c_RNM = self.candidate_norm_2(c_RNM + self.candidate_down(F.silu(self.candidate_up(c_RNM))))
 
         # The gates
+        held_RNM = torch.tanh(bank_RNM).to(x_RTD.dtype)
+
         def gate(name: str) -> Tensor:
-            g_RNM = getattr(self, f"{name}_gate")(u_RNM)
-            if self.bank_gates:
-                g_RNM = g_RNM + getattr(self, f"{name}_gate_bank")(torch.tanh(bank_RNM).to(x_RTD.dtype))
-            return torch.sigmoid(g_RNM.float() + getattr(self, f"{name}_gate_bias").float())
+            told_RNM, kept_RNM = getattr(self, f"{name}_gate")(u_RNM), getattr(self, f"{name}_gate_bank")(held_RNM)
+            return torch.sigmoid(told_RNM.float() + kept_RNM.float() + getattr(self, f"{name}_gate_bias").float())
 
         g_f_RNM = gate("forget")
         g_in_RNM = 1 - g_f_RNM if self.convex else gate("input")
