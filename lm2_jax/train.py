@@ -189,12 +189,21 @@ def _start_from(path: str, model: Decoder, state: TrainState, shardings: TrainSt
     ]
     problems += [
         f"  {key}: {old!r} there, {new!r} here"
-        for key, old, new in _differences(other.config.model.model_dump(), model.config.model.model_dump(), "model")
+        for key, old, new in _differences(_beyond_shapes(other.config), _beyond_shapes(model.config))
     ]
     if problems:
         raise UserError(f"train.init_from: {path} holds another model:\n" + "\n".join(problems))
     params = jax.device_put(params, shardings.params)
     return state.replace(params=params, memory=make_fresh_memory(model, shardings)(params))
+
+
+def _beyond_shapes(config: Config) -> dict[str, Any]:
+    """What weights mean besides their shapes. How many slots a bank has is free."""
+    model = config.model.model_copy(update={"head_dim": config.model.attention_head_dim})
+    return {
+        "model": model.model_dump(exclude={"embedding_std"}),
+        "memory": config.memory.model_dump(include={"kind", "num_heads", "gates"}),
+    }
 
 
 class _Log:

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import reproduce_babilong as study
 
+from lm2_jax.config import parse_config
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -33,7 +35,7 @@ def test_smoke(tmp_path):
     report = run("--report")
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
     assert (tmp_path / "report.md").read_text() in report
-    for heading in ("## Comparison", "## The grid", "## Parts of lm2"):
+    for heading in ("## Comparison", "## The grid", "## Ablations of lm2"):
         assert heading in report
 
 
@@ -57,9 +59,11 @@ def test_facts_are_of_files_where_there_are_some(tmp_path):
     for name in ("qa1_single_train.txt", "qa1_single_test.txt", "qa10_indefinite_train.txt", "qa4_two_train.txt"):
         (tmp_path / name).write_text("")
     assert study.facts_of("qa1", (1, 10), tmp_path) == {
-        "data": {"path": [str(tmp_path / "qa1_single_train.txt")]},
-        "eval": {"path": [str(tmp_path / "qa1_single_test.txt")]},
+        "data": {"path": ["{babi}/qa1_single_train.txt"]},
+        "eval": {"path": ["{babi}/qa1_single_test.txt"]},
     }
+    config = study.with_files(parse_config("{data: {path: '{babi}/x.txt'}, eval: {path: '{babi}/y.txt'}}"), tmp_path)
+    assert (config.data.path, config.eval.path) == ((str(tmp_path / "x.txt"),), (str(tmp_path / "y.txt"),))
     assert study.facts_of("qa4", (2, 5), tmp_path)["eval"]["path"] is None
     for babi in (tmp_path, None):
         stories = study.facts_of("qa3", (6, 24), babi)["data"]["stories"]

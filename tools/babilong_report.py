@@ -27,7 +27,11 @@ def write_report(output: Path) -> str:
     if grid := by_phase.get("grid"):
         parts.append(_grid(grid))
     if ablations := by_phase.get("ablation"):
-        parts.append(_ablations(ablations, output / "gates.png"))
+        title = "## Ablations of lm2 at equal parameters (qa1; exact match at multiples of the trained length)"
+        parts.append(_ablations(title, ablations, output / "gates.png"))
+    if first := by_phase.get("first round"):
+        title = "## How the parts were settled: lm2 before, with parts that are gone and switches that are no more"
+        parts.append(_ablations(title, first, output / "first_round.png"))
     text = "\n".join(parts) or "no cells yet\n"
     (output / "report.md").write_text(text, encoding="utf-8")
     return text
@@ -154,7 +158,7 @@ def _grid(results: Sequence[Result]) -> str:
 # --- Ablations -----------------------------------------------------------------------------------------------------
 
 
-def _ablations(results: Sequence[Result], picture: Path) -> str:
+def _ablations(title: str, results: Sequence[Result], picture: Path) -> str:
     variants = _in_order(results, "model")
     multiples = sorted({m for _, m in _by_set_and_multiple(_of(results, variants[0]))})
     rows = []
@@ -168,7 +172,6 @@ def _ablations(results: Sequence[Result], picture: Path) -> str:
         rows.append([variant, str(len(own)), f"{own[0]['parameters']:,}", steps, *found])
     _plot_gates(results, picture)
     header = ["lm2", "seeds", "parameters", "step at 95%", *(f"{multiple:g}x" for multiple in multiples)]
-    title = "## Parts of lm2, at equal parameters (qa1; exact match at multiples of the trained length)"
     return "\n".join([title, "", *_table(header, rows), ""])
 
 

@@ -137,10 +137,6 @@ PRESETS = {
         ablations={
             "as it is": {},
             "independent gates": {"memory": {"gates": "independent"}},
-            "no candidate MLP": {"memory": {"candidate_mlp": False}},
-            "no W' in the gates": {"memory": {"bank_gates": False}},
-            "no slot self-attention": {"memory": {"slot_attention": False}},
-            "no output projections": {"memory": {"output_projection": False}},
             "b_f 0": {"memory": {"forget_bias": 0.0}},
             "b_f 1": {"memory": {"forget_bias": 1.0}},
             "b_f 4": {"memory": {"forget_bias": 4.0}},
@@ -167,7 +163,7 @@ PRESETS = {
             },
             "eval": {"lengths": [6, 12, 24, 48, 96], "questions": 500, "every_steps": 0},
         },
-        ablation_seeds=(0, 1),
+        ablation_seeds=(0, 1, 2),
     ),
 }
 
@@ -293,9 +289,9 @@ def memory_size(config: Config) -> int:
 class Runner:
     """Trains cells, several at a time, each on its share of the cores, and keeps their results."""
 
-    def __init__(self, output: Path, workers: int, only: str, until: float) -> None:
-        """only: a pattern of cell names; until: no cell begins after this time.monotonic()."""
-        self._output, self._only, self._until = output, only, until
+    def __init__(self, output: Path, babi: Path | None, workers: int, only: str, until: float) -> None:
+        """babi: where bAbI's files are; only: a pattern of cell names; until: no cell begins after time.monotonic()."""
+        self._output, self._babi, self._only, self._until = output, babi, only, until
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         self._places: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
         for worker in range(workers):
@@ -333,7 +329,7 @@ class Runner:
             return False
         run_dir = self._output / "runs" / cell.name
         run_dir.mkdir(parents=True, exist_ok=True)
-        config = replace(cell.config, train={"run_dir": str(run_dir)})
+        config = replace(with_files(cell.config, self._babi), train={"run_dir": str(run_dir)})
         config_file = run_dir / "cell.yaml"
         config_file.write_text(dump_config(config), encoding="utf-8")
         place, began = self._places.get(), time.monotonic()
@@ -391,17 +387,32 @@ def describe(result: Result) -> str:
 # --- bAbI files ----------------------------------------------------------------------------------------------------
 
 
+_BABI = "{babi}"  # stands for --babi in the config of a cell, which is the same wherever the files are
+
+
 def facts_of(task: Task, statements: tuple[int, int], babi: Path | None) -> Changes:
     """Changes that make stories of a task: of bAbI files, where `babi` holds them, or else the generator's.
 
     A task has qa1_..._train.txt, and may have qa1_..._test.txt, which is asked about besides the held-out stories.
+    Files are named from `{babi}` on; `with_files` says where that is.
     """
     training = sorted(babi.glob(f"{task}_*_train.txt")) if babi else []
     if not training:
         stories = {"tasks": [task], "facts": statements, "questions_between": [0, 1], "questions_after": [3, 4]}
         return {"data": {"stories": stories}}
     tests = sorted(babi.glob(f"{task}_*_test.txt"))
-    return {"data": {"path": list(map(str, training))}, "eval": {"path": list(map(str, tests)) or None}}
+    training, tests = ([f"{_BABI}/{path.name}" for path in paths] for paths in (training, tests))
+    return {"data": {"path": training}, "eval": {"path": tests or None}}
+
+
+def with_files(config: Config, babi: Path | None) -> Config:
+    """The config of a cell, its files where they are."""
+    found = {
+        section: {"path": [path.replace(_BABI, str(babi)) for path in paths]}
+        for section, paths in (("data", config.data.path), ("eval", config.eval.path))
+        if paths
+    }
+    return replace(config, **found)
 
 
 # --- The command ---------------------------------------------------------------------------------------------------
@@ -432,7 +443,7 @@ def run(preset: Preset, arguments: argparse.Namespace) -> None:
         raise UserError(f"--babi: {arguments.babi} is no directory; give the one with qa1_..._train.txt")
     plan = Plan(preset, {task: facts_of(task, facts, arguments.babi) for task, facts in preset.tasks.items()})
     until = time.monotonic() + arguments.hours * 3600
-    runner = Runner(arguments.output, arguments.workers, arguments.only, until)
+    runner = Runner(arguments.output, arguments.babi, arguments.workers, arguments.only, until)
     runner.results(plan.ablations())
     grid, complete = runner.results(plan.grid())
     if complete:
