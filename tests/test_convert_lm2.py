@@ -200,13 +200,12 @@ def test_warm_start(tmp_path):
     expected = torch_logits(llama, tokens_BST.reshape(16, T)).reshape(4, 4, T, V)
     np.testing.assert_allclose(logits_BSTV, expected, atol=1e-5)
 
-    assert not np.any(params["bank_blocks"]["memory"]["read_scale"])
-    open_scale = {
-        **params["bank_blocks"],
-        "memory": {**params["bank_blocks"]["memory"], "read_scale": jnp.ones((3, 32))},
-    }
-    read_BSTV, _ = run_segments(model, {**params, "bank_blocks": open_scale}, tokens_BST, memory)
-    assert float(jnp.mean(jnp.abs(read_BSTV - logits_BSTV))) > 1e-2  # what the zero scale holds back
+    attention = params["bank_blocks"]["memory"]
+    assert not np.any(attention["read_output"])
+    let_through = {**attention, "read_output": jnp.broadcast_to(jnp.eye(32), attention["read_output"].shape)}
+    through = {**params, "bank_blocks": {**params["bank_blocks"], "memory": let_through}}
+    read_BSTV, _ = jax.jit(lambda p: run_segments(model, p, tokens_BST, memory))(through)
+    assert float(jnp.mean(jnp.abs(read_BSTV - logits_BSTV))) > 1e-2  # what the slots answer, and the zero holds back
 
     def loss(params):
         logits_BSTV, _ = run_segments(model, params, tokens_BST, memory)

@@ -41,7 +41,8 @@ from lm2_jax.model import build_model
 _CODE = Path(__file__).parent / "huggingface_model"
 _OURS = "lm2"  # the model_type of configuration_lm2.py, for every kind of memory
 _LONGEST_SEGMENT = 2048  # of a Llama, unless --set data.segment_length says otherwise
-_STARTS_AT_ZERO = ("memory/read_scale", "conv/kernel")  # what a warm start adds to a Llama's activations
+# What joins to a Llama's activations in a warm start: the projection of what the slots answer, and the convolution
+_STARTS_AT_ZERO = ("memory/read_output", "conv/kernel")
 # Settings of modeling_lm2.py that are keys of our memory section
 _MEMORY_KEYS = {
     "memory_kind": "kind",

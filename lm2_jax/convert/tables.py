@@ -137,7 +137,7 @@ _LM2_MATRICES = (
     "input_gate_bank",
 )
 _LM2_NORMS = ("bank_norm", "candidate_norm", "candidate_norm_2")
-_LM2_VECTORS = ("read_scale", "output_gate_bias", "forget_gate_bias", "input_gate_bias")
+_LM2_VECTORS = ("output_gate_bias", "forget_gate_bias", "input_gate_bias")
 _LM2_MEMORY = {
     **{f"memory/{name}": _linear(name) for name in _LM2_MATRICES},
     **{f"memory/{name}": Rule(f"{name}.weight") for name in _LM2_NORMS},

@@ -58,20 +58,18 @@ def read(p: Parameters, config: MemoryConfig, x_BTD: jax.Array, slots_BNM: jax.A
 
     E_mem = MHA(q = x' W_Q, k = Bank' W_K, v = Bank' W_V) W_O;  g_out = sigmoid(E_mem W_out + b_out)
 
-    The learned scale s [D] begins at 1; at 0 in a block that starts as a Llama's (convert/huggingface.py).
-
     Args:
       x_BTD: x', the normalised input of the block's self-attention.
       slots_BNM: Bank', the normalised bank, in x's dtype.
 
     Returns:
-      s ⊙ g_out ⊙ E_mem and g_out, both [B,T,D].
+      g_out ⊙ E_mem and g_out, both [B,T,D].
     """
     keys_BND, values_BND = dense(slots_BNM, p["read_key"]), dense(slots_BNM, p["read_value"])
     e_mem_BTD = attend(dense(x_BTD, p["read_query"]), keys_BND, values_BND, config.num_heads)
     e_mem_BTD = dense(e_mem_BTD, p["read_output"])
     g_out_BTD = nn.sigmoid(dense(e_mem_BTD, p["output_gate"]) + p["output_gate_bias"].astype(x_BTD.dtype))
-    return p["read_scale"].astype(x_BTD.dtype) * g_out_BTD * e_mem_BTD, g_out_BTD
+    return g_out_BTD * e_mem_BTD, g_out_BTD
 
 
 def write(
@@ -131,7 +129,7 @@ class BankMemory(nn.Module):
     def __call__(
         self, x_BSTD: jax.Array, a_BSTD: jax.Array, bank_BNM: jax.Array, layout: Layout
     ) -> tuple[jax.Array, jax.Array]:
-        """x' [B,S,T,D] and the bank before the window to (s ⊙ g_out ⊙ E_mem, the bank after the window)."""
+        """x' [B,S,T,D] and the bank before the window to (g_out ⊙ E_mem [B,S,T,D], the bank after the window)."""
         memory, eps = self.config.memory, self.config.model.norm_eps
         N, M = bank_BNM.shape[-2:]
         p = {name: self.param(name, init, shape) for name, (init, shape) in _parameters(self.config).items()}
@@ -179,7 +177,6 @@ def _parameters(config: Config) -> dict[str, tuple[Initializer, tuple[int, ...]]
         "read_key": (linear_init(("slot_in", "heads")), (M, D)),
         "read_value": (linear_init(("slot_in", "heads")), (M, D)),
         "read_output": (linear_init(("heads", "embed"), 1 / (2 * config.model.num_layers)), (D, D)),
-        "read_scale": (vector(1.0, "norm"), (D,)),
         "output_gate": (linear_init(("embed", "heads")), (D, D)),
         "output_gate_bias": (vector(0.0, "norm"), (D,)),
         "write_query": to_slots,

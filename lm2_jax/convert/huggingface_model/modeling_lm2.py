@@ -244,7 +244,6 @@ class BankMemory(nn.Module):
         self.read_output = linear(D, D)
         self.output_gate = linear(D, D)
         self.output_gate_bias = nn.Parameter(torch.empty(D))
-        self.read_scale = nn.Parameter(torch.empty(D))
 
         self.write_query, self.write_key, self.write_value = linear(M, M), linear(D, M), linear(D, M)
         self.write_output = linear(M, M)
@@ -263,14 +262,14 @@ class BankMemory(nn.Module):
         """Tokens ask, slots answer (paper 2.1). Returns what is added to x.
 
         E_mem = MHA(q = x' W_Q, k = Bank' W_K, v = Bank' W_V) W_O;  g_out = sigmoid(E_mem W_out + b_out)
-        x <- x + scale ⊙ g_out ⊙ E_mem
+        x <- x + g_out ⊙ E_mem
         """
         block["inputs"] = layout.append(block["inputs"], x_BQD)
         slots_BNM = self.bank_norm(block["bank"]).to(x_BQD.dtype)
         e_mem_BQD = attend(self.read_query(x_BQD), self.read_key(slots_BNM), self.read_value(slots_BNM), self.num_heads)
         e_mem_BQD = self.read_output(e_mem_BQD)
         g_out_BQD = torch.sigmoid(self.output_gate(e_mem_BQD) + self.output_gate_bias)
-        return self.read_scale * g_out_BQD * e_mem_BQD
+        return g_out_BQD * e_mem_BQD
 
     def write(self, x_RTD: Tensor, bank_RNM: Tensor) -> Tensor:
         """Slots ask, a whole segment answers; gates mix the answer in (paper 2.2). Returns the new bank.
@@ -394,7 +393,6 @@ class LM2PreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=1 / c.conv_width)
         elif isinstance(module, BankMemory):
             init.zeros_(module.output_gate_bias)
-            init.ones_(module.read_scale)
             init.constant_(module.forget_gate_bias, c.forget_bias)
             if not module.convex:
                 init.constant_(module.input_gate_bias, c.input_bias)
