@@ -302,6 +302,16 @@ class Config(Section):
         return self.memory.num_layers or self.model.num_layers
 
     @property
+    def trained_segment_length(self) -> int:
+        """T of the last stage: what a trained model reads by."""
+        return self.stages[-1].segment_length
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether text can be made ids; a run on token shards may name no tokenizer."""
+        return self.data.source != "bin" or self.tokenizer.kind != "stories"
+
+    @property
     def stages(self) -> tuple[StageConfig, ...]:
         """The curriculum, or the one stage that `data` describes."""
         window = StageConfig(segments=self.data.segments_per_window, segment_length=self.data.segment_length)

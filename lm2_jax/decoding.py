@@ -37,7 +37,7 @@ def start(model: Decoder, params: Any, batch_size: int, segment_length: int | No
             f"memory.kind {model.config.memory.kind}: cannot generate; its tokens look ahead to the end of their "
             "segment, so there is no next token to ask for before the segment is complete"
         )
-    return _start(model, params, batch_size, segment_length or model.config.stages[-1].segment_length)
+    return _start(model, params, batch_size, segment_length or model.config.trained_segment_length)
 
 
 def advance(

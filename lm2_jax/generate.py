@@ -108,7 +108,9 @@ def _parse() -> argparse.Namespace:
         epilog="example: python -m lm2_jax.generate --checkpoint runs/books --prompt-file book.txt --max-new-tokens 0 "
         '--save-memory book.safetensors, then --load-memory book.safetensors --prompt "Who is Ahab?"',
     )
-    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="a run directory or one of its checkpoints")
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="PATH", help="a run directory, a checkpoint, or a converted one"
+    )
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="what to continue")
     prompt.add_argument("--prompt-file", metavar="FILE", help="the same, from a UTF-8 text file")
@@ -142,7 +144,7 @@ def _prompt(arguments: argparse.Namespace) -> str:
 
 
 def _tokenizer(config: Config, checkpoint: str) -> Tokenizer:
-    if config.data.source == "bin" and config.tokenizer.kind == "stories":
+    if not config.has_tokenizer:
         raise UserError(
             f"{checkpoint}: trained on token ids (data.source bin), and its config names no tokenizer to make ids of "
             "text; its config.yaml can name one (tokenizer: {kind: llama3, path: tokenizer.model}), and a Hugging Face "

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import safetensors
 import safetensors.flax
 
@@ -44,7 +45,11 @@ def load_state(path: str | Path, model: Decoder, params: Any) -> Unfinished:
         with safetensors.safe_open(path, "flax") as file:
             saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             owner = json.loads((file.metadata() or {})[_KEY])
-            segment_length = int(owner.pop("segment_length"))
+            segment_length = owner.pop("segment_length")
+            if not isinstance(segment_length, int) or not 0 < segment_length < 2**31:
+                raise ValueError(f"segment_length {segment_length!r}")
+            if not all(isinstance(owner.get(section), dict) for section in ("model", "memory")):
+                raise ValueError("it does not say of which model")
     except KeyError:
         raise UserError(f"{path}: no memory of lm2_jax (metadata {_KEY} is missing)") from None
     except (OSError, ValueError, TypeError, AttributeError, safetensors.SafetensorError) as error:
@@ -64,6 +69,9 @@ def load_state(path: str | Path, model: Decoder, params: Any) -> Unfinished:
             problems.append(f"  {name}: found {found[1]} {[*found[0]]}; should be {right[1]} {[*right[0]]}")
     if not problems and not ((saved["count_B"] >= 0) & (saved["count_B"] <= segment_length)).all():
         problems.append(f"  count_B: found {saved['count_B'].tolist()}; should be within 0 and {segment_length}")
+    if not problems and not (saved["read_B"] >= saved["count_B"]).all():
+        problems.append(f"  read_B: found {saved['read_B'].tolist()}; should be at least count_B")
+    problems += [f"  {name}: holds NaN or infinite numbers" for name, x in saved.items() if not jnp.isfinite(x).all()]
     if problems:
         raise UserError(f"{path}: does not hold the arrays of this model's memory:\n" + "\n".join(sorted(problems)))
     return jax.tree.unflatten(jax.tree.structure(like), [saved[name] for name in expected])

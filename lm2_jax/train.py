@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from lm2_jax.checkpoint import Checkpoints, Progress, load, read_run_config
+from lm2_jax.checkpoint import Checkpoints, Progress, load, load_memory, read_run_config
 from lm2_jax.config import Config, StageConfig, dump_config, load_config
 from lm2_jax.data.lanes import make_iterator
 from lm2_jax.data.pipeline import Pipeline, check_vocabulary
@@ -92,7 +92,7 @@ def train(config: Config) -> dict[str, Any]:
             state, progress = restored
             _check_data(progress, pipeline, run_dir)
         elif config.train.init_from:
-            state = _start_from(config.train.init_from, model, state, shardings)
+            state = start_from(config.train.init_from, model, state, shardings)
         progress["data_fingerprint"] = pipeline.fingerprint()
         first_step = progress["step"]
         drop_records_after(run_dir / "metrics.jsonl", first_step)
@@ -172,7 +172,7 @@ def train(config: Config) -> dict[str, Any]:
     return summary
 
 
-def _start_from(path: str, model: Decoder, state: TrainState, shardings: TrainState) -> TrainState:
+def start_from(path: str, model: Decoder, state: TrainState, shardings: TrainState) -> TrainState:
     """The fresh state with the weights of another run or of a converted directory.
 
     Raises UserError if they are not the weights of this model.
@@ -193,7 +193,9 @@ def _start_from(path: str, model: Decoder, state: TrainState, shardings: TrainSt
     ]
     if problems:
         raise UserError(f"train.init_from: {path} holds another model:\n" + "\n".join(problems))
-    params = jax.device_put(params, shardings.params)
+    params, memory = jax.device_put(params, shardings.params), load_memory(path)
+    if memory is not None and memory.shape == state.memory.shape:  # official: goes on from the memory it was saved with
+        return state.replace(params=params, memory=jax.device_put(memory, shardings.memory))
     return state.replace(params=params, memory=make_fresh_memory(model, shardings)(params))
 
 
@@ -202,7 +204,9 @@ def _beyond_shapes(config: Config) -> dict[str, Any]:
     model = config.model.model_copy(update={"head_dim": config.model.attention_head_dim})
     return {
         "model": model.model_dump(exclude={"embedding_std"}),
-        "memory": config.memory.model_dump(include={"kind", "num_heads", "gates"}),
+        "memory": config.memory.model_dump(include={"kind", "num_heads", "gates"})
+        if config.num_memory_layers
+        else None,
     }
 
 

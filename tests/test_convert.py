@@ -70,7 +70,7 @@ def test_official_there_and_back(tmp_path, name):
     expected = load_file(GOLDEN / name / "state_dict.safetensors")
     assert_same_tensors(load_file(back / "state_dict.safetensors"), expected)
     theirs, ours = (json.loads((d / "config.json").read_text()) for d in (GOLDEN / name, back))
-    assert theirs.keys() == ours.keys()
+    assert theirs == ours
 
     checkpoint = {"iteration": 7, "model_state_dict": {k: torch.tensor(v) for k, v in expected.items()}, "lr": 0.1}
     torch.save(checkpoint, tmp_path / "ckpt_iter_7.pth")
@@ -171,6 +171,21 @@ def test_llama(tmp_path, name):
     np.testing.assert_array_equal(torch_logits(back, tokens_BT), torch_logits(llama, tokens_BT))
 
 
+def test_what_came_with_a_llama_leaves_with_it(tmp_path):
+    """Settings that we have no place for: end tokens, longest text, generation settings, chat template."""
+    random_llama(tmp_path / "llama")
+    extra = {"eos_token_id": [1, 2], "bos_token_id": 0, "max_position_embeddings": 131072}
+    _settings(**extra)(tmp_path / "llama")
+    (tmp_path / "llama" / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": [1, 2]}')
+    (tmp_path / "llama" / "chat_template.jinja").write_text("{{ messages }}")
+    convert("huggingface", "lm2_jax", tmp_path / "llama", tmp_path / "ours")
+    convert("lm2_jax", "huggingface", tmp_path / "ours", tmp_path / "back")
+    settings = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert extra.items() <= settings.items()
+    for name in ("generation_config.json", "chat_template.jinja"):
+        assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "llama" / name).read_bytes()
+
+
 def test_bfloat16_llama(tmp_path):
     """Half-size weights come in exactly, and go out exactly again; rounded where they were float32."""
     llama = random_llama(tmp_path / "float32").to(torch.bfloat16)
@@ -246,6 +261,15 @@ def _huge_header(path):
     (path / "model.safetensors").write_bytes((1 << 40).to_bytes(8, "little") + b"{}")
 
 
+def _name_twice(path):
+    file = path / "model.safetensors"
+    data = file.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    entry = json.dumps(json.loads(data[8 : 8 + size])[Q])
+    header = data[8 : 8 + size].rstrip()[:-1] + f', "{Q}": {entry}}}'.encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
+
+
 def _shards(change):
     """Damage to a directory of shards, whose index `change` may alter."""
 
@@ -287,6 +311,10 @@ DAMAGED = {
     "biases": (_settings(attention_bias=True), "attention_bias: found True"),
     "another RoPE": (_settings(rope_parameters={"rope_type": "yarn"}), "rope_type 'yarn'"),
     "fewer layers than the file has": (_settings(num_hidden_layers=2), "model.layers.2."),
+    "a size beyond all reason": (_settings(vocab_size=10**15), "vocab_size: found 1000000000000000"),
+    "layers beyond all reason": (_settings(num_hidden_layers=10**7), "num_hidden_layers: found 10000000"),
+    "a word for a truth": (_settings(tie_word_embeddings="yes"), "tie_word_embeddings: found 'yes'"),
+    "one name twice in a file": (_name_twice, f"names twice: {Q}"),
     "heads that do not divide": (_settings(num_key_value_heads=3), "num_kv_heads 3 does not divide"),
     "an index to a file that is not there": (_shards(lambda m, p: m.update({Q: "c.safetensors"})), "c.safetensors"),
     "an index to a file outside": (_shards(lambda m, p: m.update({Q: "../c.safetensors"})), "'../c.safetensors'"),
@@ -323,6 +351,36 @@ def test_damaged_huggingface(tmp_path, whole_llama, monkeypatch, capsys, case):
     assert code == 2
     assert message in error
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+LM2_DAMAGED = {
+    "slots that the bank has not": (_settings(memory_slots=64), "model.initial_bank: found [5, 32]; expected [64, 32]"),
+    "slots beyond all reason": (_settings(memory_slots=10**9), "model.initial_bank: found [5, 32]"),
+    "a width beyond all reason": (_settings(memory_width=10**9), "expected [1000000000]"),
+    "another kind": (_settings(memory_kind="foo"), "memory.kind: found 'foo'"),
+    "another convolution": (_settings(conv_width=3), "model.conv_width: found 3"),
+    "no segment length": (_settings(segment_length=None), "segment_length: found None"),
+    "another bank": (
+        _tensors(lambda t: t.update({"model.initial_bank": t["model.initial_bank"] + 1})),
+        "model.initial_bank: is another start",
+    ),
+    "a gate is missing": (
+        _tensors(lambda t: t.pop("model.layers.1.memory.forget_gate.weight")),
+        "model.layers.1.memory.forget_gate.weight: is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LM2_DAMAGED)
+def test_damaged_lm2(tmp_path, monkeypatch, capsys, case):
+    damage, message = LM2_DAMAGED[case]
+    convert("lm2_jax", "huggingface", random_own(tmp_path / "ours"), tmp_path / "in")
+    damage(tmp_path / "in")
+    flags = ("--from", "huggingface", "--to", "lm2_jax", "--input", tmp_path / "in", "--output", tmp_path / "out")
+    code, error = command(monkeypatch, capsys, *flags)
+    assert code == 2
+    assert message in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "ours"]
 
 
 def _official_damage(change):
@@ -384,6 +442,35 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path, monkeypatch, capsys):
         assert not (tmp_path / "out").exists()
 
 
+def test_odd_torch_tensors(tmp_path):
+    ours = random_own(tmp_path / "ours", *OFFICIAL)
+    convert("lm2_jax", "official", ours, tmp_path / "theirs")
+    tensors = {"memory_bank": torch.eye(32).to_sparse(), "model.norm.weight": torch.empty(3, device="meta")}
+    torch.save(tensors, tmp_path / "theirs" / "odd.pth")
+    with pytest.raises(UserError, match=r"sparse, or without numbers: memory_bank, model\.norm\.weight"):
+        convert("official", "lm2_jax", tmp_path / "theirs" / "odd.pth", tmp_path / "out")
+
+
+def test_outputs_that_cannot_be(tmp_path, whole_llama, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    for output in (".", "loop", "file", "file/below", "x" * 300):
+        with pytest.raises(UserError, match="--output: "):
+            convert("huggingface", "lm2_jax", whole_llama, output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, whole_llama, monkeypatch):
+    def no_space(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lm2_jax.convert.tensors.save_file", no_space)
+    with pytest.raises(UserError, match=r"cannot be written .*No space left"):
+        convert("huggingface", "lm2_jax", whole_llama, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_output_that_is_there_is_kept(tmp_path, whole_llama, monkeypatch, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("kept")
@@ -392,6 +479,24 @@ def test_output_that_is_there_is_kept(tmp_path, whole_llama, monkeypatch, capsys
     assert code == 2
     assert "is there already" in error
     assert (tmp_path / "out" / "precious").read_text() == "kept"
+
+
+def test_a_directory_of_ours_points_nowhere_else(tmp_path):
+    ours = random_own(tmp_path / "ours")
+    text = (ours / "config.yaml").read_text()
+    for path in ("/etc/hostname", "../secret"):
+        (ours / "config.yaml").write_text(
+            text.replace("{kind: stories, path: null}", f"{{kind: tokenizers, path: {path}}}")
+        )
+        with pytest.raises(UserError, match="expected the name of a file here"):
+            lm2_jax.load(ours)
+
+
+def test_a_start_memory_where_there_is_none(tmp_path):
+    ours = random_own(tmp_path / "ours", "memory.kind=none")
+    save_file({"memory_bank": np.ones((1, 5, 5), np.float32)}, ours / "memory.safetensors")
+    with pytest.raises(UserError, match=r"memory\.kind none carries no start memory"):
+        lm2_jax.load(ours)
 
 
 def test_damaged_directory_of_ours(tmp_path):

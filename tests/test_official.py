@@ -10,8 +10,9 @@ import optax
 import pytest
 from safetensors.numpy import load_file
 
-from lm2_jax.config import parse_config
-from lm2_jax.convert import engine, official, tables
+from lm2_jax.checkpoint import load
+from lm2_jax.config import parse_config, replace
+from lm2_jax.convert import directory, engine, official, tables
 from lm2_jax.model import build_model
 from lm2_jax.model.decoder import Block
 from lm2_jax.model.layers import Layout, rms_norm, rope_frequencies
@@ -21,6 +22,7 @@ from lm2_jax.segments import run_segments
 from lm2_jax.sharding import make_mesh, use_mesh
 from lm2_jax.state import create_state
 from lm2_jax.step import make_train_step
+from lm2_jax.train import start_from
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the recorded vectors are not on this machine")
@@ -176,10 +178,10 @@ def test_layer(name):
     )
 
     def output_of(part):
-        return seen["intermediates"][part]["__call__"][0][:, 0]
+        return seen["intermediates"][part]["__call__"][0]
 
-    assert_close(output_of("attention"), recorded["self_attention_output"], UNITS)
-    assert_close(output_of("mlp"), recorded["mlp_output"], UNITS)
+    assert_close(output_of("attention")[0][:, 0], recorded["self_attention_output"], UNITS)
+    assert_close(output_of("mlp")[:, 0], recorded["mlp_output"], UNITS)
     assert_close(after_BSTD[:, 0], recorded["hidden_out"], UNITS)
     if bank is not None:
         assert_close(bank, recorded["memory_out"], UNITS)
@@ -210,6 +212,7 @@ def test_training_trace():
         "data.path": "null",
         "data.boundaries": "segment",
         "data.batch_size": 2,
+        "memory.dropout": 0,  # as in the recorded run
         "data.segments_per_window": 1,
     }
     model, params, memory, _ = opened("G2", *(f"{key}={value}" for key, value in settings.items()))
@@ -249,7 +252,23 @@ def test_optimizer_groups():
     for group in groups:
         for name in group["names"]:
             if name in names:
-                assert np.all(names[name] == (group["weight_decay"] > 0)), name
+                assert np.all(names.pop(name) == (group["weight_decay"] > 0)), name
+    aliases = {name for name in names if ".mem_attn.self_attn." in name or ".attention_mlp.1." in name}
+    assert names.keys() - aliases <= {"lm_head.weight"}  # untied, it is in no group
+
+
+def test_a_run_goes_on_from_the_saved_memory(tmp_path):
+    """train.init_from takes the start memory with the weights, and the dropout that the published code has."""
+    checkpoint = official.read(GOLDEN / "G2", (), lambda items, title: items)
+    with directory.new_directory(tmp_path / "ours") as partial:
+        directory.write(checkpoint, partial, lambda items, title: items)
+    assert load(tmp_path / "ours")[0].config.memory.dropout == 0.9
+    config = replace(checkpoint.config, data={"batch_size": 2}, train={"init_from": str(tmp_path / "ours")})
+    mesh, model = make_mesh(config, jax.devices()[:1]), build_model(config)
+    with use_mesh(mesh):
+        state, shardings = create_state(model, make_optimizer(config.optim), mesh, 2, 0)
+        state = start_from(config.train.init_from, model, state, shardings)
+    np.testing.assert_array_equal(state.memory, checkpoint.memory)
 
 
 def test_learning_rates():

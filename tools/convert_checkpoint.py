@@ -12,6 +12,7 @@ Everything that does not fit is named, and then nothing is written.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -44,6 +45,7 @@ def main() -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="settings of the lm2_jax model; repeatable"
     )
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, leaving nothing behind
     convert(arguments.source, arguments.target, arguments.input, arguments.output, arguments.dtype, arguments.set)
 
 

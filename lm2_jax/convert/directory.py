@@ -1,17 +1,21 @@
 """A converted lm2_jax directory, which `lm2_jax.load` reads like a run directory.
 
-config.yaml           complete; tokenizer.path is relative to the directory
-params.safetensors    float32 parameters by path (or shards and their index)
-memory.safetensors    the start memory, where the model carries one
-tokenizer.json or tokenizer.model
+- config.yaml: complete; tokenizer.path is the name of a file here
+- params.safetensors: float32 parameters by path (or shards and their index)
+- memory.safetensors: the start memory, where the model carries one
+- tokenizer.json or tokenizer.model
+- origin/: the small files that came with the weights
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from lm2_jax.config import dump_config, load_config, replace
 from lm2_jax.convert.engine import Checkpoint, Entry, Track, abstract_params, check_names, check_values
@@ -19,8 +23,11 @@ from lm2_jax.convert.tables import Table
 from lm2_jax.convert.tensors import open_tensors, write_tensors
 from lm2_jax.errors import UserError
 from lm2_jax.model import build_model
+from lm2_jax.tokenizer import load_tokenizer
 
 _MEMORY = "memory.safetensors"
+_ORIGIN = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+_ORIGIN += ("chat_template.jinja",)
 
 
 def is_converted(path: Path) -> bool:
@@ -34,8 +41,10 @@ def read(path: Path, track: Track | None = None) -> Checkpoint:
     track: also look at every number, with this progress.
     """
     config = load_config(path / "config.yaml")
-    if config.tokenizer.path:
-        config = replace(config, tokenizer={"path": str(path / config.tokenizer.path)})
+    if (name := config.tokenizer.path) is not None:
+        if Path(name).name != name:
+            raise UserError(f"{path / 'config.yaml'}: tokenizer.path: found {name!r}; expected the name of a file here")
+        config = replace(config, tokenizer={"path": str(path / name)})
     tensors = open_tensors(path, "params")
     wanted = [Entry(name, None, name, (), leaf.shape, False) for name, leaf in abstract_params(config).items()]
     check_names(wanted, tensors, Table({}), path)
@@ -43,18 +52,23 @@ def read(path: Path, track: Track | None = None) -> Checkpoint:
         check_values(track(wanted, "checking"), tensors, path)
     memory = None
     if (path / _MEMORY).is_file():
-        found = open_tensors(path / _MEMORY, "memory")
-        expected = build_model(config).init_memory(1)
-        if set(found) != {"memory_bank"} or found["memory_bank"].shape[1:] != expected.shape[1:]:
-            raise UserError(f"{path / _MEMORY}: expected memory_bank [lanes, {expected.shape[1]}, {expected.shape[2]}]")
+        if not build_model(config).kind.bank_passes_through:
+            raise UserError(f"{path / _MEMORY}: memory.kind {config.memory.kind} carries no start memory; remove it")
+        found, N = open_tensors(path / _MEMORY, "memory"), config.memory.num_slots
+        lanes = found["memory_bank"].shape[:1] if "memory_bank" in found else (1,)
+        bank = [Entry("memory_bank", None, "memory_bank", (), (*lanes, N, N), False)]
+        check_names(bank, found, Table({}), path / _MEMORY)
+        check_values(bank, found, path / _MEMORY)
         memory = found["memory_bank"].read()
-    return Checkpoint(config, tensors, memory)
+    origin = path / "origin"
+    return Checkpoint(config, tensors, memory, origin if origin.is_dir() else None)
 
 
 def write(checkpoint: Checkpoint, directory: Path, track: Track) -> None:
     """Writes a converted directory; `directory` is there and empty."""
     config = checkpoint.config
     if config.tokenizer.path:
+        load_tokenizer(config.tokenizer)  # says what is wrong with it
         name = "tokenizer.json" if config.tokenizer.kind == "tokenizers" else "tokenizer.model"
         shutil.copyfile(config.tokenizer.path, directory / name)
         config = replace(config, tokenizer={"path": name})
@@ -64,26 +78,32 @@ def write(checkpoint: Checkpoint, directory: Path, track: Track) -> None:
     )
     if checkpoint.memory is not None:
         write_tensors(directory, "memory", [("memory_bank", checkpoint.memory)])
+    if checkpoint.origin is not None:
+        (directory / "origin").mkdir()
+        for name in filter(lambda name: (checkpoint.origin / name).is_file(), _ORIGIN):
+            shutil.copyfile(checkpoint.origin / name, directory / "origin" / name)
 
 
 @contextlib.contextmanager
 def new_directory(output: Path) -> Iterator[Path]:
     """An empty directory that becomes `output` when all went well, and vanishes when not.
 
-    Raises UserError if `output` is there already, or cannot be made.
+    Raises UserError if `output` is there already, or cannot be made or written.
     """
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise UserError(f"--output: {output} is there already; give another directory, or remove it")
-    partial = output.parent / f".{output.name}.partial"
+    whole = Path(os.path.abspath(output))
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        if os.path.lexists(whole) and not (whole.is_dir() and not any(whole.iterdir())):
+            raise UserError(f"--output: {output} is there already; give another directory, or remove it")
+        partial = whole.parent / f".{whole.name}.{os.getpid()}.partial"
         partial.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"--output: {output} cannot be made ({error.strerror})") from None
     try:
         yield partial
-        if output.exists():
-            output.rmdir()
-        partial.rename(output)
+        if whole.exists():
+            whole.rmdir()
+        partial.rename(whole)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--output: {output} cannot be written ({error})") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -19,7 +19,7 @@ import numpy as np
 
 from lm2_jax.config import Config
 from lm2_jax.convert.tables import Rule, Table
-from lm2_jax.convert.tensors import Tensor
+from lm2_jax.convert.tensors import Tensor, read_json
 from lm2_jax.errors import UserError
 from lm2_jax.model import build_model
 
@@ -35,11 +35,14 @@ class Checkpoint:
       config: its model, memory, segments and tokenizer; other sections are defaults.
       params: by path.
       memory: the start memory that it carries (official: [B,N,N]); None: the usual one.
+      origin: a directory with the small files that came with the weights (settings that we have no place for,
+        generation settings, chat templates), to be written again where they belong.
     """
 
     config: Config
     params: Mapping[str, Tensor]
     memory: np.ndarray | None = None
+    origin: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +186,14 @@ def as_theirs(table: Table, checkpoint: Checkpoint, dtype: str, track: Track) ->
             yield from ((alias, array) for alias in entry.aliases)
 
 
+def carried(checkpoint: Checkpoint, keys: Iterable[str]) -> dict[str, Any]:
+    """Those keys of the config.json that came with the weights, where one did."""
+    if checkpoint.origin is None or not (checkpoint.origin / "config.json").is_file():
+        return {}
+    theirs = read_json(checkpoint.origin / "config.json")
+    return {key: theirs[key] for key in keys if theirs.get(key) is not None}
+
+
 def from_arrays(params: Any, where: Path) -> dict[str, Tensor]:
     """Parameters that are in memory already."""
 
@@ -197,6 +208,6 @@ def _in_reading_order(entry: Entry) -> tuple[int, ...]:
     return tuple(numbers[:1]) or (-1 if entry.path == "embedding" else 1 << 30,)
 
 
-def _listed(problems: list[str], most: int = 40) -> str:
+def _listed(problems: list[str], most: int = 1000) -> str:
     rest = [f"... and {len(problems) - most} more"] if len(problems) > most else []
     return "\n".join(f"  {line}" for line in [*problems[:most], *rest])

@@ -1,7 +1,7 @@
 """Hugging Face directories: `LlamaForCausalLM`, or `modeling_lm2.py` of ours, with the tokenizer's files.
 
-A Llama becomes kind `none`, or by `--set memory.kind=...` the start of a model with a memory: what a Llama lacks is
-drawn anew, and what joins it to the Llama starts at zero, so that the logits are the Llama's before any training.
+A Llama becomes kind `none`, or by `--set memory.kind=lm2` the start of one with a memory: what a Llama lacks is drawn
+anew, and what joins it to the Llama starts at zero, so that the logits are the Llama's before any training.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from lm2_jax.convert.engine import (
     abstract_params,
     as_theirs,
     by_path,
+    carried,
     check_names,
     check_values,
     entries,
@@ -32,7 +33,7 @@ from lm2_jax.convert.engine import (
     seen_as_ours,
 )
 from lm2_jax.convert.llama_config import from_llama, number, to_llama
-from lm2_jax.convert.tables import llama, lm2
+from lm2_jax.convert.tables import CAN_BE_ADDED, STARTS_AT_ZERO, llama, lm2
 from lm2_jax.convert.tensors import Tensor, open_tensors, read_json, write_tensors
 from lm2_jax.convert.tokenizer_files import special_ids, write_tokenizer
 from lm2_jax.errors import UserError
@@ -41,8 +42,8 @@ from lm2_jax.model import build_model
 _CODE = Path(__file__).parent / "huggingface_model"
 _OURS = "lm2"  # the model_type of configuration_lm2.py, for every kind of memory
 _LONGEST_SEGMENT = 2048  # of a Llama, unless --set data.segment_length says otherwise
-# What joins to a Llama's activations in a warm start: the projection of what the slots answer, and the convolution
-_STARTS_AT_ZERO = ("memory/read_output", "conv/kernel")
+_CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
+_FILES = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 # Settings of modeling_lm2.py that are keys of our memory section
 _MEMORY_KEYS = {
     "memory_kind": "kind",
@@ -52,8 +53,6 @@ _MEMORY_KEYS = {
     "memory_layers": "num_layers",
     "memory_gates": "gates",
     "memory_dropout": "dropout",
-    "forget_bias": "forget_bias",
-    "input_bias": "input_bias",
 }
 
 
@@ -73,22 +72,27 @@ def read(path: Path, overrides: Sequence[str], track: Track) -> Checkpoint:
 def write(checkpoint: Checkpoint, directory: Path, dtype: str, track: Track) -> None:
     """Writes a Llama where the model is one, and else a directory with our modelling code."""
     config = checkpoint.config
-    settings = to_llama(config) | {"dtype": dtype, **special_ids(config)}
+    ids = special_ids(config)
+    settings = to_llama(config) | {"dtype": dtype, "max_position_embeddings": config.trained_segment_length, **ids}
     table = llama(config.model.tie_embeddings)
     if all(place(path) in table.rules for path in checkpoint.params):
-        settings |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+        settings |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **carried(checkpoint, _CARRIED)}
         tensors = as_theirs(table, checkpoint, dtype, track)
     else:
-        settings |= _lm2_settings(config) | {"memory_rows": 1 if checkpoint.memory is None else len(checkpoint.memory)}
+        settings |= _lm2_settings(checkpoint)
+        del settings["max_position_embeddings"]  # memory carries text of any length
         tensors = as_theirs(lm2(config.model.tie_embeddings), checkpoint, dtype, track)
         for file in sorted(_CODE.glob("*.py")):
             shutil.copyfile(file, directory / file.name)
     write_tensors(directory, "model", (item for part in (tensors, _start(checkpoint)) for item in part))
     text = json.dumps(settings, indent=2)
     (directory / "config.json").write_text(text + "\n", encoding="utf-8")
-    generation = {"_from_model_config": True, **special_ids(config)}
+    generation = {"_from_model_config": True, **ids}
     (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     write_tokenizer(config, directory)
+    for name in _FILES:
+        if checkpoint.origin is not None and (checkpoint.origin / name).is_file():
+            shutil.copyfile(checkpoint.origin / name, directory / name)
 
 
 # --- Llama ---------------------------------------------------------------------------------------------------------
@@ -103,12 +107,18 @@ def _read_llama(path: Path, theirs: Mapping[str, Any], overrides: Sequence[str],
     config = _config(path, values, overrides, problems)
     tensors, shapes = open_tensors(path, "model"), abstract_params(config)
     table = llama(config.model.tie_embeddings)
+    strange = sorted({place(name) for name in shapes} - table.rules.keys() - CAN_BE_ADDED)
+    if strange:
+        raise UserError(
+            f"--set: a Llama is no start for memory.kind {config.memory.kind}, whose {', '.join(strange)} would change "
+            "its logits; kind lm2 can start as one"
+        )
     theirs_too = {name: shape for name, shape in shapes.items() if place(name) in table.rules}
     wanted = entries(table, theirs_too, config.num_memory_layers)
     check_names(wanted, tensors, table, path)
     check_values(track(wanted, "checking"), tensors, path)
     params = seen_as_ours(wanted, tensors, theirs_too)
-    return Checkpoint(config, params | _drawn_anew(config, shapes.keys() - theirs_too.keys(), path))
+    return Checkpoint(config, params | _drawn_anew(config, shapes.keys() - theirs_too.keys(), path), origin=path)
 
 
 def _drawn_anew(config: Config, paths: set[str], where: Path) -> dict[str, Tensor]:
@@ -120,7 +130,7 @@ def _drawn_anew(config: Config, paths: set[str], where: Path) -> dict[str, Tenso
     def init(key: jax.Array) -> dict[str, jax.Array]:
         tokens_BT = jnp.zeros((1, config.data.segment_length), jnp.int32)
         leaves = by_path(model.init(key, tokens_BT, model.init_memory(1))["params"])
-        return {p: leaves[p] * (0 if place(p) in _STARTS_AT_ZERO else 1) for p in paths}
+        return {p: leaves[p] * (0 if place(p) in STARTS_AT_ZERO else 1) for p in paths}
 
     return from_arrays(jax.jit(init)(jax.random.key(config.train.seed)), where)
 
@@ -138,22 +148,23 @@ def _read_lm2(path: Path, theirs: Mapping[str, Any], overrides: Sequence[str], t
     tensors, shapes = open_tensors(path, "model"), abstract_params(config)
     table = lm2(config.model.tie_embeddings)
     wanted = entries(table, shapes, config.num_memory_layers)
-    start = dict(_start(Checkpoint(config, {})))
-    lanes = {name: tensors[name].shape[:1] if name in tensors else array.shape[:1] for name, array in start.items()}
-    banks = [Entry(name, None, name, (), (*lanes[name], *array.shape[1:]), False) for name, array in start.items()]
-    check_names([*banks, *wanted], tensors, table, path)
-    check_values(track([*banks, *wanted], "checking"), tensors, path)
-    memory = None
-    for name, array in start.items():
-        found = tensors[name].read().astype(np.float32)
-        if name == "model.memory_bank":
-            memory = found
-        elif not np.allclose(found, array, atol=4e-3):  # bfloat16 may have rounded it
+    passes_through, bank = build_model(config).kind.bank_passes_through, []
+    if config.num_memory_layers:
+        name, N, M = _bank_name(config), config.memory.num_slots, config.memory_width
+        lanes = tensors[name].shape[:1] if passes_through and name in tensors else (1,) * passes_through
+        bank = [Entry(name, None, name, (), (*lanes, N, M), False)]
+    check_names([*bank, *wanted], tensors, table, path)
+    check_values(track([*bank, *wanted], "checking"), tensors, path)
+    memory = tensors[bank[0].name].read().astype(np.float32) if passes_through else None
+    if bank and not passes_through:
+        ((name, expected_NM),) = _start(Checkpoint(config, {}))
+        if not np.allclose(tensors[name].read().astype(np.float32), expected_NM, atol=4e-3):  # bfloat16 rounds it
             raise UserError(f"{path}: {name}: is another start than this model's; expected the fixed initial bank")
-    return Checkpoint(config, seen_as_ours(wanted, tensors, shapes), memory)
+    return Checkpoint(config, seen_as_ours(wanted, tensors, shapes), memory, path)
 
 
-def _lm2_settings(config: Config) -> dict[str, Any]:
+def _lm2_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    config, rows = checkpoint.config, 1 if checkpoint.memory is None else len(checkpoint.memory)
     layers = config.num_memory_layers or None
     memory = config.memory.model_copy(update={"width": config.memory_width, "num_layers": layers})
     return {
@@ -164,7 +175,8 @@ def _lm2_settings(config: Config) -> dict[str, Any]:
             "AutoModelForCausalLM": "modeling_lm2.LM2ForCausalLM",
         },
         "conv_width": config.model.conv_width,
-        "segment_length": config.data.segment_length,
+        "segment_length": config.trained_segment_length,
+        "memory_rows": rows,
         **{key: getattr(memory, ours) for key, ours in _MEMORY_KEYS.items()},
     }
 
@@ -174,10 +186,14 @@ def _start(checkpoint: Checkpoint) -> list[tuple[str, np.ndarray]]:
     model = build_model(checkpoint.config)
     if not model.kind.num_bank_layers:
         return []
+    if checkpoint.memory is not None:
+        return [(_bank_name(checkpoint.config), checkpoint.memory)]
     start = np.asarray(model.init_memory(1))
-    if model.kind.bank_passes_through:
-        return [("model.memory_bank", start if checkpoint.memory is None else checkpoint.memory)]
-    return [("model.initial_bank", start[0, 0])]
+    return [(_bank_name(checkpoint.config), start if model.kind.bank_passes_through else start[0, 0])]
+
+
+def _bank_name(config: Config) -> str:
+    return "model.memory_bank" if build_model(config).kind.bank_passes_through else "model.initial_bank"
 
 
 def _config(path: Path, values: dict[str, Any], overrides: Sequence[str], problems: list[str]) -> Config:

@@ -8,6 +8,8 @@ from lm2_jax.config import Config
 
 _SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _MUST_BE = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+_MOST = {"num_hidden_layers": 4096}  # bounds what a hostile config can make us do
+_MOST_OF_ANY = 2**31 - 1
 
 
 def from_llama(theirs: dict[str, Any], problems: list[str]) -> dict[str, Any]:
@@ -15,6 +17,9 @@ def from_llama(theirs: dict[str, Any], problems: list[str]) -> dict[str, Any]:
     for key, right in _MUST_BE.items():
         if theirs.get(key, right) != right:
             problems.append(f"{key}: found {theirs[key]!r}; only {right!r} is supported")
+    tied = theirs.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        problems.append(f"tie_word_embeddings: found {tied!r}; expected true or false")
     heads = number(theirs, "num_attention_heads", problems)
     head_dim = number(theirs, "head_dim", problems, default=0)
     if not head_dim and heads:
@@ -31,7 +36,7 @@ def from_llama(theirs: dict[str, Any], problems: list[str]) -> dict[str, Any]:
         "rope_theta": theta,
         "rope_scaling": scaling,
         "norm_eps": number(theirs, "rms_norm_eps", problems, default=1e-6),
-        "tie_embeddings": theirs.get("tie_word_embeddings", False),
+        "tie_embeddings": bool(tied),
     }
     # A template: the tokens or the text to train on are the user's
     return {"model": model, "data": {"source": "bin", "path": ["tokens/*.bin"], "boundaries": "stream"}}
@@ -41,10 +46,8 @@ def to_llama(config: Config) -> dict[str, Any]:
     """Hugging Face's names of our model section; RoPE in the form of transformers 5."""
     c = config.model
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": c.rope_theta}
-    longest = config.data.segment_length
     if c.rope_scaling is not None:
         rope |= {"rope_type": "llama3"} | {key: getattr(c.rope_scaling, key) for key in _SCALING}
-        longest = max(longest, round(c.rope_scaling.factor * c.rope_scaling.original_max_position_embeddings))
     return {
         "vocab_size": c.vocab_size,
         "hidden_size": c.d_model,
@@ -54,7 +57,6 @@ def to_llama(config: Config) -> dict[str, Any]:
         "num_key_value_heads": c.num_kv_heads,
         "head_dim": c.attention_head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": longest,
         "rms_norm_eps": c.norm_eps,
         "tie_word_embeddings": c.tie_embeddings,
         "rope_parameters": rope,
@@ -63,10 +65,11 @@ def to_llama(config: Config) -> dict[str, Any]:
 
 def number(theirs: dict[str, Any], key: str, problems: list[str], default: float | None = None) -> Any:
     """A positive number of the config; without one, 1 and a problem."""
-    value = theirs.get(key)
+    value, most = theirs.get(key), _MOST.get(key, _MOST_OF_ANY)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or (value <= 0 and value != default):
-        problems.append(f"{key}: found {value!r}; expected a positive number")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not (0 < value <= most or value == default):
+        problems.append(f"{key}: found {value!r}; expected a positive number up to {most:,}")
         return 1
     return value
 

@@ -20,6 +20,7 @@ from lm2_jax.convert.engine import (
     Track,
     abstract_params,
     as_theirs,
+    carried,
     check_names,
     check_values,
     entries,
@@ -31,6 +32,7 @@ from lm2_jax.convert.tensors import open_tensors, read_json, write_tensors
 from lm2_jax.errors import UserError
 
 _BANK = "memory_bank"
+_DROPOUT = 0.9  # is written into the official code, and not in its config
 
 
 def read(path: Path, overrides: Sequence[str], track: Track) -> Checkpoint:
@@ -54,7 +56,7 @@ def read(path: Path, overrides: Sequence[str], track: Track) -> Checkpoint:
     check_names([*bank, *wanted], tensors, table, file)
     check_values(track([*bank, *wanted], "checking"), tensors, file)
     memory = tensors[_BANK].read().astype(np.float32) if bank else None
-    return Checkpoint(config, seen_as_ours(wanted, tensors, shapes), memory)
+    return Checkpoint(config, seen_as_ours(wanted, tensors, shapes), memory, directory)
 
 
 def write(checkpoint: Checkpoint, directory: Path, dtype: str, track: Track) -> None:
@@ -66,8 +68,8 @@ def write(checkpoint: Checkpoint, directory: Path, dtype: str, track: Track) -> 
         bank_BNN = np.eye(config.memory.num_slots, dtype=np.float32)[None]
         named[_BANK] = bank_BNN if checkpoint.memory is None else checkpoint.memory
     write_tensors(directory, "state_dict", named.items(), shard_bytes=1 << 62)  # one file: it knows no index
-    lanes = len(named[_BANK]) if with_memory else 1
-    text = json.dumps(_config_for(config, lanes, with_memory), indent=1)
+    lanes = len(named[_BANK]) if with_memory else carried(checkpoint, ("batch_size",)).get("batch_size", 1)
+    text = json.dumps(_config_for(checkpoint, lanes, with_memory), indent=1)
     (directory / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
@@ -82,20 +84,22 @@ def _config_of(path: Path, overrides: Sequence[str]) -> Config:
     with_memory = theirs.get("use_memory", False)
     if not isinstance(with_memory, bool):
         problems.append(f"use_memory: found {with_memory!r}; expected true or false")
-    T = number(theirs, "seq_len", problems, default=theirs.get("memory_slots") if with_memory else 2048)
+    slots = number(theirs, "memory_slots", problems, default=16)
+    T = number(theirs, "seq_len", problems, default=slots if with_memory else 2048)
     values["data"] |= {"segment_length": T, "segments_per_window": number(theirs, "segments", problems, default=1)}
     values["memory"] = {"kind": "none"}
     if with_memory:
-        slots = number(theirs, "memory_slots", problems, default=16)
         heads = number(theirs, "num_mem_heads", problems, default=4)
-        values["memory"] = {"kind": "official", "num_slots": slots, "num_heads": heads}
+        values["memory"] = {"kind": "official", "num_slots": slots, "num_heads": heads, "dropout": _DROPOUT}
     if problems:
         raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
     return parse_config(json.dumps(values), overrides, where=str(path))
 
 
-def _config_for(config: Config, lanes: int, with_memory: bool) -> dict[str, Any]:
-    values = to_llama(config)
+def _config_for(checkpoint: Checkpoint, lanes: int, with_memory: bool) -> dict[str, Any]:
+    config = checkpoint.config
+    values = to_llama(config) | {"max_position_embeddings": config.trained_segment_length, "loss_ignore_index": -100}
+    values |= carried(checkpoint, ("max_position_embeddings", "loss_ignore_index"))
     rope = values.pop("rope_parameters")  # of transformers 5; the official code is older
     values["rope_theta"] = rope.pop("rope_theta")
     values["rope_scaling"] = rope if len(rope) > 1 else None
@@ -106,8 +110,7 @@ def _config_for(config: Config, lanes: int, with_memory: bool) -> dict[str, Any]
         "memory_slots": config.memory.num_slots,
         "num_mem_heads": config.memory.num_heads,
         "batch_size": lanes,
-        "seq_len": config.data.segment_length,
+        "seq_len": config.trained_segment_length,
         "segments": config.data.segments_per_window,
-        "loss_ignore_index": -100,
         "model_type": "llama",
     }

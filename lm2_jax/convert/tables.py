@@ -145,6 +145,12 @@ _LM2_MEMORY = {
 }
 
 
+# What a Llama can be given: with those at zero its logits stay what they are
+_CONVOLUTION = {"conv_norm/scale": Rule("conv_norm.weight"), "conv/kernel": Rule("conv.weight")}
+CAN_BE_ADDED = {*_CONVOLUTION, *_LM2_MEMORY}
+STARTS_AT_ZERO = ("memory/read_output", "conv/kernel")
+
+
 def _as_one_tensor(rule: Rule) -> Rule:
     """The weight that the official code applies twice has one name here."""
     return dataclasses.replace(rule, name=rule.name.replace("attention_mlp.0.", "attention_mlp."), aliases=())
@@ -152,12 +158,11 @@ def _as_one_tensor(rule: Rule) -> Rule:
 
 def lm2(tied: bool) -> Table:
     """`modeling_lm2.py`, of every kind."""
-    convolution = {"conv_norm/scale": Rule("conv_norm.weight"), "conv/kernel": Rule("conv.weight")}
     official_memory = {path: _as_one_tensor(rule) for path, rule in OFFICIAL_MEMORY.items()}
     return Table(
         {
             **_llama(tied),
-            **_in_blocks(convolution),
+            **_in_blocks(_CONVOLUTION),
             **_in_blocks(_LM2_MEMORY, "memory."),
             **_in_blocks(official_memory, "memory."),
             "memory_tokens": Rule("model.memory_tokens"),

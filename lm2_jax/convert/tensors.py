@@ -5,6 +5,8 @@ Nothing is ever unpickled but what torch's `weights_only` admits: tensors and pl
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +22,7 @@ from lm2_jax.errors import UserError
 
 SHARD_BYTES = 1 << 30
 _INDEX = ".safetensors.index.json"
+_LONGEST_HEADER = 100_000_000  # safetensors' own limit
 _FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -116,6 +119,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _open_safetensors(path: Path) -> dict[str, Tensor]:
     try:
+        _refuse_doubles(path)
         with safe_open(path, "np") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             headers = {name: (tuple(s.get_shape()), str(s.get_dtype())) for name, s in slices.items()}
@@ -130,6 +134,25 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
         return read
 
     return {name: Tensor(path, shape, dtype, reader(name)) for name, (shape, dtype) in headers.items()}
+
+
+def _refuse_doubles(path: Path) -> None:
+    """Raises UserError for a header that names a tensor twice, of which safetensors would take the last."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > _LONGEST_HEADER:
+            raise SafetensorError(f"a header of {size:,} bytes")
+        header = file.read(size)
+    doubles: set[str] = set()
+
+    def pairs(items: list[tuple[str, Any]]) -> None:
+        count = collections.Counter(name for name, _ in items)
+        doubles.update(name for name, times in count.items() if times > 1)
+
+    with contextlib.suppress(ValueError, RecursionError):  # safetensors says what is wrong with it
+        json.loads(header, object_pairs_hook=pairs)
+    if doubles:
+        raise UserError(f"{path}: names twice: {', '.join(sorted(doubles))}")
 
 
 def _open_shards(index: Path) -> dict[str, Tensor]:
@@ -170,6 +193,9 @@ def _open_torch(path: Path) -> dict[str, Tensor]:
     state = loaded.get("model_state_dict", loaded) if isinstance(loaded, Mapping) else loaded
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path}: holds no state dict; expected named tensors, alone or under model_state_dict")
+    odd = [str(name) for name, t in state.items() if t.layout != torch.strided or t.device.type != "cpu"]
+    if odd:
+        raise UserError(f"{path}: sparse, or without numbers: {', '.join(odd)}; expected plain tensors")
 
     names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 

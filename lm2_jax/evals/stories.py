@@ -52,7 +52,7 @@ def accuracy_by_length(
     The same stories are asked at every length that they fit; at length 0 they stand alone, without background.
     `progress` is told what is going on.
     """
-    T = config.stages[-1].segment_length
+    T = config.trained_segment_length
     answer = make_answer_step(model, mesh, shardings)
     fresh = make_fresh_memory(model, shardings)(state.params)
     table: list[Accuracy] = []

@@ -326,7 +326,7 @@ class OfficialMemory(nn.Module):
         g_in, g_f = sigmoid(linear(mean over tokens of relu(w ⊙ a)) + linear(tanh(M)) + biases)
         M <- g_in ⊙ tanh(C) + g_f ⊙ M
         """
-        m_BND = shared["memory"]
+        m_BND = shared["memory"].to(a_BTD.dtype)
         q_BTD, k_BND, v_BND = self.query_proj(a_BTD), self.key_proj(m_BND), self.value_proj(m_BND)
         dropout = self.dropout if self.training else 0.0
         y_BND = m_BND + attend(q_BTD, k_BND, v_BND, self.num_heads, is_causal=True, dropout_p=dropout)
@@ -338,8 +338,8 @@ class OfficialMemory(nn.Module):
         of_input = self.input_gate_projector["linear"](pooled_B1D)
         g_in, g_f = (of_input + self.memory_gate_projector["linear"](torch.tanh(m_BND))).chunk(2, dim=-1)
         g_in, g_f = torch.sigmoid(g_in + self.input_bias), torch.sigmoid(g_f + self.forget_bias)
-        shared["memory"] = g_in * torch.tanh(c_BND) + g_f * m_BND
-        return shared["memory"]
+        shared["memory"] = g_in.float() * torch.tanh(c_BND.float()) + g_f.float() * shared["memory"]
+        return shared["memory"].to(a_BTD.dtype)
 
 
 # ---------- The decoder ----------------------------------------------------------------------------------------------
@@ -501,8 +501,8 @@ class LM2Model(LM2PreTrainedModel):
             raise ValueError(f"the start memory of this model is of {c.memory_rows} rows, the input of {B}")
         cache.shared["held"] = torch.zeros(B, dtype=torch.long, device=x_BCD.device)
         if c.memory_kind in ("rmt", "official"):
-            start_BND = self.memory_tokens[None] if c.memory_kind == "rmt" else self.memory_bank
-            cache.shared["memory"] = start_BND.to(x_BCD.dtype).expand(B, -1, -1)
+            start_BND = self.memory_tokens[None].to(x_BCD.dtype) if c.memory_kind == "rmt" else self.memory_bank.float()
+            cache.shared["memory"] = start_BND.expand(B, -1, -1)
         for layer in self.layers:
             no_entries = x_BCD.new_zeros(B, 0, c.num_key_value_heads, c.head_dim)
             block = {"keys": no_entries, "values": no_entries}
