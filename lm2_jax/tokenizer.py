@@ -15,7 +15,7 @@ import tokenizers
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 
-from lm2_jax.config import TokenizerConfig
+from lm2_jax.config import Config, TokenizerConfig
 from lm2_jax.data.lexicon import StoriesTokenizer
 from lm2_jax.errors import UserError
 
@@ -74,6 +74,17 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
         likely = _likely_kind(data)
         hint = f"; it looks like tokenizer.kind {likely}" if likely not in (None, config.kind) else ""
         raise UserError(f"tokenizer.path: {config.path} is no {config.kind} model: {error}{hint}") from None
+
+
+def load_text_tokenizer(config: Config, checkpoint: str | Path) -> Tokenizer:
+    """The tokenizer of a trained model, for text. Raises UserError if its config names none, or as `load_tokenizer`."""
+    if config.data.source == "bin" and config.tokenizer.kind == "stories":
+        raise UserError(
+            f"{checkpoint}: trained on token ids (data.source bin), and its config names no tokenizer to make ids of "
+            "text; its config.yaml can name one (tokenizer: {kind: llama3, path: tokenizer.model}), and a Hugging Face "
+            "directory can hold a tokenizer.json"
+        )
+    return load_tokenizer(config.tokenizer)
 
 
 class BytesTokenizer:
