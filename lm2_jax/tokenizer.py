@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import tokenizers
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
@@ -85,6 +86,23 @@ def load_text_tokenizer(config: Config, checkpoint: str | Path) -> Tokenizer:
             "directory can hold a tokenizer.json"
         )
     return load_tokenizer(config.tokenizer)
+
+
+_PIECE = 1 << 14  # characters
+_BETWEEN_WORDS = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
+
+
+def encode_long(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Ids of a text of any length, int32 [n], as of `tokenizer.encode`, which may take 400 bytes a token to work.
+
+    The text is cut before spaces between two words, so the ids are the same for tokenizers that join nothing over such
+    a space: bytes, stories, byte-level BPE (llama3) and sentencepiece with its usual settings.
+    """
+    pieces, start = [], 0
+    while (cut := _BETWEEN_WORDS.search(text, start + _PIECE)) is not None:
+        pieces.append(np.array(tokenizer.encode(text[start : cut.start()]), np.int32))
+        start = cut.start()
+    return np.concatenate([*pieces, np.array(tokenizer.encode(text[start:]), np.int32)])
 
 
 class BytesTokenizer:

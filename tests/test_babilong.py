@@ -329,7 +329,7 @@ def test_the_plain_prompt_is_what_stories_train_on():
         text = tokenizer.decode(document.tokens[:answer])
         context, question = text[: text.rindex(".") + 1], text[text.rindex(".") + 2 :]
         prompt = babilong.encode_prompt(Sample(context, question, ""), "qa1", config.eval.babilong, tokenizer)
-        assert prompt == document.tokens[:answer].tolist()
+        np.testing.assert_array_equal(prompt, document.tokens[:answer])
 
 
 # --- The command ---------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import numpy as np
 
 from lm2_jax.data.paths import expand_paths
 from lm2_jax.errors import UserError
-from lm2_jax.tokenizer import Tokenizer
+from lm2_jax.tokenizer import Tokenizer, encode_long
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,8 +218,8 @@ class BinSource(_FileSource):
 
 
 def _tokenize(text: str, tokenizer: Tokenizer) -> np.ndarray:
-    begin, end = ([] if id is None else [id] for id in (tokenizer.bos_id, tokenizer.eos_id))
-    return np.array(begin + tokenizer.encode(text) + end)
+    begin, end = (np.array([] if id is None else [id], np.int32) for id in (tokenizer.bos_id, tokenizer.eos_id))
+    return np.concatenate([begin, encode_long(tokenizer, text), end])
 
 
 def _bom_size(data: bytes) -> int:

@@ -10,14 +10,15 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from lm2_jax import decoding
-from lm2_jax.config import BabilongConfig, BabilongTask
+from lm2_jax.config import BabilongConfig, BabilongTask, Config
 from lm2_jax.data.babilong import (
     Books,
     BuiltSamples,
@@ -36,7 +37,7 @@ from lm2_jax.evals.finished import Finished, finished_path
 from lm2_jax.evals.loaded import Loaded
 from lm2_jax.evals.stories import wilson_interval
 from lm2_jax.reporting import clock
-from lm2_jax.tokenizer import Tokenizer, load_tokenizer
+from lm2_jax.tokenizer import Tokenizer, encode_long, load_tokenizer
 
 Result = dict[str, Any]
 
@@ -73,11 +74,6 @@ class _Cell:
     open: Callable[[], Samples]
     source: str
 
-    @property
-    def work(self) -> int:
-        """About how many tokens a sample has."""
-        return max(parse_length(self.length), 100)
-
     def key(self, index: int) -> tuple:
         """Of the record of a sample."""
         return self.task, self.length, self.source, index
@@ -102,7 +98,7 @@ def evaluate(loaded: Loaded, output: Path | None, say: Callable[[str], None]) ->
     encode_prompt(longest.open()[0], longest.task, ask, tokenizer)
     finished = Finished(finished_path(output), _identity(loaded), _KEY)
     left = {cell: [i for i in range(cell.count) if cell.key(i) not in finished] for cell in cells}
-    progress = _Progress(say, sum(len(indices) * cell.work for cell, indices in left.items()))
+    progress = _Progress(say, loaded.config, left)
     shards = loaded.mesh.shape["data"] * loaded.mesh.shape["fsdp"]
     for cell, indices in left.items():
         samples = cell.open() if indices else ()
@@ -183,17 +179,17 @@ def _cells(loaded: Loaded) -> Iterator[_Cell]:
             yield _Cell(task, length, len(samples), lambda samples=samples: samples, _describe(files))
 
 
-def encode_prompt(sample: Sample, task: BabilongTask, ask: BabilongConfig, tokenizer: Tokenizer) -> list[int]:
-    """Ids of a sample's prompt."""
+def encode_prompt(sample: Sample, task: BabilongTask, ask: BabilongConfig, tokenizer: Tokenizer) -> np.ndarray:
+    """Ids of a sample's prompt, int32 [n]."""
     text = official_prompt(sample, task) if ask.prompt == "official" else f"{sample.context} {sample.question}"
-    ids = tokenizer.encode(text)
-    if getattr(tokenizer, "unk_id", None) in ids:
+    ids = encode_long(tokenizer, text)
+    if (unknown := getattr(tokenizer, "unk_id", None)) is not None and unknown in ids:
         raise UserError(
             "tokenizer.kind stories does not know every word of the prompts; it has those of qa1 to qa5 and of the "
             "built-in background: leave out eval.babilong.books and set eval.babilong.prompt=plain, or evaluate a "
             "model with another tokenizer"
         )
-    return [id for id in (tokenizer.bos_id,) if id is not None] + ids
+    return np.concatenate([np.array([id for id in (tokenizer.bos_id,) if id is not None], np.int32), ids])
 
 
 def _identity(loaded: Loaded) -> dict[str, Any]:
@@ -243,15 +239,22 @@ def _leaderboard(cells: Sequence[Result]) -> dict[str, float]:
 
 
 class _Progress:
-    """Says what was answered, and the time that is left if tokens go on to cost what they did."""
+    """Says what was answered, and the time that is left if a call of the model goes on to cost what it did."""
 
-    def __init__(self, say: Callable[[str], None], work: int) -> None:
-        self._say, self._work, self._done, self._began = say, work, 0, time.monotonic()
+    def __init__(self, say: Callable[[str], None], config: Config, left: Mapping[_Cell, Sequence[int]]) -> None:
+        self._say, self._done, self._began = say, 0, time.monotonic()
+        self._segment_length, self._new_tokens = config.stages[-1].segment_length, config.eval.babilong.max_new_tokens
+        self._all = sum(len(indices) * self._calls(cell) for cell, indices in left.items())
 
-    def advance(self, cell: _Cell, count: int, asked: int) -> None:
-        self._done += count * cell.work
-        left = (time.monotonic() - self._began) / self._done * (self._work - self._done)
-        self._say(f"{cell.task} {cell.length}: {asked}/{cell.count} answered, {clock(left)} left")
+    def advance(self, cell: _Cell, count: int, answered: int) -> None:
+        """After `count` more samples of a cell, of which so many are answered."""
+        self._done += count * self._calls(cell)
+        left = (time.monotonic() - self._began) / self._done * (self._all - self._done)
+        self._say(f"{cell.task} {cell.length}: {answered}/{cell.count} answered, {clock(left)} left")
+
+    def _calls(self, cell: _Cell) -> int:
+        """One for a segment of the prompt and one for a new token."""
+        return 1 + parse_length(cell.length) // self._segment_length + self._new_tokens
 
 
 # --- What it looks like --------------------------------------------------------------------------------------------
@@ -290,7 +293,9 @@ def draw(result: Result, output: Path) -> list[Path]:
     image = axis.imshow(grid, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
     for y, row in enumerate(grid):
         for x, value in enumerate(row):
-            axis.text(x, y, "" if math.isnan(value) else f"{value:.0f}", ha="center", va="center", fontsize=9)
+            if not math.isnan(value):
+                color = "black" if 15 < value < 85 else "white"
+                axis.text(x, y, f"{value:.0f}", color=color, ha="center", va="center", fontsize=9)
     axis.set_xticks(range(len(lengths)), lengths)
     axis.set_yticks(range(len(tasks)), tasks)
     axis.set(xlabel="length, tokens", title="BABILong accuracy, %")

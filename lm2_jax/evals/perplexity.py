@@ -1,8 +1,9 @@
 """Perplexity: the loss over whole documents, by segment and by distance from the document's start.
 
 Every document starts at a segment's start with fresh memory, and is read once from its first token to its last; nothing
-slides, and no document hears of another. Documents stream through lanes window by window, so any length costs the
-arrays of one window. Axes: B lanes, S segments, T tokens, D model width.
+slides, and no document hears of another. Documents stream through lanes window by window: the devices hold one window
+whatever the length, the host the ids and the losses of the documents under way.
+Axes: B lanes, S segments, T tokens, P positions of a document or of a lane's window, G groups of them, D model width.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from lm2_jax.sharding import batch_sharding, memory_shardings, replicated
 
 Result = dict[str, Any]
 _FIRST_DISTANCES = 16  # tokens up to here are one group; the groups after it double
+_POINTS = 100  # of the picture's curve
 
 
 def evaluate(loaded: Loaded, output: Path | None, say: Callable[[str], None]) -> Result:
@@ -62,6 +64,9 @@ def evaluate(loaded: Loaded, output: Path | None, say: Callable[[str], None]) ->
         "dtype": config.train.dtype,
         "files": [f"{path.name} ({path.stat().st_size} bytes)" for path in paths],
         "documents": repr(source),
+        "settings": config.eval.perplexity.model_dump(mode="json", exclude={"path"}),
+        "data": config.data.model_dump(mode="json", include={"document_separator", "validation_fraction", "begin_id"}),
+        "seed": config.train.seed,
         "tokenizer": None if isinstance(source, BinSource) else loaded.tokenizer.fingerprint(),
     }
     finished = Finished(finished_path(output), identity, key=("document",))
@@ -76,17 +81,17 @@ def evaluate(loaded: Loaded, output: Path | None, say: Callable[[str], None]) ->
         documents_per_epoch=len(source),
     )
     nll_step, memory = _make_step(loaded)
-    sums: dict[int, _Sums] = {}
+    read: dict[int, list[np.ndarray]] = {}  # nats so far of the documents that are under way
     for window, placements in _windows(source, left, lanes):
         nll_BST, memory = nll_step(loaded.params, memory, window)
-        nll_BP = np.asarray(nll_BST, np.float64).reshape(lanes.num_lanes, -1)
+        nll_BP = np.asarray(nll_BST).reshape(lanes.num_lanes, -1)
         done = []
         for lane, placement in placements:
             begin, end = max(placement.start, 0), min(placement.end, lanes.window_length)
-            total = sums.setdefault(placement.ordinal, _Sums(T))
-            total.add(nll_BP[lane, begin:end], begin - placement.start)
+            read.setdefault(placement.ordinal, []).append(nll_BP[lane, begin:end])
             if placement.end <= lanes.window_length:
-                done.append(sums.pop(placement.ordinal).record(placement, _text_bytes(placement, loaded)))
+                nll_P = np.concatenate(read.pop(placement.ordinal))
+                done.append(_record(placement, nll_P, T, _text_bytes(placement, loaded)))
         finished.add(done)
         progress.advance(placements, lanes.window_length)
     records = [finished[index,] for index in range(len(source)) if (index,) in finished]
@@ -148,10 +153,10 @@ def _windows(
     following = (Placement(i, document, 0) for i in indices if len((document := source[i]).tokens) > 1)
     reading: list[Placement | None] = [None] * lanes.num_lanes
     while True:
-        placements = [(lane, placement) for lane, placement in enumerate(reading) if placement]
-        free = [(lanes.free_at(placement) if placement else 0, lane) for lane, placement in enumerate(reading)]
+        placements = [(lane, placement) for lane, placement in enumerate(reading) if placement is not None]
+        free = [(0 if placement is None else lanes.free_at(placement), lane) for lane, placement in enumerate(reading)]
         heapq.heapify(free)
-        while free[0][0] < lanes.window_length and (new := next(following, None)):
+        while free[0][0] < lanes.window_length and (new := next(following, None)) is not None:
             start, lane = free[0]
             placements.append((lane, new._replace(start=start)))
             heapq.heapreplace(free, (lanes.free_at(placements[-1][1]), lane))
@@ -196,32 +201,16 @@ def _make_step(loaded: Loaded) -> tuple[Callable[..., tuple[jax.Array, Any]], An
     return jitted, jax.jit(fresh, out_shardings=shardings)(loaded.params)
 
 
-class _Sums:
-    """Nats of a document so far, by segment and by distance."""
-
-    def __init__(self, segment_length: int) -> None:
-        self._segment_length = segment_length
-        self._by_segment, self._by_distance = np.zeros(0), np.zeros(0)
-
-    def add(self, nll_P: np.ndarray, offset: int) -> None:
-        """The nats of positions from `offset` on."""
-        position_P = offset + np.arange(len(nll_P))
-        self._by_segment = _grow(self._by_segment, np.bincount(position_P // self._segment_length, nll_P))
-        self._by_distance = _grow(self._by_distance, np.bincount(_distance_group(position_P), nll_P))
-
-    def record(self, placement: Placement, text_bytes: int | None) -> Result:
-        return {
-            "document": placement.ordinal,
-            "tokens": len(placement.document.tokens) - 1,
-            "bytes": text_bytes,
-            "nats_by_segment": self._by_segment.tolist(),
-            "nats_by_distance": self._by_distance.tolist(),
-        }
-
-
-def _grow(total: np.ndarray, more: np.ndarray) -> np.ndarray:
-    size = max(len(total), len(more))
-    return np.pad(total, (0, size - len(total))) + np.pad(more, (0, size - len(more)))
+def _record(placement: Placement, nll_P: np.ndarray, segment_length: int, text_bytes: int | None) -> Result:
+    """What is kept of a document: its nats by segment and by distance."""
+    position_P = np.arange(len(nll_P))
+    return {
+        "document": placement.ordinal,
+        "tokens": len(nll_P),
+        "bytes": text_bytes,
+        "nats_by_segment": np.bincount(position_P // segment_length, nll_P).tolist(),
+        "nats_by_distance": np.bincount(_distance_group(position_P), nll_P).tolist(),
+    }
 
 
 def _distance_group(position_P: np.ndarray) -> np.ndarray:
@@ -330,21 +319,20 @@ def draw(result: Result, output: Path) -> list[Path]:
     import matplotlib.pyplot as plt
 
     path, rows = output.with_suffix(".png"), result["by_segment"]
+    tokens, means = (np.array([row[name] for row in rows]) for name in ("tokens", "nats_per_token"))
+    step = -(-len(rows) // _POINTS)
+    first = np.arange(0, len(rows), step)
+    grouped = np.add.reduceat(tokens * means, first) / np.add.reduceat(tokens, first)
     figure, axis = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
-    few = len(rows) <= 100
-    axis.plot(
-        [row["segment"] + 1 for row in rows],
-        [row["nats_per_token"] for row in rows],
-        "o-" if few else "-",
-        markersize=4,
-        linewidth=1.2 if few else 0.6,
-        label="segment",
-    )
+    if step > 1:
+        axis.plot(means, color="tab:blue", linewidth=0.4, alpha=0.35, label="one segment")
+    label = "one segment" if step == 1 else f"mean of {step} segments"
+    axis.plot(first + (step - 1) / 2, grouped, "o-", color="tab:blue", markersize=3, linewidth=1.2, label=label)
     axis.axhline(result["nats_per_token"], color="grey", linestyle=":", label="all tokens")
     axis.set(
-        xlabel=f"segment of the document ({result['segment_length']} tokens each)",
+        xlabel=f"segment of the document, from 0 ({result['segment_length']} tokens each)",
         ylabel="nats per token",
-        title=f"Loss by segment, {result['documents']:,} documents",
+        title=f"Loss by segment; documents: {result['documents']:,}",
     )
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
