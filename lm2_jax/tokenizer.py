@@ -79,7 +79,7 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
 
 def load_text_tokenizer(config: Config, checkpoint: str | Path) -> Tokenizer:
     """The tokenizer of a trained model, for text. Raises UserError if its config names none, or as `load_tokenizer`."""
-    if config.data.source == "bin" and config.tokenizer.kind == "stories":
+    if not config.has_tokenizer:
         raise UserError(
             f"{checkpoint}: trained on token ids (data.source bin), and its config names no tokenizer to make ids of "
             "text; its config.yaml can name one (tokenizer: {kind: llama3, path: tokenizer.model}), and a Hugging Face "

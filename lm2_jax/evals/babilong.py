@@ -199,7 +199,7 @@ def _identity(loaded: Loaded) -> dict[str, Any]:
         "evaluation": "babilong",
         "parameters": loaded.fingerprint,
         "tokenizer": loaded.tokenizer.fingerprint(),
-        "segment_length": config.stages[-1].segment_length,
+        "segment_length": config.trained_segment_length,
         "dtype": config.train.dtype,
         "seed": config.train.seed,
         "book_files": _describe(expand_paths(ask.books, "eval.babilong.books") if ask.books else ()),
@@ -243,7 +243,7 @@ class _Progress:
 
     def __init__(self, say: Callable[[str], None], config: Config, left: Mapping[_Cell, Sequence[int]]) -> None:
         self._say, self._done, self._began = say, 0, time.monotonic()
-        self._segment_length, self._new_tokens = config.stages[-1].segment_length, config.eval.babilong.max_new_tokens
+        self._segment_length, self._new_tokens = config.trained_segment_length, config.eval.babilong.max_new_tokens
         self._all = sum(len(indices) * self._calls(cell) for cell, indices in left.items())
 
     def advance(self, cell: _Cell, count: int, answered: int) -> None:

@@ -115,7 +115,7 @@ def _documents(loaded: Loaded) -> tuple[DocumentSource, list[Path]]:
         raise UserError(f"{key}: files of several kinds ({', '.join(sorted(kinds))}); evaluate one kind at a time")
     if kinds == {"bin"}:
         return BinSource(paths, config.model.vocab_size, config.data.begin_id, key), paths
-    if config.tokenizer.kind == "stories" and config.data.source != "bin":
+    if config.has_tokenizer and config.tokenizer.kind == "stories":
         raise UserError(
             f"{key}: tokenizer.kind stories knows only the generator's words; evaluate a model with another tokenizer"
         )
