@@ -43,6 +43,21 @@ class Section(BaseModel):
         return value
 
 
+def _lists(values: Any, *keys: str) -> Any:
+    """A section's values with single texts under `keys` made lists of one."""
+    if not isinstance(values, dict):
+        return values
+    return {key: (value,) if key in keys and isinstance(value, str) else value for key, value in values.items()}
+
+
+def _pattern_problem(document_separator: str | None) -> str | None:
+    try:
+        re.compile(document_separator or "")
+    except (re.error, OverflowError, RecursionError) as error:
+        return f"document_separator {document_separator!r} is no regular expression: {error}"
+    return None
+
+
 class RopeScaling(Section):
     """Llama-3's stretching of low RoPE frequencies."""
 
@@ -150,20 +165,15 @@ class DataConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _single_path_is_a_list(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            paths = ("path", "validation_path", "background")
-            values = {k: (v,) if k in paths and isinstance(v, str) else v for k, v in values.items()}
-        return values
+        return _lists(values, "path", "validation_path", "background")
 
     @model_validator(mode="after")
     def _source_has_data(self) -> Self:
         problems = []
         if self.source != "stories" and not self.path:
             problems.append(f"path is missing; source {self.source} reads the files it names")
-        try:
-            re.compile(self.document_separator or "")
-        except (re.error, OverflowError, RecursionError) as error:
-            problems.append(f"document_separator {self.document_separator!r} is no regular expression: {error}")
+        if problem := _pattern_problem(self.document_separator):
+            problems.append(problem)
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -258,8 +268,67 @@ class CheckpointConfig(Section):
     keep: PositiveInt = 3
 
 
+class PerplexityConfig(Section):
+    """Documents to measure the loss on (evaluate --task perplexity)."""
+
+    path: Paths | None = None  # files or globs; null: what the run held out
+    source: Literal["text", "jsonl", "bin"] | None = None  # null: by the files' endings; text unless .jsonl or .bin
+    document_separator: str | None = None  # text: as data.document_separator
+
+    @model_validator(mode="before")
+    @classmethod
+    def _single_path_is_a_list(cls, values: Any) -> Any:
+        return _lists(values, "path")
+
+    @model_validator(mode="after")
+    def _regular_expression(self) -> Self:
+        if problem := _pattern_problem(self.document_separator):
+            raise ValueError(problem)
+        return self
+
+
+BabilongTask = Literal[
+    "qa1", "qa2", "qa3", "qa4", "qa5", "qa6", "qa7", "qa8", "qa9", "qa10",
+    "qa11", "qa12", "qa13", "qa14", "qa15", "qa16", "qa17", "qa18", "qa19", "qa20",
+]  # fmt: skip
+
+
+class BabilongConfig(Section):
+    """Questions about facts in long contexts (evaluate --task babilong)."""
+
+    tasks: Annotated[tuple[BabilongTask, ...], Field(min_length=1)] = ("qa1", "qa2", "qa3", "qa4", "qa5")
+    lengths: Annotated[tuple[NonEmptyStr, ...], Field(min_length=1)] = ("0k", "1k", "2k", "4k")  # k: 1000, M: 1000k
+    samples: PositiveInt = 100  # of each task at each length
+    path: NonEmptyStr | None = None  # directory of samples in the hub's layout; null: samples are built
+    babi: NonEmptyStr | None = None  # directory of bAbI files to build from; null: the generator (qa1 to qa5)
+    books: Paths | None = None  # text files to build from; null: built-in sentences
+    counter: TokenizerConfig | None = None  # tokenizer that measures contexts; null: the model's
+    prompt: Literal["official", "plain"] = "official"  # plain: context and question alone, as stories are trained on
+    max_new_tokens: PositiveInt = 20
+
+    @model_validator(mode="before")
+    @classmethod
+    def _single_path_is_a_list(cls, values: Any) -> Any:
+        return _lists(values, "books", "tasks", "lengths")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        wrong = [length for length in self.lengths if not re.fullmatch(r"\d+[kM]", length)]
+        problems = [f"lengths: found {length!r}; write 0k, 4k, 128k or 1M" for length in wrong]
+        for name in ("tasks", "lengths"):
+            values = getattr(self, name)
+            problems += [
+                f"{name}: {value} stands there twice" for value in sorted({v for v in values if values.count(v) > 1})
+            ]
+        if self.path and (self.babi or self.books):
+            problems.append(f"path {self.path!r} holds whole samples; leave out babi and books, or leave out path")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
 class EvalConfig(Section):
-    """Validation while training, and the table of accuracy by context length at the end."""
+    """Validation while training, the table of accuracy by context length at its end, and what `evaluate` measures."""
 
     every_steps: NonNegativeInt = 100  # 0: only at the end
     windows: PositiveInt = 8  # validation windows of batch_size lanes
@@ -267,13 +336,13 @@ class EvalConfig(Section):
     one_segment: bool = False  # stories: read a context as one segment however long it is (attention over all of it)
     questions: PositiveInt = 1000  # stories: questions per length
     path: Paths | None = None  # stories: bAbI test files to report beside the held-out stories
+    perplexity: PerplexityConfig = PerplexityConfig()
+    babilong: BabilongConfig = BabilongConfig()
 
     @model_validator(mode="before")
     @classmethod
     def _single_path_is_a_list(cls, values: Any) -> Any:
-        if isinstance(values, dict) and isinstance(values.get("path"), str):
-            values = {**values, "path": (values["path"],)}
-        return values
+        return _lists(values, "path")
 
 
 class Config(Section):

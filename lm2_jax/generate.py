@@ -12,11 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lm2_jax.checkpoint import load
-from lm2_jax.config import Config
 from lm2_jax.decoding import decode, generate, start
 from lm2_jax.errors import UserError, run_command
 from lm2_jax.memory_file import load_state, save_state
-from lm2_jax.tokenizer import Tokenizer, load_tokenizer
+from lm2_jax.tokenizer import Tokenizer, load_text_tokenizer
 
 __all__ = ["TextStream", "generate", "main"]
 
@@ -28,7 +27,7 @@ def main() -> None:
     if arguments.save_memory and not Path(arguments.save_memory).absolute().parent.is_dir():
         raise UserError(f"--save-memory: {arguments.save_memory} is in no directory that exists")
     model, params = load(arguments.checkpoint)
-    tokenizer = _tokenizer(model.config, arguments.checkpoint)
+    tokenizer = load_text_tokenizer(model.config, arguments.checkpoint)
     if arguments.load_memory:
         state, begin = load_state(arguments.load_memory, model, params), []
         if len(state.count_B) != 1:
@@ -141,16 +140,6 @@ def _prompt(arguments: argparse.Namespace) -> str:
     if not text:
         raise UserError(f"{origin} is empty; give some text to continue")
     return text
-
-
-def _tokenizer(config: Config, checkpoint: str) -> Tokenizer:
-    if not config.has_tokenizer:
-        raise UserError(
-            f"{checkpoint}: trained on token ids (data.source bin), and its config names no tokenizer to make ids of "
-            "text; its config.yaml can name one (tokenizer: {kind: llama3, path: tokenizer.model}), and a Hugging Face "
-            "directory can hold a tokenizer.json"
-        )
-    return load_tokenizer(config.tokenizer)
 
 
 if __name__ == "__main__":

@@ -66,14 +66,20 @@ def state_shardings(mesh: Mesh, boxed_state: Any, lane_axis: int) -> Any:
 
     An axis that its mesh axis does not divide is left whole on every device.
     """
-    specs = nn.logical_to_mesh(nn.get_partition_spec(boxed_state), RULES)
+    memory = memory_shardings(mesh, boxed_state.memory, lane_axis)
+    return boxed_shardings(mesh, boxed_state).replace(memory=memory)
+
+
+def boxed_shardings(mesh: Mesh, boxed: Any) -> Any:
+    """Shardings of arrays that are boxed with logical axes; those that are not are whole on every device."""
+    specs = nn.logical_to_mesh(nn.get_partition_spec(boxed), RULES)
+    return jax.tree.map(lambda array, spec: NamedSharding(mesh, _fit(mesh, spec, array.shape)), unbox(boxed), specs)
+
+
+def memory_shardings(mesh: Mesh, memory: Any, lane_axis: int) -> Any:
+    """Shardings of a memory, whose leaves have lanes at `lane_axis`."""
     lanes = PartitionSpec(*[None] * lane_axis, LANES)
-    specs = specs.replace(memory=jax.tree.map(lambda _: lanes, boxed_state.memory))
-
-    def shard(array: Any, spec: PartitionSpec) -> NamedSharding:
-        return NamedSharding(mesh, _fit(mesh, spec, array.shape))
-
-    return jax.tree.map(shard, unbox(boxed_state), specs)
+    return jax.tree.map(lambda array: NamedSharding(mesh, _fit(mesh, lanes, array.shape)), memory)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

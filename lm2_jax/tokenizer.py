@@ -11,11 +11,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import tokenizers
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 
-from lm2_jax.config import TokenizerConfig
+from lm2_jax.config import Config, TokenizerConfig
 from lm2_jax.data.lexicon import StoriesTokenizer
 from lm2_jax.errors import UserError
 
@@ -74,6 +75,34 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
         likely = _likely_kind(data)
         hint = f"; it looks like tokenizer.kind {likely}" if likely not in (None, config.kind) else ""
         raise UserError(f"tokenizer.path: {config.path} is no {config.kind} model: {error}{hint}") from None
+
+
+def load_text_tokenizer(config: Config, checkpoint: str | Path) -> Tokenizer:
+    """The tokenizer of a trained model, for text. Raises UserError if its config names none, or as `load_tokenizer`."""
+    if not config.has_tokenizer:
+        raise UserError(
+            f"{checkpoint}: trained on token ids (data.source bin), and its config names no tokenizer to make ids of "
+            "text; its config.yaml can name one (tokenizer: {kind: llama3, path: tokenizer.model}), and a Hugging Face "
+            "directory can hold a tokenizer.json"
+        )
+    return load_tokenizer(config.tokenizer)
+
+
+_PIECE = 1 << 14  # characters
+_BETWEEN_WORDS = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
+
+
+def encode_long(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Ids of a text of any length, int32 [n], as of `tokenizer.encode`, which may take 400 bytes a token to work.
+
+    The text is cut before spaces between two words, so the ids are the same for tokenizers that join nothing over such
+    a space: bytes, stories, byte-level BPE (llama3) and sentencepiece with its usual settings.
+    """
+    pieces, start = [], 0
+    while (cut := _BETWEEN_WORDS.search(text, start + _PIECE)) is not None:
+        pieces.append(np.array(tokenizer.encode(text[start : cut.start()]), np.int32))
+        start = cut.start()
+    return np.concatenate([*pieces, np.array(tokenizer.encode(text[start:]), np.int32)])
 
 
 class BytesTokenizer:

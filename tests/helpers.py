@@ -9,13 +9,17 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
 from lm2_jax import train as train_module
 from lm2_jax.config import parse_config
+from lm2_jax.convert import directory, engine
+from lm2_jax.evals import loaded as loaded_module
 from lm2_jax.evals import stories as stories_module
+from lm2_jax.model import build_model
 from lm2_jax.reporting import read_records
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -161,6 +165,29 @@ def _keep_what_is_compiled(monkeypatch):
 
     monkeypatch.setattr(train_module, "create_state", fresh_state)
     monkeypatch.setattr(train_module, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+
+
+def random_checkpoint(path, *overrides, noise=0.3):
+    """A converted directory, which loads like a run, of a tiny model away from its initialisation."""
+    config = parse_config(TINY, ["train.curriculum=[]", "model.vocab_size=258", "tokenizer.kind=bytes", *overrides])
+    model, key = build_model(config), jax.random.key(0)
+    tokens_BT = jnp.zeros((1, config.data.segment_length), jnp.int32)
+    params = jax.jit(lambda key: model.init(key, tokens_BT, model.init_memory(1))["params"])(key)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    params = tree.unflatten([x + noise * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+    with directory.new_directory(Path(path)) as partial:
+        directory.write(engine.Checkpoint(config, engine.from_arrays(params, path)), partial, lambda items, _: items)
+    return path
+
+
+@contextlib.contextmanager
+def on_one_device():
+    """Within it, evaluations use one of the fake devices."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        make_mesh = loaded_module.make_mesh
+        monkeypatch.setattr(loaded_module, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+        yield
 
 
 # --- Training in another process ------------------------------------------------------------------------------------

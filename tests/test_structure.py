@@ -79,6 +79,9 @@ MAY_IMPORT = {
     "checkpoint": BASE | {"model", "sharding", "state", "convert"},
     "convert": BASE | {"model", "tokenizer", "data"},
     "reporting": BASE,
+    "decoding": BASE | {"model"},
+    "evals": BASE
+    | {"checkpoint", "data", "decoding", "model", "reporting", "segments", "sharding", "state", "step", "tokenizer"},
 }
 
 

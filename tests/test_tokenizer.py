@@ -9,13 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from lm2_jax.config import TokenizerConfig
 from lm2_jax.errors import UserError
-from lm2_jax.tokenizer import convert_llama3, load_tokenizer
+from lm2_jax.tokenizer import convert_llama3, encode_long, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 KINDS = ("bytes", "sentencepiece", "tokenizers", "llama3")
@@ -80,6 +81,23 @@ def test_round_trip(load, kind, text):
     assert tokenizer.decode(ids) == text
     assert all(type(id) is int and 0 <= id < tokenizer.vocab_size for id in ids)
     assert tokenizer.bos_id not in ids and tokenizer.eos_id not in ids
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "stories"])
+@pytest.mark.parametrize("text", ["", PROSE, PROSE * 25, (STRESS + PROSE) * 25, "x" * 40_000], ids=len)
+def test_long_texts_are_encoded_in_pieces(load, kind, text):
+    tokenizer, longest = load(kind), 0
+    expected = tokenizer.encode(text)
+
+    class Watched:
+        def encode(self, piece):
+            nonlocal longest
+            longest = max(longest, len(piece))
+            return tokenizer.encode(piece)
+
+    ids = encode_long(Watched(), text)
+    assert ids.dtype == np.int32 and ids.tolist() == expected
+    assert longest < 17_000 or " " not in text
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -17,7 +17,7 @@ import numpy as np
 
 from lm2_jax.data.paths import expand_paths
 from lm2_jax.errors import UserError
-from lm2_jax.tokenizer import Tokenizer
+from lm2_jax.tokenizer import Tokenizer, encode_long
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +27,12 @@ class Document:
     Attributes:
       tokens: int32 [n], with the tokenizer's begin and end tokens where it has them.
       answers: bool [n], True where the token belongs to the answer of a question.
+      text_bytes: UTF-8 bytes of the text that the tokens stand for; None where it is not at hand.
     """
 
     tokens: np.ndarray
     answers: np.ndarray
+    text_bytes: int | None = None
 
 
 class DocumentSource(Protocol):
@@ -69,8 +71,8 @@ class _FileSource(abc.ABC):
         """Checks a file and gives the byte spans of its documents."""
 
     @abc.abstractmethod
-    def _parse(self, data: bytes) -> np.ndarray:
-        """Tokens [n] of one span's bytes."""
+    def _parse(self, data: bytes) -> tuple[np.ndarray, int | None]:
+        """Tokens [n] of one span's bytes, and the bytes of its text."""
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -79,8 +81,8 @@ class _FileSource(abc.ABC):
         number, start, end = self._spans[index].tolist()
         with self._paths[number].open("rb") as file:
             file.seek(start)
-            tokens = self._parse(file.read(end - start)).astype(np.int32)
-        return Document(tokens, np.zeros(len(tokens), bool))
+            tokens, text_bytes = self._parse(file.read(end - start))
+        return Document(tokens.astype(np.int32), np.zeros(len(tokens), bool), text_bytes)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(files={len(self._paths)}, documents={len(self)})"
@@ -118,8 +120,8 @@ class TextSource(_FileSource):
                 yield start, end
             start = end
 
-    def _parse(self, data: bytes) -> np.ndarray:
-        return _tokenize(data.decode(), self._tokenizer)
+    def _parse(self, data: bytes) -> tuple[np.ndarray, int | None]:
+        return _tokenize(data.decode(), self._tokenizer), len(data)
 
 
 class JsonLinesSource(_FileSource):
@@ -145,8 +147,9 @@ class JsonLinesSource(_FileSource):
                     yield start, end
                 start = end
 
-    def _parse(self, data: bytes) -> np.ndarray:
-        return _tokenize(json.loads(data.decode())["text"], self._tokenizer)
+    def _parse(self, data: bytes) -> tuple[np.ndarray, int | None]:
+        text = json.loads(data.decode())["text"]
+        return _tokenize(text, self._tokenizer), len(text.encode())
 
 
 class BinSource(_FileSource):
@@ -210,13 +213,13 @@ class BinSource(_FileSource):
     def _offset(self, token: int) -> int:
         return self._HEADER_BYTES + 4 * token
 
-    def _parse(self, data: bytes) -> np.ndarray:
-        return np.frombuffer(data, "<u4")
+    def _parse(self, data: bytes) -> tuple[np.ndarray, int | None]:
+        return np.frombuffer(data, "<u4"), None
 
 
 def _tokenize(text: str, tokenizer: Tokenizer) -> np.ndarray:
-    begin, end = ([] if id is None else [id] for id in (tokenizer.bos_id, tokenizer.eos_id))
-    return np.array(begin + tokenizer.encode(text) + end)
+    begin, end = (np.array([] if id is None else [id], np.int32) for id in (tokenizer.bos_id, tokenizer.eos_id))
+    return np.concatenate([begin, encode_long(tokenizer, text), end])
 
 
 def _bom_size(data: bytes) -> int:

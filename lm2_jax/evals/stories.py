@@ -109,7 +109,8 @@ def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float
     share = successes / trials
     centre = share + z**2 / (2 * trials)
     half = z * math.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2))
-    return (centre - half) / (1 + z**2 / trials), (centre + half) / (1 + z**2 / trials)
+    low, high = (centre - half) / (1 + z**2 / trials), (centre + half) / (1 + z**2 / trials)
+    return max(low, 0.0), min(high, 1.0)  # at 0 and 1 but for rounding
 
 
 def _ask(
