@@ -55,19 +55,17 @@ def test_models_are_of_one_size(preset):
         assert len({size for name, size in sizes.items() if name not in ("none", "full attention")}) == 1, sizes
 
 
-def test_facts_are_of_files_where_there_are_some(tmp_path):
+def test_facts_of_files_are_held_out(tmp_path):
+    """The generator is trained on; a task's test file, or else its training file, is asked about."""
     for name in ("qa1_single_train.txt", "qa1_single_test.txt", "qa10_indefinite_train.txt", "qa4_two_train.txt"):
         (tmp_path / name).write_text("")
-    assert study.facts_of("qa1", (1, 10), tmp_path) == {
-        "data": {"path": ["{babi}/qa1_single_train.txt"]},
-        "eval": {"path": ["{babi}/qa1_single_test.txt"]},
-    }
-    config = study.with_files(parse_config("{data: {path: '{babi}/x.txt'}, eval: {path: '{babi}/y.txt'}}"), tmp_path)
-    assert (config.data.path, config.eval.path) == ((str(tmp_path / "x.txt"),), (str(tmp_path / "y.txt"),))
-    assert study.facts_of("qa4", (2, 5), tmp_path)["eval"]["path"] is None
-    for babi in (tmp_path, None):
-        stories = study.facts_of("qa3", (6, 24), babi)["data"]["stories"]
-        assert (stories["tasks"], stories["facts"]) == (["qa3"], (6, 24))
+    for task, files in (("qa1", ["{babi}/qa1_single_test.txt"]), ("qa4", ["{babi}/qa4_two_train.txt"]), ("qa3", None)):
+        for babi, expected in ((tmp_path, files), (None, None)):
+            facts = study.facts_of(task, (6, 24), babi)
+            assert facts["eval"]["path"] == expected
+            assert (facts["data"]["stories"]["tasks"], facts["data"]["stories"]["facts"]) == ([task], (6, 24))
+    config = study.with_files(parse_config("{eval: {path: '{babi}/y.txt'}}"), tmp_path)
+    assert config.eval.path == (str(tmp_path / "y.txt"),)
 
 
 def test_intervals():

@@ -391,28 +391,22 @@ _BABI = "{babi}"  # stands for --babi in the config of a cell, which is the same
 
 
 def facts_of(task: Task, statements: tuple[int, int], babi: Path | None) -> Changes:
-    """Changes that make stories of a task: of bAbI files, where `babi` holds them, or else the generator's.
+    """Changes that make stories of a task: the generator's to train on, and bAbI's own to be asked about besides.
 
-    A task has qa1_..._train.txt, and may have qa1_..._test.txt, which is asked about besides the held-out stories.
-    Files are named from `{babi}` on; `with_files` says where that is.
+    Nobody trains on bAbI's files: a qa2 of 2,000 stories is learnt by heart. Where a task has a qa1_..._test.txt, that
+    is asked about, and else its training file. Files are named from `{babi}` on; `with_files` says where that is.
     """
-    training = sorted(babi.glob(f"{task}_*_train.txt")) if babi else []
-    if not training:
-        stories = {"tasks": [task], "facts": statements, "questions_between": [0, 1], "questions_after": [3, 4]}
-        return {"data": {"stories": stories}}
-    tests = sorted(babi.glob(f"{task}_*_test.txt"))
-    training, tests = ([f"{_BABI}/{path.name}" for path in paths] for paths in (training, tests))
-    return {"data": {"path": training}, "eval": {"path": tests or None}}
+    stories = {"tasks": [task], "facts": statements, "questions_between": [0, 1], "questions_after": [3, 4]}
+    found = [sorted(babi.glob(f"{task}_*_{part}.txt")) for part in ("test", "train")] if babi else []
+    files = next((paths for paths in found if paths), [])
+    return {"data": {"stories": stories}, "eval": {"path": [f"{_BABI}/{path.name}" for path in files] or None}}
 
 
 def with_files(config: Config, babi: Path | None) -> Config:
     """The config of a cell, its files where they are."""
-    found = {
-        section: {"path": [path.replace(_BABI, str(babi)) for path in paths]}
-        for section, paths in (("data", config.data.path), ("eval", config.eval.path))
-        if paths
-    }
-    return replace(config, **found)
+    if not config.eval.path:
+        return config
+    return replace(config, eval={"path": [path.replace(_BABI, str(babi)) for path in config.eval.path]})
 
 
 # --- The command ---------------------------------------------------------------------------------------------------
