@@ -335,7 +335,8 @@ def test_every_config_makes_a_model(path, kind):
     if config.tokenizer.path is None and config.data.source != "bin":
         config = check_vocabulary(config, load_tokenizer(config.tokenizer))
     assert config.model.vocab_size, f"{path}: a config whose tokenizer is a file gives model.vocab_size itself"
-    model, tokens = build_model(config), jax.ShapeDtypeStruct((2, 4), jnp.int32)
+    T = config.data.segment_length
+    model, tokens = build_model(config), jax.ShapeDtypeStruct((2, T), jnp.int32)
 
     def run(key, tokens):
         params = model.init(key, tokens, model.init_memory(2))["params"]
@@ -343,7 +344,7 @@ def test_every_config_makes_a_model(path, kind):
         return params, memory, *model.apply({"params": params}, tokens, memory)
 
     params, memory, logits, after = jax.eval_shape(run, jax.random.key(0), tokens)
-    assert logits.shape == (2, 4, config.model.vocab_size) and logits.dtype == jnp.float32
+    assert logits.shape == (2, T, config.model.vocab_size) and logits.dtype == jnp.float32
     assert jax.tree.map(lambda x: (x.shape, x.dtype), memory) == jax.tree.map(lambda x: (x.shape, x.dtype), after)
     assert bool(jax.tree.leaves(memory)) == (kind != "none")
     weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

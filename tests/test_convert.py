@@ -18,6 +18,7 @@ import lm2_jax
 from lm2_jax.config import dump_config, load_config, parse_config
 from lm2_jax.convert import directory, engine
 from lm2_jax.convert.tensors import open_tensors, write_tensors
+from lm2_jax.decoding import generate
 from lm2_jax.errors import UserError, run_command
 from lm2_jax.model import build_model
 
@@ -150,7 +151,7 @@ def random_tokens(shape, seed=0):
 
 @pytest.mark.parametrize("name", LLAMAS)
 def test_llama(tmp_path, name):
-    """Equal logits; there and back to the bit; the exported directory needs no remote code."""
+    """Equal logits and greedy tokens; there and back to the bit; the exported directory needs no remote code."""
     sharded = {"max_shard_size": "30KB"} if name.startswith("sharded") else {}
     llama = random_llama(tmp_path / "llama", name, **sharded)
     assert (tmp_path / "llama" / "model.safetensors.index.json").exists() == bool(sharded)
@@ -159,6 +160,12 @@ def test_llama(tmp_path, name):
     tokens_BT = random_tokens((2, 90))
     logits_BTV, _ = jax.jit(model.apply)({"params": params}, tokens_BT, model.init_memory(2))
     np.testing.assert_allclose(logits_BTV, torch_logits(llama, tokens_BT), atol=1e-4)
+
+    prompts = [tokens_BT[0, :40].tolist(), tokens_BT[1, :23].tolist()]
+    settings = {"max_new_tokens": 60, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    for prompt, continued in zip(prompts, generate(model, params, prompts, max_new_tokens=60), strict=True):
+        inputs = {"inputs": torch.tensor([prompt]), "attention_mask": torch.ones(1, len(prompt), dtype=torch.long)}
+        assert llama.generate(**inputs, **settings)[0, len(prompt) :].tolist() == continued
 
     convert("lm2_jax", "huggingface", tmp_path / "ours", tmp_path / "back")
     assert not list((tmp_path / "back").glob("*.py"))

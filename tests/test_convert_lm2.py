@@ -94,7 +94,7 @@ def test_generate_is_ours(pair):
     settings = {"max_new_tokens": 200, "do_sample": False, "pad_token_id": 0}
     found = theirs.generate(batch, attention_mask=mask, **settings)
     assert found[:, longest:].tolist() == expected
-    alone = theirs.generate(torch.tensor([prompts[1]]), **settings)
+    alone = theirs.generate(torch.tensor([prompts[1]]), attention_mask=mask[1:, -len(prompts[1]) :], **settings)
     assert alone[0, len(prompts[1]) :].tolist() == expected[1]
     slow = theirs.generate(batch, attention_mask=mask, use_cache=False, **{**settings, "max_new_tokens": 40})
     assert slow[:, longest:].tolist() == [tokens[:40] for tokens in expected]
@@ -182,7 +182,9 @@ def test_segments_of_a_curriculum(tmp_path):
     assert theirs.config.segment_length == 24
     prompt = random_tokens(20).tolist()
     expected = generate(*lm2_jax.load(ours), [prompt], max_new_tokens=20)
-    found = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, pad_token_id=0)
+    inputs = torch.tensor([prompt])
+    settings = {"attention_mask": torch.ones_like(inputs), "max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    found = theirs.generate(inputs, **settings)
     assert found[0, 20:].tolist() == expected[0]
 
 

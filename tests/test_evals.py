@@ -40,7 +40,7 @@ def test_accuracy_by_length(kind, one_segment):
             "bathroom bedroom garden hallway kitchen office apple football milk Bill Fred Jeff Mary"
         )
         state.params["head"] = jnp.zeros_like(state.params["head"]).at[np.array(answers)].set(1)
-        state.params["head"] *= jax.random.normal(jax.random.key(1), state.params["head"].shape)
+        state.params["head"] *= jax.random.normal(jax.random.key(4), state.params["head"].shape)
         table = accuracy_by_length(config, model, pipeline, mesh, state, shardings, lambda _: None)
     assert [(cell["questions"], cell["segments"], cell["asked"]) for cell in table] == [
         (f"{task} (generator)", length, QUESTIONS) for task in config.data.stories.tasks for length in LENGTHS
