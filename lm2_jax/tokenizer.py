@@ -95,14 +95,18 @@ _BETWEEN_WORDS = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
 def encode_long(tokenizer: Tokenizer, text: str) -> np.ndarray:
     """Ids of a text of any length, int32 [n], as of `tokenizer.encode`, which may take 400 bytes a token to work.
 
-    The text is cut before spaces between two words, so the ids are the same for tokenizers that join nothing over such
-    a space: bytes, stories, byte-level BPE (llama3) and sentencepiece with its usual settings.
+    The text is cut before spaces between two words. Tokenizers that see such a cut (a `tokenizers` file may put a mark
+    before every text) show it at the first one, and are given the text whole.
     """
     pieces, start = [], 0
     while (cut := _BETWEEN_WORDS.search(text, start + _PIECE)) is not None:
-        pieces.append(np.array(tokenizer.encode(text[start : cut.start()]), np.int32))
+        pieces.append(text[start : cut.start()])
         start = cut.start()
-    return np.concatenate([*pieces, np.array(tokenizer.encode(text[start:]), np.int32)])
+    pieces.append(text[start:])
+    first, second = pieces[0], "".join(pieces[1:2])
+    if second and tokenizer.encode(first + second) != tokenizer.encode(first) + tokenizer.encode(second):
+        pieces = [text]
+    return np.concatenate([np.array(tokenizer.encode(piece), np.int32) for piece in pieces])
 
 
 class BytesTokenizer:

@@ -19,6 +19,7 @@ import jax
 
 from lm2_jax.checkpoint import Checkpoints, Progress, load, load_memory, read_run_config
 from lm2_jax.config import Config, StageConfig, dump_config, load_config
+from lm2_jax.convert.engine import by_path
 from lm2_jax.data.lanes import make_iterator
 from lm2_jax.data.pipeline import Pipeline, check_vocabulary
 from lm2_jax.errors import TrainingFailed, UserError, run_command
@@ -178,10 +179,7 @@ def start_from(path: str, model: Decoder, state: TrainState, shardings: TrainSta
     Raises UserError if they are not the weights of this model.
     """
     other, params = load(path)
-    mine, theirs = (
-        {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
-        for leaves in map(jax.tree_util.tree_leaves_with_path, (state.params, params))
-    )
+    mine, theirs = ({name: leaf.shape for name, leaf in by_path(tree).items()} for tree in (state.params, params))
     problems = [
         f"  {name}: {theirs.get(name, 'nothing')} there, {mine.get(name, 'nothing')} in this model"
         for name in sorted(mine.keys() | theirs.keys())
