@@ -56,7 +56,7 @@ def advance(
     full_B = (np.asarray(state.count_B) == state.segment_length) & (count_B > 0)
     if full_B.any():
         state = _finish(model, params, full_B, state)
-    return _extend(model, params, np.asarray(tokens_BQ, np.int32), count_B, state)
+    return extend(model, params, np.asarray(tokens_BQ, np.int32), count_B, state)
 
 
 def read(
@@ -187,9 +187,10 @@ def _start(model: Decoder, params: Any, batch_size: int, segment_length: int) ->
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _extend(
+def extend(
     model: Decoder, params: Any, tokens_BQ: jax.Array, count_B: jax.Array, state: Unfinished
 ) -> tuple[jax.Array, Unfinished]:
+    """As `advance`, where every row's tokens fit its segment."""
     hidden_BQD, state = model.apply({"params": params}, tokens_BQ, count_B, state, method="extend")
     last_B11 = jnp.maximum(count_B - 1, 0)[:, None, None]
     hidden_BD = jnp.take_along_axis(hidden_BQD, last_B11, axis=1)[:, 0]

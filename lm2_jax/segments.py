@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from lm2_jax.errors import UserError
 from lm2_jax.model.decoder import Decoder
 from lm2_jax.model.kind import Memory
+from lm2_jax.model.placement import constrain
 
 Schedule = Literal["auto", "segment", "layer"]
 
@@ -104,7 +104,7 @@ def run_window(
         keys_S = None if dropout_key is None else jax.random.split(dropout_key, tokens_BST.shape[1])
         memory, (hidden_SBTD, gates) = jax.lax.scan(body, memory, (arrays, keys_S))
         hidden_BSTD = jnp.moveaxis(hidden_SBTD, 0, 1)
-    hidden_BSTD = nn.with_logical_constraint(hidden_BSTD, ("batch", None, None, "activation"))
+    hidden_BSTD = constrain(hidden_BSTD, "batch", None, None, "activation")
     return hidden_BSTD, memory, _mean_by_name(gates)
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lm2_jax.config import Config
 from lm2_jax.errors import UserError
 from lm2_jax.model.layers import unbox
-
-LANES = ("data", "fsdp")  # the mesh axes that lanes are spread over
+from lm2_jax.model.placement import LANES
 
 # Logical axis of a weight or activation -> mesh axis.
 RULES = (
@@ -51,7 +51,17 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
             f"data.batch_size {config.data.batch_size} with optim.accumulation_steps "
             f"{config.optim.accumulation_steps}: {lanes} lanes do not divide over data x fsdp = {shards} devices"
         )
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices)
+    shape, axis_types = tuple(sizes.values()), (AxisType.Auto,) * 3
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(shape, tuple(sizes), axis_types=axis_types, devices=devices)
+    if sizes["data"] % slices:  # slices are joined by the data-centre network, which only gradients should cross
+        raise UserError(
+            f"mesh.data {sizes['data']} does not divide over {slices} slices; set it to a multiple of {slices}"
+        )
+    within = (sizes["data"] // slices, *shape[1:])
+    arranged = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
+    return Mesh(arranged, tuple(sizes), axis_types=axis_types)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from lm2_jax.config import StageConfig
 from lm2_jax.loss import Batch, LossSums, loss_weights, window_loss
 from lm2_jax.model.decoder import Decoder
 from lm2_jax.model.kind import Memory
@@ -105,6 +106,18 @@ def make_train_step(
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
+
+
+def abstract_batch(mesh: Mesh, batch_size: int, stage: StageConfig) -> Batch:
+    """Shapes and shardings of a batch of windows."""
+
+    def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+
+    by_segment = (batch_size, stage.segments)
+    by_token = (*by_segment, stage.segment_length)
+    batch = {name: array(by_token, jnp.int32) for name in ("tokens_BST", "targets_BST", "document_BST")}
+    return batch | {"answers_BST": array(by_token, bool), "reset_BS": array(by_segment, bool)}
 
 
 def make_eval_step(

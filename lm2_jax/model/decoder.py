@@ -7,16 +7,19 @@ with `begin`, `extend` and `finish`; decoding.py drives them.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec
 
 from lm2_jax.config import Config
 from lm2_jax.model.kind import Memory, MemoryKind, Parameters
 from lm2_jax.model.layers import CausalConv, Layout, Past, RMSNorm, SelfAttention, SwiGLU, put, unbox
+from lm2_jax.model.placement import constrain, on_own_lanes, splits_lanes
 
 
 class Block(nn.Module):
@@ -35,12 +38,28 @@ class Block(nn.Module):
         With a past, x [B,1,T,D] follows it in an unfinished segment: the past grows, and the bank stays.
         """
         x_BSTD, passing_bank = carry
+        if splits_lanes(x_BSTD.shape[0]) and layout.deterministic and not self.is_initializing():
+            return self._on_own_lanes(carry, own_bank, layout, past)
         bank = own_bank if passing_bank is None else passing_bank
         if self.config.train.remat == "full" and x_BSTD.shape[1] > 1:
             x_BSTD, bank = self._segment_by_segment(x_BSTD, bank, layout)
         else:
             x_BSTD, bank, past = self._window(x_BSTD, bank, layout, past)
         return ((x_BSTD, None), (bank, past)) if passing_bank is None else ((x_BSTD, bank), (None, past))
+
+    def _on_own_lanes(self, *arrays: Any) -> Any:
+        """The block, on every chip for the chip's own lanes."""
+        unbound = self.clone(parent=None)
+
+        def run(weights: Any, arrays: Any) -> tuple[Any, Any]:
+            outputs, sown = unbound.apply({"params": weights}, *arrays, mutable=["gates"])
+            return outputs, sown.get("gates", {})
+
+        axes = _logical_axes(self.config, self.kind, "bank_blocks" if self.with_bank else "blocks")
+        outputs, gates = on_own_lanes(run, self.variables["params"], axes, self.config.train.dtype, arrays)
+        for path, value in jax.tree_util.tree_leaves_with_path(gates):
+            self.sow("gates", next(key.key for key in reversed(path) if isinstance(key, jax.tree_util.DictKey)), value)
+        return outputs
 
     def _window(
         self, x_BSTD: jax.Array, bank: Memory, layout: Layout, past: Past | None
@@ -61,7 +80,7 @@ class Block(nn.Module):
             x_BSTD += added_BSTD
         normed_BSTD = RMSNorm(c.norm_eps, name="mlp_norm")(x_BSTD)
         x_BSTD += SwiGLU(c, self.kind.linear_init, name="mlp")(normed_BSTD)
-        return nn.with_logical_constraint(x_BSTD, ("batch", None, None, "activation")), bank, past
+        return constrain(x_BSTD, "batch", None, None, "activation"), bank, past
 
     def _segment_by_segment(self, x_BSTD: jax.Array, bank: Memory, layout: Layout) -> tuple[jax.Array, Memory]:
         """The same, holding the activations of one segment at a time: only x and the bank of each are kept."""
@@ -81,6 +100,16 @@ class Block(nn.Module):
         )
         bank, x_BSTD = over_segments(self, bank, (x_BSTD, layout))
         return x_BSTD, bank
+
+
+@functools.cache
+def _logical_axes(config: Config, kind: MemoryKind, stack: str) -> Any:
+    """PartitionSpecs of logical axes of one layer of a stack of blocks."""
+    model = Decoder(config, kind, parent=None)
+    tokens_BT = jnp.zeros((1, config.data.segment_length), jnp.int32)
+    boxed = jax.eval_shape(lambda: model.init_with_axes(jax.random.key(0), tokens_BT, model.init_memory(1)))
+    specs = nn.get_partition_spec(boxed["params"][stack])
+    return jax.tree.map(lambda spec: PartitionSpec(*spec[1:]), specs)
 
 
 @struct.dataclass
@@ -150,7 +179,7 @@ class Decoder(nn.Module):
         """
         layout = _layout(tokens_BST, document_BST, reset_BS, packed, deterministic)
         x_BSTD = self.embedding.astype(self.config.train.dtype)[tokens_BST]
-        x_BSTD = nn.with_logical_constraint(x_BSTD, ("batch", None, None, "activation"))
+        x_BSTD = constrain(x_BSTD, "batch", None, None, "activation")
         x_BSTD, layout, memory = self.kind.enter(self.memory_parameters, x_BSTD, layout, memory)
         x_BSTD, memory, _ = self._all_blocks(x_BSTD, memory, layout, {})
         return self.kind.leave(self.final_norm(x_BSTD), layout, memory)

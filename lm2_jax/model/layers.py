@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from lm2_jax.config import ModelConfig, RopeScaling
+from lm2_jax.model.attention import attention
 
 Initializer = Callable[..., jax.Array]
 
@@ -123,17 +124,6 @@ def rotate(x_BTHK: jax.Array, position_BT: jax.Array, frequencies_K: jax.Array) 
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTHK.dtype)
 
 
-def causal_attention(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, document_BT: jax.Array) -> jax.Array:
-    """Softmax attention to earlier positions of the same document, softmax in float32; [B,T,H,K].
-
-    The one place that chooses an attention implementation.
-    """
-    T = q_BTHK.shape[1]
-    mask_BTT = document_BT[:, :, None] == document_BT[:, None, :]
-    mask_BTT &= jnp.tril(jnp.ones((T, T), bool))
-    return jax.nn.dot_product_attention(q_BTHK, k_BTGK, v_BTGK, mask=mask_BTT[:, None])
-
-
 def attention_to_past(q_BQHK: jax.Array, past: Past, place_BQ: jax.Array) -> jax.Array:
     """Softmax attention to the places of an unfinished segment up to the query's own; [B,Q,H,K]."""
     mask_BQC = jnp.arange(past.keys_BCGK.shape[1]) <= place_BQ[..., None]
@@ -168,7 +158,7 @@ class SelfAttention(nn.Module):
         k_NTGK = rotate(dense(x_NTD, w_k).reshape(B * S, T, G, K), position_NT, frequencies_K)
         v_NTGK = dense(x_NTD, w_v).reshape(B * S, T, G, K)
         if past is None:
-            attended_NTHK = causal_attention(q_NTHK, k_NTGK, v_NTGK, document_NT)
+            attended_NTHK = attention(q_NTHK, k_NTGK, v_NTGK, causal=True, groups_BT=document_NT, groups_BU=document_NT)
         else:
             place_BT = layout.place_BST[:, 0]
             past = past.replace(

@@ -17,8 +17,10 @@ import jax.numpy as jnp
 
 from lm2_jax.config import Config, MemoryConfig
 from lm2_jax.model import layers
+from lm2_jax.model.attention import attention
 from lm2_jax.model.kind import Memory, MemoryKind, Parameters
 from lm2_jax.model.layers import Initializer, Layout, linear_init, rms_norm, vector
+from lm2_jax.model.placement import constrain
 
 _EXTRA_SLOTS_SEED = 2502_06049  # of the constant rows beyond the identity
 
@@ -33,27 +35,37 @@ def initial_bank(num_slots: int, width: int) -> jax.Array:
 
 
 def dense(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """`layers.dense` of x [B,_,in], with the result's last axis whole on every device.
+    """`layers.dense`, with the result's last axis whole on every device.
 
     Left to the compiler (jax 0.10.2), that axis lies along the mesh axis `tensor`, and with data, fsdp and tensor all
     above 1 the gradients of a loop over segments come out wrong (tests/test_step.py holds them right).
     """
-    return nn.with_logical_constraint(layers.dense(x, weight), ("batch", None, None))
+    y = layers.dense(x, weight)
+    return constrain(y, *[None] * y.ndim)
 
 
 def attend(
-    q_BQM: jax.Array, k_BKM: jax.Array, v_BKM: jax.Array, num_heads: int, mask_BK: jax.Array | None = None
+    q_BQM: jax.Array, k_BKM: jax.Array, v_BKM: jax.Array, num_heads: int, seen_BK: jax.Array | None = None
 ) -> jax.Array:
-    """Multi-head attention without projections; softmax in float32. mask_BK: which keys may be seen. [B,Q,M]."""
+    """Multi-head attention without projections. seen_BK: which keys may be seen. [B,Q,M]."""
 
     def split(x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:-1], num_heads, -1)
 
-    mask = None if mask_BK is None else mask_BK[:, None, None, :]
-    return jax.nn.dot_product_attention(split(q_BQM), split(k_BKM), split(v_BKM), mask=mask).reshape(q_BQM.shape)
+    groups = {}
+    if seen_BK is not None:
+        groups = {"groups_BT": jnp.ones(q_BQM.shape[:2], jnp.int32), "groups_BU": seen_BK.astype(jnp.int32)}
+    return attention(split(q_BQM), split(k_BKM), split(v_BKM), **groups).reshape(q_BQM.shape)
 
 
-def read(p: Parameters, config: MemoryConfig, x_BTD: jax.Array, slots_BNM: jax.Array) -> tuple[jax.Array, jax.Array]:
+def read(
+    p: Parameters,
+    config: MemoryConfig,
+    x_BTD: jax.Array,
+    slots_BNM: jax.Array,
+    start_NM: jax.Array | None = None,
+    reads_start_BT: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """Tokens ask, slots answer (paper 2.1).
 
     E_mem = MHA(q = x' W_Q, k = Bank' W_K, v = Bank' W_V) W_O;  g_out = sigmoid(E_mem W_out + b_out)
@@ -61,12 +73,20 @@ def read(p: Parameters, config: MemoryConfig, x_BTD: jax.Array, slots_BNM: jax.A
     Args:
       x_BTD: x', the normalised input of the block's self-attention.
       slots_BNM: Bank', the normalised bank, in x's dtype.
+      start_NM: the initial bank, normalised likewise, which the tokens of reads_start_BT read instead.
 
     Returns:
       g_out ⊙ E_mem and g_out, both [B,T,D].
     """
+    queries_BTD = dense(x_BTD, p["read_query"])
     keys_BND, values_BND = dense(slots_BNM, p["read_key"]), dense(slots_BNM, p["read_value"])
-    e_mem_BTD = attend(dense(x_BTD, p["read_query"]), keys_BND, values_BND, config.num_heads)
+    e_mem_BTD = attend(queries_BTD, keys_BND, values_BND, config.num_heads)
+    if start_NM is not None:
+        keys_BND, values_BND = (
+            jnp.broadcast_to(dense(start_NM, p[name]), keys_BND.shape) for name in ("read_key", "read_value")
+        )
+        e_start_BTD = attend(queries_BTD, keys_BND, values_BND, config.num_heads)
+        e_mem_BTD = jnp.where(reads_start_BT[..., None], e_start_BTD, e_mem_BTD)
     e_mem_BTD = dense(e_mem_BTD, p["read_output"])
     g_out_BTD = nn.sigmoid(dense(e_mem_BTD, p["output_gate"]) + p["output_gate_bias"].astype(x_BTD.dtype))
     return g_out_BTD * e_mem_BTD, g_out_BTD
@@ -131,7 +151,7 @@ class BankMemory(nn.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """x' [B,S,T,D] and the bank before the window to (g_out ⊙ E_mem [B,S,T,D], the bank after the window)."""
         memory, eps = self.config.memory, self.config.model.norm_eps
-        N, M = bank_BNM.shape[-2:]
+        (B, S), (N, M) = x_BSTD.shape[:2], bank_BNM.shape[-2:]
         p = {name: self.param(name, init, shape) for name, (init, shape) in _parameters(self.config).items()}
         if layout.place_BST is not None:
             slots_BNM = rms_norm(bank_BNM, p["bank_norm"], eps).astype(x_BSTD.dtype)
@@ -153,17 +173,21 @@ class BankMemory(nn.Module):
         segments = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (x_BSTD, layout.document_BST, layout.reset_BS))
         bank_BNM, (found_SBNM, g_in_S, g_f_S) = jax.lax.scan(step, bank_BNM, segments)
 
-        read_segments = jax.vmap(functools.partial(read, p, memory), in_axes=1, out_axes=1)
-        slots_BSNM = rms_norm(jnp.moveaxis(found_SBNM, 0, 1), p["bank_norm"], eps).astype(x_BSTD.dtype)
-        gated_BSTD, g_out_BSTD = read_segments(x_BSTD, slots_BSNM)
-        if layout.packed:
-            slots_BSNM = jnp.broadcast_to(rms_norm(start_BNM, p["bank_norm"], eps)[:, None], slots_BSNM.shape)
-            gated_start_BSTD, _ = read_segments(x_BSTD, slots_BSNM.astype(x_BSTD.dtype))
-            gated_BSTD = jnp.where((layout.document_BST > 1)[..., None], gated_start_BSTD, gated_BSTD)
+        def merge(a_BS: jax.Array) -> jax.Array:  # every segment reads by itself
+            return a_BS.reshape(B * S, *a_BS.shape[2:])
 
-        for name, value in (("input", g_in_S), ("forget", g_f_S), ("output", g_out_BSTD)):
+        def normed(bank: jax.Array) -> jax.Array:
+            return rms_norm(bank, p["bank_norm"], eps).astype(x_BSTD.dtype)
+
+        packing = ()
+        if layout.packed:
+            packing = normed(initial_bank(N, M)), merge(layout.document_BST) > 1
+        found_BSNM = jnp.moveaxis(found_SBNM, 0, 1)
+        gated_BTD, g_out_BTD = read(p, memory, merge(x_BSTD), merge(normed(found_BSNM)), *packing)
+
+        for name, value in (("input", g_in_S), ("forget", g_f_S), ("output", g_out_BTD)):
             self.sow("gates", name, jnp.mean(value.astype(jnp.float32)))
-        return gated_BSTD, bank_BNM
+        return gated_BTD.reshape(x_BSTD.shape), bank_BNM
 
 
 def _parameters(config: Config) -> dict[str, tuple[Initializer, tuple[int, ...]]]:

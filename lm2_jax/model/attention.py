@@ -1,0 +1,103 @@
+"""Softmax attention, and the one place that chooses what computes it.
+
+On TPUs it is JAX's splash attention, a kernel that never holds the weights of a whole segment; elsewhere
+`jax.nn.dot_product_attention`. Axes: B rows, T queries, U keys, H heads, G kv heads, K head width.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import PartitionSpec
+
+from lm2_jax.model.placement import LANES, splits_lanes
+
+_LANES = 128  # of a TPU's vector registers: the kernel's tiles are multiples of it
+_LARGEST_TILE = 512
+
+
+def attention(
+    q_BTHK: jax.Array,
+    k_BUGK: jax.Array,
+    v_BUGK: jax.Array,
+    *,
+    causal: bool = False,
+    groups_BT: jax.Array | None = None,
+    groups_BU: jax.Array | None = None,
+) -> jax.Array:
+    """softmax(q kᵀ / √K) v, softmax in float32; [B,T,H,K].
+
+    Args:
+      causal: query t sees keys up to t; T = U.
+      groups_BT, groups_BU: int32; a query sees the keys of its own group only. None: all keys.
+
+    A query that sees no key gets a finite value without meaning.
+    """
+    with jax.named_scope("causal_attention" if causal else "full_attention"):
+        if _on_tpu() and _has_tiles(q_BTHK.shape[1], k_BUGK.shape[1], q_BTHK.shape[3]):
+            return _splash(q_BTHK, k_BUGK, v_BUGK, causal, groups_BT, groups_BU)
+        mask = None
+        if groups_BT is not None:
+            mask = (groups_BT[:, :, None] == groups_BU[:, None, :])[:, None]
+        return jax.nn.dot_product_attention(q_BTHK, k_BUGK, v_BUGK, mask=mask, is_causal=causal)
+
+
+def _on_tpu() -> bool:
+    """Whether the program is compiled for TPUs: those of the mesh in use, or else JAX's default device."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() == "tpu" if device is None else device.device_kind.startswith("TPU")
+
+
+def _has_tiles(queries: int, keys: int, head_width: int) -> bool:
+    return queries % _LANES == 0 and keys % _LANES == 0 and head_width % 64 == 0
+
+
+def _splash(
+    q_BTHK: jax.Array,
+    k_BUGK: jax.Array,
+    v_BUGK: jax.Array,
+    causal: bool,
+    groups_BT: jax.Array | None,
+    groups_BU: jax.Array | None,
+) -> jax.Array:
+    """Every chip runs the kernel on its rows and heads: XLA cannot split a kernel by itself."""
+    B, _, H, _ = q_BTHK.shape
+    G = k_BUGK.shape[2]
+    local = functools.partial(_local_splash, causal=causal)
+    groups = None if groups_BT is None else splash.SegmentIds(groups_BT, groups_BU)
+    mesh = jax.sharding.get_abstract_mesh()
+    free = {axis: size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes}
+    if math.prod(free.values()) > 1:
+        lanes = LANES if splits_lanes(B) else None
+        heads = "tensor" if "tensor" in free and H % free["tensor"] == G % free["tensor"] == 0 else None
+        arrays, rows = PartitionSpec(lanes, None, heads, None), PartitionSpec(lanes, None)
+        groups_specs = None if groups is None else splash.SegmentIds(rows, rows)
+        in_specs = (arrays, arrays, arrays, groups_specs)
+        local = jax.shard_map(local, in_specs=in_specs, out_specs=arrays, axis_names=set(free), check_vma=False)
+    return local(q_BTHK, k_BUGK, v_BUGK, groups)
+
+
+def _local_splash(
+    q_BTHK: jax.Array, k_BUGK: jax.Array, v_BUGK: jax.Array, groups: splash.SegmentIds | None, *, causal: bool
+) -> jax.Array:
+    B, T, H, K = q_BTHK.shape
+    U, G = k_BUGK.shape[1:3]
+    mask = (masks.CausalMask if causal else masks.FullMask)((T, U))
+    kernel = splash.make_splash_mqa_single_device(masks.MultiHeadMask([mask] * (H // G)), block_sizes=_tiles(T, U))
+    q_BGHTK = (q_BTHK / math.sqrt(K)).astype(q_BTHK.dtype).reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
+    k_BGUK, v_BGUK = k_BUGK.transpose(0, 2, 1, 3), v_BUGK.transpose(0, 2, 1, 3)
+    rows = jax.vmap(kernel, in_axes=(0, 0, 0, None))  # over the kv heads of a row
+    out_BGHTK = jax.vmap(rows)(q_BGHTK, k_BGUK, v_BGUK, groups)
+    return out_BGHTK.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
+
+
+def _tiles(queries: int, keys: int) -> splash.BlockSizes:
+    def largest(length: int) -> int:
+        return max(n for n in range(_LANES, min(length, _LARGEST_TILE) + 1, _LANES) if length % n == 0)
+
+    q, kv = largest(queries), largest(keys)
+    return splash.BlockSizes(block_q=q, block_kv=kv, block_q_dkv=q, block_kv_dkv=kv, block_q_dq=q, block_kv_dq=kv)

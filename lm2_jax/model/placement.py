@@ -1,0 +1,76 @@
+"""Where arrays lie while a model runs on a mesh (data, fsdp, tensor); without a mesh, nothing here does anything.
+
+A block runs on every chip by itself, for the chip's own lanes. Its weights lie in parts along fsdp; the block fetches
+them whole once, however many segments it then goes through, and sends the sum of their gradients back once. Left to the
+compiler, a loop over segments would do both for every segment. The axis `tensor` stays the compiler's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import AbstractMesh, PartitionSpec
+
+LANES = ("data", "fsdp")  # the mesh axes that lanes are spread over
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """x with its axes along those mesh axes that the rules give their logical names."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or set(mesh.axis_names) == set(mesh.manual_axes):
+        return x
+    spec = [_free(mesh, axis) for axis in nn.logical_to_mesh_axes(axes)]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def _free(mesh: AbstractMesh, axis: Any) -> Any:
+    """Of one entry of a PartitionSpec, what is still the compiler's."""
+    names = (axis,) if isinstance(axis, str) else axis or ()
+    return tuple(name for name in names if name not in mesh.manual_axes) or None
+
+
+def splits_lanes(num_lanes: int) -> bool:
+    """Whether there is a mesh that `num_lanes` lanes can be spread over, and they are not already."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and not mesh.manual_axes and num_lanes % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
+
+
+def on_own_lanes(run: Callable[..., Any], weights: Any, axes: Any, dtype: str, arrays: Any) -> tuple[Any, Any]:
+    """run(weights, arrays) -> (arrays, means) on every chip's own lanes.
+
+    Args:
+      weights: float32; they travel in `dtype`, and `run` is given them in float32, in which it adds up gradients.
+      axes: PartitionSpecs of their logical axes.
+      arrays: whose first axis is that of the lanes, as that of the arrays which `run` returns.
+
+    Returns:
+      the arrays of all lanes, and the means over all chips, which have no gradient.
+    """
+    if not splits_lanes(jax.tree.leaves(arrays)[0].shape[0]):
+        return run(weights, arrays)
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = {"data", "fsdp", "tensor"} if mesh.shape["tensor"] == 1 else set(LANES)
+
+    def stored(weight: jax.Array, axes: PartitionSpec) -> PartitionSpec:
+        spec = nn.logical_to_mesh_axes(axes)
+        along = [axis == "fsdp" and size % mesh.shape[axis] == 0 for size, axis in zip(weight.shape, spec, strict=True)]
+        return PartitionSpec(*("fsdp" if part else None for part in along))
+
+    def fetch(weight: jax.Array, spec: PartitionSpec) -> jax.Array:
+        if "fsdp" not in spec:
+            return weight
+        whole = jax.lax.all_gather(weight.astype(dtype), "fsdp", axis=spec.index("fsdp"), tiled=True)
+        return whole.astype(weight.dtype)
+
+    def local(weights: Any, arrays: Any) -> tuple[Any, Any]:
+        arrays, means = run(jax.tree.map(fetch, weights, specs), arrays)
+        return arrays, jax.lax.pmean(jax.lax.stop_gradient(means), LANES)
+
+    specs, lanes = jax.tree.map(stored, weights, axes), PartitionSpec(LANES)
+    split = jax.shard_map(
+        local, in_specs=(specs, lanes), out_specs=(lanes, PartitionSpec()), axis_names=manual, check_vma=False
+    )
+    return split(weights, arrays)
