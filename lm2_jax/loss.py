@@ -1,11 +1,13 @@
 """What training minimises: cross-entropy over a window, divided by the global number of tokens that count.
 
-Axes: B lanes, S segments, T tokens, N tokens of all of these, D model width, V vocabulary.
+Axes: B lanes, S segments, T tokens, N tokens of all of these, D model width, V vocabulary,
+R rows of a piece of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import chex
@@ -14,11 +16,14 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lm2_jax.model.decoder import Decoder
-from lm2_jax.model.placement import on_own_lanes
+from lm2_jax.model.placement import fetch, on_own_lanes
 
 Batch = Mapping[str, jax.Array]  # the arrays of data/lanes.py: tokens, targets, document, answers [B,S,T]; reset [B,S]
 
-_MOST_LOGITS = 2**26  # held at once: 256 MiB
+Columns = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+FetchPiece = Callable[[jax.Array], jax.Array]
+
+_MOST_LOGITS = 2**26  # of a chip, held at once: 256 MiB
 
 
 @chex.dataclass(frozen=True)
@@ -53,84 +58,122 @@ def loss_weights(batch: Batch, lm_loss_weight: float) -> jax.Array:
 
 
 def window_loss(model: Decoder, params: Any, hidden_BSTD: jax.Array, batch: Batch, weights_BST: jax.Array) -> LossSums:
-    """Projects hidden states to the vocabulary, a piece at a time, and adds up the loss.
+    """Projects hidden states to the vocabulary and adds up the loss.
 
-    The gradient is made in the same pass: no logits are kept, and none are computed twice.
+    The vocabulary is gone through in pieces, twice where a gradient is wanted: neither all logits nor the whole table,
+    nor the whole of its gradient, are ever held.
     """
     name = "embedding" if model.config.model.tie_embeddings else "head"
     columns = (batch["targets_BST"], batch["document_BST"] > 0, batch["answers_BST"], weights_BST)
+    dtype = model.config.train.dtype
 
-    def run(weights: Any, arrays: Any) -> tuple[LossSums, Any]:
-        hidden_BSTD, columns = arrays
-        hidden_ND = hidden_BSTD.reshape(-1, hidden_BSTD.shape[-1])
-        sums = _token_loss(hidden_ND, weights[name], jax.tree.map(lambda a: a.reshape(-1), columns))
+    def run(parts: Any, specs: Any, arrays: Any) -> tuple[LossSums, Any]:
+        hidden_ND, columns = jax.tree.map(lambda a: a.reshape(-1, *a.shape[3:]), arrays)
+        fetch_piece = functools.partial(fetch, specs=specs[name], dtype=dtype)
+        sums = _token_loss(fetch_piece, hidden_ND, parts[name], columns)
         return jax.tree.map(lambda a: a[None], sums), {}
 
-    weights, axes = {name: params[name]}, {name: PartitionSpec("vocab", "embed")}
-    sums, _ = on_own_lanes(run, weights, axes, model.config.train.dtype, (hidden_BSTD, columns))
+    axes = {name: PartitionSpec("vocab", "embed")}
+    sums, _ = on_own_lanes(run, {name: params[name]}, axes, (hidden_BSTD, columns))
     return jax.tree.map(jnp.sum, sums)
 
 
-@jax.custom_vjp
-def _token_loss(hidden_ND: jax.Array, table_VD: jax.Array, columns: tuple[jax.Array, ...]) -> LossSums:
-    """Sums over N tokens. columns, each [N]: targets, which are tokens, which are answers, weights in the objective."""
-    return _pass(hidden_ND, table_VD, columns, with_gradient=False)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _token_loss(fetch_piece: FetchPiece, hidden_ND: jax.Array, part_VD: jax.Array, columns: Columns) -> LossSums:
+    """Sums over N tokens.
+
+    Args:
+      fetch_piece: from this chip's part of some rows of the table to these rows.
+      part_VD: this chip's part of the table.
+      columns: each [N]: targets, which are tokens, which are answers, weights in the objective.
+    """
+    return _sums(fetch_piece, hidden_ND, part_VD, columns)[0]
 
 
-def _pass(
-    hidden_ND: jax.Array, table_VD: jax.Array, columns: tuple[jax.Array, ...], with_gradient: bool
-) -> tuple[LossSums, Any]:
-    """The sums and, if wanted, the gradient of `loss` to hidden states and table."""
-    table = table_VD.astype(hidden_ND.dtype)
+def _sums(
+    fetch_piece: FetchPiece, hidden_ND: jax.Array, part_VD: jax.Array, columns: Columns
+) -> tuple[LossSums, jax.Array]:
+    """The sums, and log Σ exp of every token's logits [N]."""
+    targets_N, token_N, answer_N, weights_N = columns
+    numbers, parts = _pieces(part_VD, len(targets_N))
+    pieces = len(numbers)
 
-    def piece(
-        totals: tuple[LossSums, Any], inputs: tuple[jax.Array, tuple[jax.Array, ...]]
-    ) -> tuple[tuple[LossSums, Any], Any]:
-        (sums, d_table_VD), (hidden_ND, (targets_N, token_N, answer_N, weights_N)) = totals, inputs
-        logits_NV = jnp.einsum("nd,vd->nv", hidden_ND, table, preferred_element_type=jnp.float32)
-        log_sum_N = jax.nn.logsumexp(logits_NV, axis=-1)
-        target_N = jnp.take_along_axis(logits_NV, targets_N[:, None], axis=-1)[:, 0]
-        nll_N = log_sum_N - target_N
-        here = LossSums(
-            loss=jnp.sum(weights_N * nll_N),
-            nll=jnp.sum(jnp.where(token_N, nll_N, 0)),
-            tokens=jnp.sum(token_N),
-            correct=jnp.sum(answer_N & (target_N >= jnp.max(logits_NV, axis=-1))),
-            answers=jnp.sum(answer_N),
-        )
-        sums = jax.tree.map(jnp.add, sums, here)
-        if not with_gradient:
-            return (sums, d_table_VD), None
-        is_target_NV = jnp.arange(logits_NV.shape[1]) == targets_N[:, None]
-        d_logits_NV = (jnp.exp(logits_NV - log_sum_N[:, None]) - is_target_NV) * weights_N[:, None]
-        d_logits_NV = d_logits_NV.astype(hidden_ND.dtype)
-        d_table_VD += jnp.einsum("nv,nd->vd", d_logits_NV, hidden_ND, preferred_element_type=jnp.float32)
-        return (sums, d_table_VD), d_logits_NV @ table
+    def piece(carry: tuple[jax.Array, ...], inputs: tuple[jax.Array, jax.Array]) -> tuple[tuple[jax.Array, ...], None]:
+        (most_N, sum_N, target_N), (number, part_RD) = carry, inputs
+        logits_NR = _logits(hidden_ND, fetch_piece(part_RD), number, pieces, len(part_VD))
+        higher_N = jnp.maximum(most_N, jnp.max(logits_NR, axis=-1))
+        sum_N = sum_N * jnp.exp(most_N - higher_N) + jnp.sum(jnp.exp(logits_NR - higher_N[:, None]), axis=-1)
+        mine_N = jnp.take_along_axis(logits_NR, targets_N[:, None] // pieces, axis=-1)[:, 0]
+        return (higher_N, sum_N, jnp.where(targets_N % pieces == number, mine_N, target_N)), None
 
-    pieces = _number_of_pieces(*hidden_ND.shape[:1], table_VD.shape[0])
-    inputs = jax.tree.map(lambda a: a.reshape(pieces, -1, *a.shape[1:]), (hidden_ND, columns))
-    start = zero_sums(), jnp.zeros(table_VD.shape) if with_gradient else ()
-    (sums, d_table_VD), d_hidden = jax.lax.scan(piece, start, inputs)
-    return sums, (d_hidden.reshape(hidden_ND.shape), d_table_VD) if with_gradient else None
-
-
-def _number_of_pieces(tokens: int, vocabulary: int) -> int:
-    """The fewest equal pieces whose logits stay below a limit."""
-    return next(
-        n for n in range(1, tokens + 1) if (tokens % n == 0 and tokens // n * vocabulary <= _MOST_LOGITS) or n == tokens
+    zero_N = jnp.zeros(len(targets_N))
+    (most_N, sum_N, target_N), _ = jax.lax.scan(piece, (zero_N - jnp.inf, zero_N, zero_N), (numbers, parts))
+    log_sum_N = most_N + jnp.log(sum_N)
+    nll_N = log_sum_N - target_N
+    sums = LossSums(
+        loss=jnp.sum(weights_N * nll_N),
+        nll=jnp.sum(jnp.where(token_N, nll_N, 0)),
+        tokens=jnp.sum(token_N),
+        correct=jnp.sum(answer_N & (target_N >= most_N)),
+        answers=jnp.sum(answer_N),
     )
+    return sums, log_sum_N
 
 
-def _token_loss_forward(hidden_ND: jax.Array, table_VD: jax.Array, columns: Any) -> tuple[LossSums, Any]:
-    return _pass(hidden_ND, table_VD, columns, with_gradient=True)
+def _gradient(
+    fetch_piece: FetchPiece, saved: tuple[jax.Array, jax.Array, Columns, jax.Array], by_sums: LossSums
+) -> tuple[jax.Array, jax.Array, None]:
+    """Of `loss` (no other sum is differentiated) to hidden states and this chip's part of the table."""
+    hidden_ND, part_VD, columns, log_sum_N = saved
+    targets_N, weights_N = columns[0], columns[3] * by_sums.loss
+    numbers, parts = _pieces(part_VD, len(targets_N))
+    pieces = len(numbers)
+
+    def piece(d_hidden_ND: jax.Array, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        number, part_RD = inputs
+        table_RD, send_back = jax.vjp(fetch_piece, part_RD)
+        logits_NR = _logits(hidden_ND, table_RD, number, pieces, len(part_VD))
+        is_target_NR = jnp.arange(logits_NR.shape[1]) * pieces + number == targets_N[:, None]
+        d_logits_NR = (jnp.exp(logits_NR - log_sum_N[:, None]) - is_target_NR) * weights_N[:, None]
+        d_logits_NR = d_logits_NR.astype(hidden_ND.dtype)
+        table_RD = table_RD.astype(hidden_ND.dtype)
+        d_hidden_ND += jnp.einsum("nr,rd->nd", d_logits_NR, table_RD, preferred_element_type=jnp.float32)
+        d_table_RD = jnp.einsum("nr,nd->rd", d_logits_NR, hidden_ND, preferred_element_type=jnp.float32)
+        return d_hidden_ND, send_back(d_table_RD)[0]
+
+    d_hidden_ND, d_parts = jax.lax.scan(piece, jnp.zeros(hidden_ND.shape), (numbers, parts))
+    d_part_VD = d_parts.swapaxes(0, 1).reshape(-1, part_VD.shape[1])[: len(part_VD)]
+    return d_hidden_ND.astype(hidden_ND.dtype), d_part_VD, None
 
 
-def _token_loss_backward(gradient: tuple[jax.Array, jax.Array], by_sums: LossSums) -> tuple[Any, Any, None]:
-    scaled = jax.tree.map(lambda g: (g * by_sums.loss).astype(g.dtype), gradient)
-    return *scaled, None  # of the sums, only `loss` is differentiated
+def _pieces(part_VD: jax.Array, tokens: int) -> tuple[jax.Array, jax.Array]:
+    """Numbers 0, 1, .. and rows [pieces,R,D]: row r of piece i is row r · pieces + i of the table, or padding.
+
+    (So a table whose rows lie along the mesh axis tensor is spread evenly in every piece.)
+    """
+    V, D = part_VD.shape
+    pieces = -(-V * tokens // _MOST_LOGITS)
+    rows_VD = jnp.pad(part_VD, ((0, -V % pieces), (0, 0)))
+    return jnp.arange(pieces), rows_VD.reshape(-1, pieces, D).swapaxes(0, 1)
 
 
-_token_loss.defvjp(_token_loss_forward, _token_loss_backward)
+def _logits(hidden_ND: jax.Array, table_RD: jax.Array, number: jax.Array, pieces: int, vocab_size: int) -> jax.Array:
+    """Logits [N,R] of a piece, float32; padding has -inf."""
+    table_RD = table_RD.astype(hidden_ND.dtype)
+    logits_NR = jnp.einsum("nd,rd->nr", hidden_ND, table_RD, preferred_element_type=jnp.float32)
+    if vocab_size % pieces == 0:
+        return logits_NR
+    return jnp.where(jnp.arange(len(table_RD)) * pieces + number < vocab_size, logits_NR, -jnp.inf)
+
+
+def _forward(
+    fetch_piece: FetchPiece, hidden_ND: jax.Array, part_VD: jax.Array, columns: Columns
+) -> tuple[LossSums, tuple[jax.Array, jax.Array, Columns, jax.Array]]:
+    sums, log_sum_N = _sums(fetch_piece, hidden_ND, part_VD, columns)
+    return sums, (hidden_ND, part_VD, columns, log_sum_N)
+
+
+_token_loss.defvjp(_forward, _gradient)
 
 
 def zero_sums() -> LossSums:

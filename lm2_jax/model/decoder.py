@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 from lm2_jax.config import Config
 from lm2_jax.model.kind import Memory, MemoryKind, Parameters
 from lm2_jax.model.layers import CausalConv, Layout, Past, RMSNorm, SelfAttention, SwiGLU, put, unbox
-from lm2_jax.model.placement import constrain, on_own_lanes, splits_lanes
+from lm2_jax.model.placement import constrain, fetch, on_own_lanes, splits_lanes
 
 
 class Block(nn.Module):
@@ -51,12 +51,13 @@ class Block(nn.Module):
         """The block, on every chip for the chip's own lanes."""
         unbound = self.clone(parent=None)
 
-        def run(weights: Any, arrays: Any) -> tuple[Any, Any]:
+        def run(parts: Any, specs: Any, arrays: Any) -> tuple[Any, Any]:
+            weights = fetch(parts, specs, self.config.train.dtype)
             outputs, sown = unbound.apply({"params": weights}, *arrays, mutable=["gates"])
             return outputs, sown.get("gates", {})
 
         axes = _logical_axes(self.config, self.kind, "bank_blocks" if self.with_bank else "blocks")
-        outputs, gates = on_own_lanes(run, self.variables["params"], axes, self.config.train.dtype, arrays)
+        outputs, gates = on_own_lanes(run, self.variables["params"], axes, arrays)
         for path, value in jax.tree_util.tree_leaves_with_path(gates):
             self.sow("gates", next(key.key for key in reversed(path) if isinstance(key, jax.tree_util.DictKey)), value)
         return outputs

@@ -38,11 +38,11 @@ def splits_lanes(num_lanes: int) -> bool:
     return not mesh.empty and not mesh.manual_axes and num_lanes % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
 
 
-def on_own_lanes(run: Callable[..., Any], weights: Any, axes: Any, dtype: str, arrays: Any) -> tuple[Any, Any]:
-    """run(weights, arrays) -> (arrays, means) on every chip's own lanes.
+def on_own_lanes(run: Callable[..., Any], weights: Any, axes: Any, arrays: Any) -> tuple[Any, Any]:
+    """run(parts, specs, arrays) -> (arrays, means) on every chip's own lanes; `fetch` makes parts whole.
 
     Args:
-      weights: float32; they travel in `dtype`, and `run` is given them in float32, in which it adds up gradients.
+      weights: float32.
       axes: PartitionSpecs of their logical axes.
       arrays: whose first axis is that of the lanes, as that of the arrays which `run` returns.
 
@@ -50,7 +50,7 @@ def on_own_lanes(run: Callable[..., Any], weights: Any, axes: Any, dtype: str, a
       the arrays of all lanes, and the means over all chips, which have no gradient.
     """
     if not splits_lanes(jax.tree.leaves(arrays)[0].shape[0]):
-        return run(weights, arrays)
+        return run(weights, jax.tree.map(lambda weight: PartitionSpec(*[None] * weight.ndim), weights), arrays)
     mesh = jax.sharding.get_abstract_mesh()
     manual = {"data", "fsdp", "tensor"} if mesh.shape["tensor"] == 1 else set(LANES)
 
@@ -59,14 +59,8 @@ def on_own_lanes(run: Callable[..., Any], weights: Any, axes: Any, dtype: str, a
         along = [axis == "fsdp" and size % mesh.shape[axis] == 0 for size, axis in zip(weight.shape, spec, strict=True)]
         return PartitionSpec(*("fsdp" if part else None for part in along))
 
-    def fetch(weight: jax.Array, spec: PartitionSpec) -> jax.Array:
-        if "fsdp" not in spec:
-            return weight
-        whole = jax.lax.all_gather(weight.astype(dtype), "fsdp", axis=spec.index("fsdp"), tiled=True)
-        return whole.astype(weight.dtype)
-
-    def local(weights: Any, arrays: Any) -> tuple[Any, Any]:
-        arrays, means = run(jax.tree.map(fetch, weights, specs), arrays)
+    def local(parts: Any, arrays: Any) -> tuple[Any, Any]:
+        arrays, means = run(parts, specs, arrays)
         return arrays, jax.lax.pmean(jax.lax.stop_gradient(means), LANES)
 
     specs, lanes = jax.tree.map(stored, weights, axes), PartitionSpec(LANES)
@@ -74,3 +68,18 @@ def on_own_lanes(run: Callable[..., Any], weights: Any, axes: Any, dtype: str, a
         local, in_specs=(specs, lanes), out_specs=(lanes, PartitionSpec()), axis_names=manual, check_vma=False
     )
     return split(weights, arrays)
+
+
+def fetch(parts: Any, specs: Any, dtype: str) -> Any:
+    """The whole weights that a chip has parts of; they travel in `dtype`, as do their gradients on the way back.
+
+    They are handed out in float32, in which a loop adds up gradients.
+    """
+
+    def one(part: jax.Array, spec: PartitionSpec) -> jax.Array:
+        if "fsdp" not in spec:
+            return part
+        whole = jax.lax.all_gather(part.astype(dtype), "fsdp", axis=spec.index("fsdp"), tiled=True)
+        return whole.astype(part.dtype)
+
+    return jax.tree.map(one, parts, specs)
