@@ -40,6 +40,12 @@ def start(model: Decoder, params: Any, batch_size: int, segment_length: int | No
     return _start(model, params, batch_size, segment_length or model.config.trained_segment_length)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def derive(model: Decoder, params: Any, state: Unfinished) -> Unfinished:
+    """A state without its derived arrays (`memory_file` saves none), with them."""
+    return model.apply({"params": params}, state, method="derive")
+
+
 def advance(
     model: Decoder, params: Any, tokens_BQ: np.ndarray, count_B: np.ndarray, state: Unfinished
 ) -> tuple[jax.Array, Unfinished]:
@@ -177,7 +183,7 @@ def draw(
     return jnp.take_along_axis(order_BV, rank_B[:, None], axis=-1)[:, 0]
 
 
-# --- Compiled programs: three for each model and batch size --------------------------------------------------------
+# --- Compiled programs: few for each model and batch size ----------------------------------------------------------
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))

@@ -20,6 +20,7 @@ from lm2_jax.model import layers
 from lm2_jax.model.kind import Memory, MemoryKind, Parameters
 from lm2_jax.model.layers import Initializer, Layout, linear_init, rms_norm, vector
 
+ReadKeys = tuple[jax.Array, jax.Array]  # keys and values
 _EXTRA_SLOTS_SEED = 2502_06049  # of the constant rows beyond the identity
 
 
@@ -53,19 +54,26 @@ def attend(
     return jax.nn.dot_product_attention(split(q_BQM), split(k_BKM), split(v_BKM), mask=mask).reshape(q_BQM.shape)
 
 
-def read(p: Parameters, config: MemoryConfig, x_BTD: jax.Array, slots_BNM: jax.Array) -> tuple[jax.Array, jax.Array]:
+def read_keys(p: Parameters, eps: float, bank_BNM: jax.Array, dtype: jnp.dtype) -> ReadKeys:
+    """Bank' W_K and Bank' W_V of `read`, both [B,N,D] in `dtype`; Bank' is the normalised bank."""
+    slots_BNM = rms_norm(bank_BNM, p["bank_norm"], eps).astype(dtype)
+    return dense(slots_BNM, p["read_key"]), dense(slots_BNM, p["read_value"])
+
+
+def read(
+    p: Parameters, config: MemoryConfig, x_BTD: jax.Array, keys_BND: jax.Array, values_BND: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Tokens ask, slots answer (paper 2.1).
 
     E_mem = MHA(q = x' W_Q, k = Bank' W_K, v = Bank' W_V) W_O;  g_out = sigmoid(E_mem W_out + b_out)
 
     Args:
       x_BTD: x', the normalised input of the block's self-attention.
-      slots_BNM: Bank', the normalised bank, in x's dtype.
+      keys_BND, values_BND: of `read_keys`.
 
     Returns:
       g_out ⊙ E_mem and g_out, both [B,T,D].
     """
-    keys_BND, values_BND = dense(slots_BNM, p["read_key"]), dense(slots_BNM, p["read_value"])
     e_mem_BTD = attend(dense(x_BTD, p["read_query"]), keys_BND, values_BND, config.num_heads)
     e_mem_BTD = dense(e_mem_BTD, p["read_output"])
     g_out_BTD = nn.sigmoid(dense(e_mem_BTD, p["output_gate"]) + p["output_gate_bias"].astype(x_BTD.dtype))
@@ -117,7 +125,7 @@ def write(
 class BankMemory(nn.Module):
     """One block's bank over a window: the recurrence (`write`, scanned over the segments), then all reads at once.
 
-    An unfinished segment only reads; `LM2.finish` writes.
+    An unfinished segment only reads, by the keys and values of `LM2.readable`; `LM2.finish` writes.
 
     In packed segments, tokens of a document that began inside the segment read the initial bank, and only the segment's
     last document writes, from the initial bank if it began here.
@@ -127,15 +135,15 @@ class BankMemory(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BSTD: jax.Array, a_BSTD: jax.Array, bank_BNM: jax.Array, layout: Layout
-    ) -> tuple[jax.Array, jax.Array]:
+        self, x_BSTD: jax.Array, a_BSTD: jax.Array, bank_BNM: jax.Array | ReadKeys, layout: Layout
+    ) -> tuple[jax.Array, jax.Array | None]:
         """x' [B,S,T,D] and the bank before the window to (g_out ⊙ E_mem [B,S,T,D], the bank after the window)."""
         memory, eps = self.config.memory, self.config.model.norm_eps
-        N, M = bank_BNM.shape[-2:]
         p = {name: self.param(name, init, shape) for name, (init, shape) in _parameters(self.config).items()}
         if layout.place_BST is not None:
-            slots_BNM = rms_norm(bank_BNM, p["bank_norm"], eps).astype(x_BSTD.dtype)
-            return read(p, memory, x_BSTD[:, 0], slots_BNM)[0][:, None], bank_BNM
+            keys_BND, values_BND = bank_BNM
+            return read(p, memory, x_BSTD[:, 0], keys_BND, values_BND)[0][:, None], None
+        N, M = bank_BNM.shape[-2:]
         start_BNM = jnp.broadcast_to(initial_bank(N, M), bank_BNM.shape)
 
         def step(
@@ -153,12 +161,12 @@ class BankMemory(nn.Module):
         segments = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (x_BSTD, layout.document_BST, layout.reset_BS))
         bank_BNM, (found_SBNM, g_in_S, g_f_S) = jax.lax.scan(step, bank_BNM, segments)
 
-        read_segments = jax.vmap(functools.partial(read, p, memory), in_axes=1, out_axes=1)
-        slots_BSNM = rms_norm(jnp.moveaxis(found_SBNM, 0, 1), p["bank_norm"], eps).astype(x_BSTD.dtype)
-        gated_BSTD, g_out_BSTD = read_segments(x_BSTD, slots_BSNM)
+        def read_bank(x_BTD: jax.Array, bank_BNM: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return read(p, memory, x_BTD, *read_keys(p, eps, bank_BNM, x_BTD.dtype))
+
+        gated_BSTD, g_out_BSTD = jax.vmap(read_bank, in_axes=(1, 0), out_axes=1)(x_BSTD, found_SBNM)
         if layout.packed:
-            slots_BSNM = jnp.broadcast_to(rms_norm(start_BNM, p["bank_norm"], eps)[:, None], slots_BSNM.shape)
-            gated_start_BSTD, _ = read_segments(x_BSTD, slots_BSNM.astype(x_BSTD.dtype))
+            gated_start_BSTD, _ = jax.vmap(read_bank, in_axes=(1, None), out_axes=1)(x_BSTD, start_BNM)
             gated_BSTD = jnp.where((layout.document_BST > 1)[..., None], gated_start_BSTD, gated_BSTD)
 
         for name, value in (("input", g_in_S), ("forget", g_f_S), ("output", g_out_BSTD)):
@@ -213,6 +221,11 @@ class LM2(MemoryKind):
     def block_memory(self) -> Callable[[], nn.Module]:
         """Read and write of one bank."""
         return functools.partial(BankMemory, self.config)
+
+    def readable(self, memory: Memory, block_parameters: Parameters) -> ReadKeys:
+        """Keys and values of every bank, [L,B,N,D]."""
+        eps, dtype = self.config.model.norm_eps, self.config.train.dtype
+        return jax.lax.map(lambda layer: read_keys(layer[0], eps, layer[1], dtype), (block_parameters, memory))
 
     def finish(
         self, memory: Memory, block_parameters: Parameters, inputs_LBTD: jax.Array, token_BT: jax.Array, ends_BmD: None
