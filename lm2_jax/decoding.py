@@ -110,7 +110,7 @@ def decode(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     stop_ids: Collection[int] = (),
     on_token: OnToken | None = None,
 ) -> tuple[list[list[int]], Unfinished]:
@@ -123,7 +123,7 @@ def decode(
       temperature: 0: the most likely token.
       top_k: draw from the k most likely tokens.
       top_p: draw from the fewest most likely tokens that together have at least this probability.
-      seed: row b draws from seed + b and the number of tokens read before.
+      seed: row b draws from seed + b, or from seed[b], and the number of tokens read before.
       stop_ids: tokens that end a row; they are left out, and not read.
       on_token: called with (row, token) for every token; True ends the row, and that token is not read.
 
@@ -133,7 +133,8 @@ def decode(
     """
     _check_options(max_new_tokens, temperature, top_k, top_p)
     logits_BV, state = read(model, params, prompts, state)
-    seed_B = np.array([(seed + row) % 2**32 for row in range(len(prompts))], np.uint32)
+    seeds = [seed + row for row in range(len(prompts))] if isinstance(seed, int) else seed
+    seed_B = np.array([seed % 2**32 for seed in seeds], np.uint32)
     written: list[list[int]] = [[] for _ in prompts]
     going_B = np.ones(len(prompts), bool)
     for _ in range(max_new_tokens):
