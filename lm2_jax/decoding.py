@@ -212,7 +212,7 @@ def _finish(model: Decoder, params: Any, rows_B: jax.Array, state: Unfinished) -
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> list[np.ndarray]:
-    arrays = [np.asarray(prompt, np.int64) for prompt in prompts]
+    arrays = [np.asarray(prompt) for prompt in prompts]
     for row, array in enumerate(arrays):
         if not array.size:
             raise UserError(f"prompt {row} is empty; generation needs a token to go on from")

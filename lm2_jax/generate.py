@@ -36,14 +36,14 @@ def main() -> None:
             raise UserError(f"--load-memory: {arguments.load_memory} holds {len(state.count_B)} rows; expected one")
     else:
         state, begin = start(model, params, 1), [id for id in (tokenizer.bos_id,) if id is not None]
-    ids = encode_long(tokenizer, text)
-    if not len(ids):
+    prompt = np.concatenate([np.array(begin, np.int32), encode_long(tokenizer, text)])
+    if len(prompt) == len(begin):
         raise UserError("the prompt holds no token; give some text to continue")
     stream = TextStream(tokenizer, arguments.stop, functools.partial(print, end="", flush=True))
     _, state = decode(
         model,
         params,
-        [np.concatenate([np.array(begin, np.int32), ids])],
+        [prompt],
         state,
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
