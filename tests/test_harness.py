@@ -504,6 +504,13 @@ def fails(checkpoint, settings, said, monkeypatch, capsys):
     assert message.startswith("error: ") and said in message and "Traceback" not in message
 
 
+@needs_harness
+def test_the_generators_words_are_no_text(tmp_path):
+    words = ("tokenizer.kind=stories", "model.vocab_size=185", "data.batch_size=8")
+    with pytest.raises(UserError, match="knows only the generator's words"):
+        measure(random_checkpoint(tmp_path / "model", *words), "eval.harness.tasks=own", task=harness)
+
+
 @pytest.mark.parametrize("task", ["mmlu", "harness"])
 def test_without_the_harness(task, checkpoint, monkeypatch, capsys):
     find_spec = importlib.util.find_spec

@@ -6,16 +6,14 @@ name others.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import importlib.metadata
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from rich.table import Table
 
@@ -57,22 +55,21 @@ def run(
 ) -> Result:
     """As `evaluate`, for `--task name` with the settings `ask`. wanted: names, or the harness's tasks and groups."""
     require()
-    with _quietly():
-        import lm_eval
-
-        from lm2_jax.evals.harness_model import HarnessModel
-
-        tasks = _load(name, wanted, include)
-        for task in tasks["tasks"].values():
-            _set_shots(task, ask.shots)
-        finished = Finished(finished_path(output), _identity(loaded), key=("request",))
-        found = lm_eval.evaluate(
-            HarnessModel(loaded, finished, say),
-            tasks,
-            limit=ask.limit,
-            bootstrap_iters=_BOOTSTRAPS,
-            log_samples=False,
+    if loaded.config.has_tokenizer and loaded.config.tokenizer.kind == "stories":
+        raise UserError(
+            f"--task {name}: tokenizer.kind stories knows only the generator's words; evaluate a model with another "
+            "tokenizer"
         )
+    import lm_eval
+
+    from lm2_jax.evals.harness_model import HarnessModel
+
+    tasks = _load(name, wanted, include)
+    for task in tasks["tasks"].values():
+        _set_shots(task, ask.shots)
+    finished = Finished(finished_path(output), _identity(loaded), key=("request",))
+    model = HarnessModel(loaded, finished, say)
+    found = lm_eval.evaluate(model, tasks, limit=ask.limit, bootstrap_iters=_BOOTSTRAPS, log_samples=False)
     return {
         "task": name,
         "checkpoint": loaded.checkpoint,
@@ -83,25 +80,15 @@ def run(
 
 
 def require() -> None:
-    """Raises UserError if lm-evaluation-harness is not installed."""
+    """To be called before lm_eval is imported. Raises UserError if it is not installed.
+
+    Keeps warnings of its own from standing between what `say` is told, and lets it fork no processes: in those, which
+    it takes some standard errors in, JAX may hang.
+    """
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("tasks mmlu and harness need lm-evaluation-harness: pip install 'lm-eval>=0.4.13,<0.5'")
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Within it the harness shows no bars and no warnings beside what `say` is told.
-
-    It also takes its standard errors in this process: in a forked one JAX may hang.
-    """
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with mock.patch.dict(os.environ, {"TQDM_DISABLE": "1", "DISABLE_MULTIPROC": "1"}):
-            yield
-    finally:
-        logger.setLevel(level)
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
 def _load(name: str, wanted: Sequence[Any], include: str | None) -> Any:
