@@ -152,12 +152,14 @@ def ask(loaded, kind, *arguments, **options):
 def test_log_likelihoods_of_text(checkpoint):
     """Contexts begin with the begin token, an empty one is that alone; a space before the cut goes to its right."""
     loaded = load(checkpoint("lm2"))
-    found = ask(loaded, "loglikelihood", ("Where is Mary?", " In the garden."), ("", "née"), ("It is ", "late"))
+    asked = (("Where is Mary?", " In the garden."), ("", "née"), ("It is ", "late"), (" ", "late"))
+    found = ask(loaded, "loglikelihood", *asked)
     begin, encode = 256, loaded.tokenizer.encode
     pairs = [
         ([begin, *encode("Where is Mary?")], encode(" In the garden.")),
         ([begin], encode("née")),
         ([begin, *encode("It is")], encode(" late")),
+        ([begin], encode(" late")),
     ]
     for (log, greedy), right in zip(found, score(loaded, pairs), strict=True):
         assert log == pytest.approx(right[0], abs=1e-4) and greedy == right[1]
@@ -167,7 +169,8 @@ def test_log_likelihoods_of_text(checkpoint):
 def test_whole_texts(checkpoint):
     loaded = load(checkpoint("lm2"))
     long = "Call me Ishmael. " * 9
-    found = ask(loaded, "loglikelihood_rolling", (long,), ("a",))
+    found = ask(loaded, "loglikelihood_rolling", ("",), (long,), ("a",))
+    assert found.pop(0) == 0
     expected = [log for log, _ in score(loaded, [([256], loaded.tokenizer.encode(text)) for text in (long, "a")])]
     assert found == pytest.approx(expected, abs=1e-3)
 

@@ -75,12 +75,14 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        for (_, text), _, ids in requests:
-            if not ids:
+        pairs = []
+        for (_, text), context, continuation in requests:
+            if not continuation:
                 raise UserError(f"the tokenizer makes no token of its own of the continuation {text!r}")
+            pairs.append((context or [self.prefix_token_id], continuation))
 
         def scored(left: Sequence[int]) -> Answers:
-            for batch in score(self._loaded, [requests[index][1:] for index in left]):
+            for batch in score(self._loaded, [pairs[index] for index in left]):
                 yield [(place, [log, greedy]) for place, log, greedy in batch]
 
         answers = self._answer("loglikelihood", [texts for texts, _, _ in requests], scored)
@@ -91,8 +93,11 @@ class HarnessModel(TemplateLM):
         texts = [self.tok_encode(request.args[0], add_special_tokens=False) for request in requests]
 
         def scored(left: Sequence[int]) -> Answers:
-            for batch in score(self._loaded, [([self.prefix_token_id], texts[index]) for index in left]):
-                yield [(place, log) for place, log, _ in batch]
+            if empty := [(place, 0.0) for place, index in enumerate(left) if not texts[index]]:
+                yield empty
+            places = [place for place, index in enumerate(left) if texts[index]]
+            for batch in score(self._loaded, [([self.prefix_token_id], texts[left[place]]) for place in places]):
+                yield [(places[number], log) for number, log, _ in batch]
 
         return self._answer("loglikelihood_rolling", [request.args for request in requests], scored)
 
