@@ -327,6 +327,34 @@ class BabilongConfig(Section):
         return self
 
 
+class MmluConfig(Section):
+    """Multiple-choice questions of many subjects (evaluate --task mmlu)."""
+
+    path: NonEmptyStr | None = None  # directory of dev/*_dev.csv and test/*_test.csv; null: the harness's, from the hub
+    subjects: tuple[NonEmptyStr, ...] | None = None  # such as astronomy; null: all
+    shots: NonNegativeInt = 5  # solved questions before each
+    limit: PositiveInt | None = None  # questions of each subject; null: all
+
+    @model_validator(mode="before")
+    @classmethod
+    def _single_subject_is_a_list(cls, values: Any) -> Any:
+        return _lists(values, "subjects")
+
+
+class HarnessConfig(Section):
+    """Tasks of lm-evaluation-harness by their names (evaluate --task harness)."""
+
+    tasks: tuple[NonEmptyStr, ...] = ()  # names of tasks, groups or tags; YAML files of tasks
+    include: NonEmptyStr | None = None  # a directory of task files of your own
+    shots: NonNegativeInt | None = None  # null: what each task says
+    limit: PositiveInt | None = None  # samples of each task; null: all
+
+    @model_validator(mode="before")
+    @classmethod
+    def _single_task_is_a_list(cls, values: Any) -> Any:
+        return _lists(values, "tasks")
+
+
 class EvalConfig(Section):
     """Validation while training, the table of accuracy by context length at its end, and what `evaluate` measures."""
 
@@ -338,6 +366,8 @@ class EvalConfig(Section):
     path: Paths | None = None  # stories: bAbI test files to report beside the held-out stories
     perplexity: PerplexityConfig = PerplexityConfig()
     babilong: BabilongConfig = BabilongConfig()
+    mmlu: MmluConfig = MmluConfig()
+    harness: HarnessConfig = HarnessConfig()
 
     @model_validator(mode="before")
     @classmethod

@@ -40,6 +40,12 @@ def start(model: Decoder, params: Any, batch_size: int, segment_length: int | No
     return _start(model, params, batch_size, segment_length or model.config.trained_segment_length)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def derive(model: Decoder, params: Any, state: Unfinished) -> Unfinished:
+    """A state without its derived arrays (`memory_file` saves none), with them."""
+    return model.apply({"params": params}, state, method="derive")
+
+
 def advance(
     model: Decoder, params: Any, tokens_BQ: np.ndarray, count_B: np.ndarray, state: Unfinished
 ) -> tuple[jax.Array, Unfinished]:
@@ -104,7 +110,7 @@ def decode(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     stop_ids: Collection[int] = (),
     on_token: OnToken | None = None,
 ) -> tuple[list[list[int]], Unfinished]:
@@ -117,7 +123,7 @@ def decode(
       temperature: 0: the most likely token.
       top_k: draw from the k most likely tokens.
       top_p: draw from the fewest most likely tokens that together have at least this probability.
-      seed: row b draws from seed + b and the number of tokens read before.
+      seed: row b draws from seed + b, or from seed[b], and the number of tokens read before.
       stop_ids: tokens that end a row; they are left out, and not read.
       on_token: called with (row, token) for every token; True ends the row, and that token is not read.
 
@@ -127,7 +133,8 @@ def decode(
     """
     _check_options(max_new_tokens, temperature, top_k, top_p)
     logits_BV, state = read(model, params, prompts, state)
-    seed_B = np.array([(seed + row) % 2**32 for row in range(len(prompts))], np.uint32)
+    seeds = [seed + row for row in range(len(prompts))] if isinstance(seed, int) else seed
+    seed_B = np.array([seed % 2**32 for seed in seeds], np.uint32)
     written: list[list[int]] = [[] for _ in prompts]
     going_B = np.ones(len(prompts), bool)
     for _ in range(max_new_tokens):
@@ -177,7 +184,7 @@ def draw(
     return jnp.take_along_axis(order_BV, rank_B[:, None], axis=-1)[:, 0]
 
 
-# --- Compiled programs: three for each model and batch size --------------------------------------------------------
+# --- Compiled programs: few for each model and batch size ----------------------------------------------------------
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
@@ -206,7 +213,7 @@ def _finish(model: Decoder, params: Any, rows_B: jax.Array, state: Unfinished) -
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> list[np.ndarray]:
-    arrays = [np.asarray(prompt, np.int64) for prompt in prompts]
+    arrays = [np.asarray(prompt) for prompt in prompts]
     for row, array in enumerate(arrays):
         if not array.size:
             raise UserError(f"prompt {row} is empty; generation needs a token to go on from")

@@ -12,12 +12,12 @@ from pathlib import Path
 from rich.console import Console
 
 from lm2_jax.errors import UserError, run_command
-from lm2_jax.evals import babilong, perplexity
+from lm2_jax.evals import babilong, harness, mmlu, perplexity
 from lm2_jax.evals.loaded import load_for_evaluation
 from lm2_jax.reporting import write_atomically
 from lm2_jax.sharding import use_mesh
 
-TASKS = {"perplexity": perplexity, "babilong": babilong}
+TASKS = {"perplexity": perplexity, "babilong": babilong, "mmlu": mmlu, "harness": harness}
 
 
 def main() -> None:
@@ -27,7 +27,9 @@ def main() -> None:
         description="Measure a model. With --output, finished work is kept, and the same command goes on from there.",
         epilog="examples: --task perplexity --set 'eval.perplexity.path=books/*.txt'; "
         "--task babilong --set eval.babilong.babi=en-10k --set 'eval.babilong.books=books/*.txt' "
-        "--set 'eval.babilong.lengths=[0k, 1k, 128k]' (all settings: PerplexityConfig and BabilongConfig in config.py)",
+        "--set 'eval.babilong.lengths=[0k, 1k, 128k]'; --task mmlu --set eval.mmlu.path=mmlu; "
+        "--task harness --set 'eval.harness.tasks=[arc_easy, lambada_openai]' "
+        "(all settings: PerplexityConfig, BabilongConfig, MmluConfig and HarnessConfig in config.py)",
     )
     parser.add_argument(
         "--checkpoint",

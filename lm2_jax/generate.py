@@ -11,11 +11,13 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from lm2_jax.checkpoint import load
 from lm2_jax.decoding import decode, generate, start
 from lm2_jax.errors import UserError, run_command
 from lm2_jax.memory_file import load_state, save_state
-from lm2_jax.tokenizer import Tokenizer, load_text_tokenizer
+from lm2_jax.tokenizer import Tokenizer, encode_long, load_text_tokenizer
 
 __all__ = ["TextStream", "generate", "main"]
 
@@ -34,14 +36,14 @@ def main() -> None:
             raise UserError(f"--load-memory: {arguments.load_memory} holds {len(state.count_B)} rows; expected one")
     else:
         state, begin = start(model, params, 1), [id for id in (tokenizer.bos_id,) if id is not None]
-    ids = tokenizer.encode(text)
-    if not ids:
+    prompt = np.concatenate([np.array(begin, np.int32), encode_long(tokenizer, text)])
+    if len(prompt) == len(begin):
         raise UserError("the prompt holds no token; give some text to continue")
     stream = TextStream(tokenizer, arguments.stop, functools.partial(print, end="", flush=True))
     _, state = decode(
         model,
         params,
-        [begin + ids],
+        [prompt],
         state,
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,

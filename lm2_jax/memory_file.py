@@ -1,7 +1,8 @@
 """Memory on disk: what rows have read, as one safetensors file that another process goes on from.
 
-It holds the whole state of generation (the memory and the unfinished segment) and, in its metadata, which model that is
-of: the config's sections `model` and `memory`, the segment length, and a checksum of every parameter.
+It holds the whole state of generation (the memory and the unfinished segment, without what is derived from them) and,
+in its metadata, which model that is of: the config's sections `model` and `memory`, the segment length, and a checksum
+of every parameter.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def load_state(path: str | Path, model: Decoder, params: Any) -> Unfinished:
 
     batch_size = saved["count_B"].size if "count_B" in saved else 1
     like = jax.eval_shape(lambda params: decoding.start(model, params, batch_size, segment_length), params)
+    like = like.replace(readable=None)
     expected = _named(like)
     problems += [f"  {name}: is missing" for name in expected.keys() - saved.keys()]
     problems += [f"  {name}: unknown" for name in saved.keys() - expected.keys()]
@@ -74,12 +76,13 @@ def load_state(path: str | Path, model: Decoder, params: Any) -> Unfinished:
     problems += [f"  {name}: holds NaN or infinite numbers" for name, x in saved.items() if not jnp.isfinite(x).all()]
     if problems:
         raise UserError(f"{path}: does not hold the arrays of this model's memory:\n" + "\n".join(sorted(problems)))
-    return jax.tree.unflatten(jax.tree.structure(like), [saved[name] for name in expected])
+    state = jax.tree.unflatten(jax.tree.structure(like), [saved[name] for name in expected])
+    return decoding.derive(model, params, state)
 
 
 def _named(state: Unfinished) -> dict[str, Any]:
-    """The state's arrays, in order, by names such as past.blocks.keys_BCGK."""
-    leaves = jax.tree_util.tree_leaves_with_path(state)
+    """The state's own arrays, in order, by names such as past.blocks.keys_BCGK."""
+    leaves = jax.tree_util.tree_leaves_with_path(state.replace(readable=None))
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 

@@ -98,15 +98,19 @@ def encode_long(tokenizer: Tokenizer, text: str) -> np.ndarray:
     The text is cut before spaces between two words. Tokenizers that see such a cut (a `tokenizers` file may put a mark
     before every text) show it at the first one, and are given the text whole.
     """
-    pieces, start = [], 0
-    while (cut := _BETWEEN_WORDS.search(text, start + _PIECE)) is not None:
-        pieces.append(text[start : cut.start()])
-        start = cut.start()
-    pieces.append(text[start:])
-    first, second = pieces[0], "".join(pieces[1:2])
-    if second and tokenizer.encode(first + second) != tokenizer.encode(first) + tokenizer.encode(second):
-        pieces = [text]
-    return np.concatenate([np.array(tokenizer.encode(piece), np.int32) for piece in pieces])
+    cuts = [0]
+    while (cut := _BETWEEN_WORDS.search(text, cuts[-1] + _PIECE)) is not None:
+        cuts.append(cut.start())
+    cuts.append(len(text))
+
+    def encode(start: int, end: int) -> np.ndarray:
+        return np.array(tokenizer.encode(text[start:end]), np.int32)
+
+    if len(cuts) > 2:
+        start, cut, end = cuts[:3]
+        if not np.array_equal(encode(start, end), np.concatenate([encode(start, cut), encode(cut, end)])):
+            cuts = [0, len(text)]
+    return np.concatenate([encode(start, end) for start, end in itertools.pairwise(cuts)])
 
 
 class BytesTokenizer:

@@ -127,6 +127,20 @@ def test_what_memory_holds_is_heard(kind):
     assert moved < 1e-4 if kind == "none" else moved > 1e-2
 
 
+def test_the_bank_is_projected_once_a_segment():
+    """Tokens read keys and values that were made at the segment's start; the next segment makes its own."""
+    model, params = make()
+    _, state = decoding.read(model, params, texts(3), decoding.start(model, params, 1))
+    memory = params["bank_blocks"]["memory"]
+    changed = {
+        **params,
+        "bank_blocks": {**params["bank_blocks"], "memory": {**memory, "read_key": memory["read_key"] * 9}},
+    }
+    for count, same in ((T - 3, True), (T - 2, False)):
+        logits, others = (decoding.read(model, p, texts(count, seed=1), state)[0] for p in (params, changed))
+        assert (np.max(np.abs(logits - others)) == 0) == same
+
+
 def test_state_does_not_grow():
     model, params = make()
     short, long = (decoding.read(model, params, texts(n), decoding.start(model, params, 1))[1] for n in (3, 43))
@@ -215,6 +229,8 @@ def test_saved_memory_goes_on(tmp_path, kind, dtype, length):
     save_state(tmp_path / "m.safetensors", model, params, state)
     loaded = load_state(tmp_path / "m.safetensors", model, params)
     jax.tree.map(np.testing.assert_array_equal, loaded, state)
+    names = safetensors.numpy.load_file(tmp_path / "m.safetensors").keys()
+    assert not [name for name in names if "readable" in name]
     (question,) = texts(9, seed=2)
     after = generate(model, params, [question], state=loaded, max_new_tokens=14, **options)
     assert after == generate(model, params, [question], state=state, max_new_tokens=14, **options)

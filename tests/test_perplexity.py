@@ -211,6 +211,12 @@ def test_output_is_checked_first(monkeypatch, capsys):
         fails(monkeypatch, capsys, "give a file that ends in .json", "--checkpoint", "x", "--output", output)
 
 
+def test_one_of_several_processes(checkpoint, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(UserError, match="evaluation runs in one process, over all of its devices; this is one of 4"):
+        load_for_evaluation(checkpoint)
+
+
 def test_what_looks_ahead_is_refused(tmp_path):
     sizes = ("memory={kind: official, num_slots: 16, num_heads: 2}", "data.segment_length=16")
     checkpoint = random_checkpoint(tmp_path / "model", *sizes, "data.batch_size=8")

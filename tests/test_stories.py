@@ -20,7 +20,7 @@ from lm2_jax.errors import UserError
 TASKS = ("qa1", "qa2", "qa3", "qa4", "qa5")
 PLACES = {"bathroom", "bedroom", "garden", "hallway", "kitchen", "office"}
 BABI = Path(__file__).parents[2] / "shared" / "data" / "babi"
-REAL_FILES = [*sorted(BABI.glob("en-10k/qa[1245]_*.txt")), *sorted(BABI.glob("en/qa3_*.txt"))]
+REAL_FILES = [*sorted(BABI.glob("en-10k/qa[1245]_*.txt")), *sorted(BABI.glob("en/qa[13]_*.txt"))]
 needs_babi = pytest.mark.skipif(not REAL_FILES, reason=f"no bAbI files in {BABI}")
 TOKENIZER = StoriesTokenizer()
 
@@ -89,12 +89,13 @@ def test_lexicon_is_that_of_the_real_files():
     assert list(LEXICON) == sorted(LEXICON)
 
 
-def test_reader_and_babilong_samples(tmp_path):
-    path = write(
-        tmp_path / "qa.txt",
+@pytest.mark.parametrize("mark", ["\t", "|"])
+def test_reader_and_babilong_samples(tmp_path, mark):
+    content = (
         "1 Mary went to the office.\n2 Where is Mary? \toffice\t1\n3 John moved to the garden.\n"
-        "4 Where is John?\tgarden\t3\n1 Mary took the milk.\n2 What is Mary carrying?\tmilk,apple\t1\n",
+        "4 Where is John?\tgarden\t3\n1 Mary took the milk.\n2 What is Mary carrying?\tmilk,apple\t1\n"
     )
+    path = write(tmp_path / "qa.txt", content.replace("\t", mark))
     first, second = read_babi(path)
     where_mary, where_john = Question("Where is Mary?", "office"), Question("Where is John?", "garden")
     mary, john = Statement("Mary went to the office."), Statement("John moved to the garden.")
@@ -112,7 +113,7 @@ def test_reader_and_babilong_samples(tmp_path):
         ("1 Mary went to the office.\n3 John left.\n", "line 2: .*the number should be 2"),
         ("2 Mary went to the office.\n", "line 1: .*should be 1"),
         ("1 Mary went to the office.\n2 Where is Mary?\n", "line 2: .*a question is followed by a tab"),
-        ("1 Mary went to the office.\n2 Where is Mary? |office|1\n", "line 2: .*a question is followed by a tab"),
+        ("1 Mary went to the office.\n2 Where is Mary? ||1\n", "line 2: .*a question is followed by a tab"),
         ("1 Mary went to the office.\n2 Where is Mary?\t\t1\n", "line 2: .*a question is followed by a tab"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +32,8 @@ Story = tuple[Line, ...]
 def read_babi(path: str | Path) -> list[Story]:
     """Reads the stories of one bAbI file, questions in their places.
 
-    Lines are `ID text`, questions `ID text<tab>answer<tab>supports`; the ID counts from 1, and 1 begins a story.
+    Lines are `ID text`, questions `ID text<tab>answer<tab>supports` (some copies have | for the tabs); the ID counts
+    from 1, and 1 begins a story.
 
     Raises UserError, with the file and the line, for a file that is missing, empty or not UTF-8, a line without a
     number or out of order, and a question without an answer.
@@ -75,7 +77,7 @@ def question_samples(story: Story) -> Iterator[Story]:
 
 
 def _parse_line(text: str, where: str) -> Line:
-    sentence, *fields = (field.strip() for field in text.split("\t"))
+    sentence, *fields = (field.strip() for field in re.split(r"[\t|]", text))
     if not fields and "?" not in sentence:
         return Statement(sentence)
     if not (sentence and fields and fields[0]):

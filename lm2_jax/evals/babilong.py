@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from lm2_jax import decoding
 from lm2_jax.config import BabilongConfig, BabilongTask, Config
 from lm2_jax.data.babilong import (
     Books,
@@ -32,6 +31,7 @@ from lm2_jax.data.babilong import (
 )
 from lm2_jax.data.paths import expand_paths
 from lm2_jax.errors import UserError
+from lm2_jax.evals.answers import answer
 from lm2_jax.evals.babilong_prompts import TASKS, official_prompt
 from lm2_jax.evals.finished import Finished, finished_path
 from lm2_jax.evals.loaded import Loaded
@@ -107,7 +107,7 @@ def evaluate(loaded: Loaded, output: Path | None, say: Callable[[str], None]) ->
             batch = indices[start : start + size]
             asked = [samples[index] for index in batch]
             prompts = [encode_prompt(sample, cell.task, ask, tokenizer) for sample in asked]
-            answers = answer(loaded, prompts, size, ask.max_new_tokens)
+            answers = answer(loaded, prompts, size, ask.max_new_tokens, stops=["."])
             finished.add(
                 {
                     **dict(zip(_KEY, cell.key(index), strict=True)),
@@ -127,32 +127,6 @@ def evaluate(loaded: Loaded, output: Path | None, say: Callable[[str], None]) ->
         "cells": (scores := [_score(cell, finished) for cell in cells]),
         "mean_qa1_qa5": _leaderboard(scores),
     }
-
-
-def answer(loaded: Loaded, prompts: Sequence[Sequence[int]], rows: int, max_new_tokens: int) -> list[str]:
-    """The text that greedily follows each prompt, from a fresh memory, up to its first full stop.
-
-    rows: read at once, at least as many as prompts: one compiled program serves batches that are not full.
-    """
-    tokenizer, model = loaded.tokenizer, loaded.model
-    written: list[list[int]] = [[] for _ in prompts]
-
-    def is_over(row: int, token: int) -> bool:
-        if row >= len(prompts):
-            return True
-        written[row].append(token)
-        return "." in tokenizer.decode(written[row])
-
-    decoding.decode(
-        model,
-        loaded.params,
-        [*prompts, *[[0]] * (rows - len(prompts))],
-        decoding.start(model, loaded.params, rows),
-        max_new_tokens=max_new_tokens,
-        stop_ids=[id for id in (tokenizer.eos_id,) if id is not None],
-        on_token=is_over,
-    )
-    return [tokenizer.decode(ids) for ids in written]
 
 
 def _cells(loaded: Loaded) -> Iterator[_Cell]:

@@ -54,8 +54,13 @@ def load_for_evaluation(checkpoint: str | Path, overrides: Sequence[str] = ()) -
     """Loads a run directory, one of its checkpoints, or a converted directory.
 
     overrides: settings "a.b=c"; any but those that make the model another one.
-    Raises UserError as `load` and `parse_config` do, for such overrides, and if the lanes do not divide over the mesh.
+    Raises UserError as `load` and `parse_config` do, for such overrides, if the lanes do not divide over the mesh, and
+    in one of several processes.
     """
+    if jax.process_count() > 1:
+        raise UserError(
+            f"evaluation runs in one process, over all of its devices; this is one of {jax.process_count()}"
+        )
     model, params = load(checkpoint)
     config = parse_config(dump_config(model.config), overrides, where=str(checkpoint))
     for section in ("model", "memory"):

@@ -35,7 +35,8 @@ class Block(nn.Module):
     ) -> tuple[tuple[jax.Array, Memory], tuple[Memory, Past | None]]:
         """(x [B,S,T,D], a bank that passes through or None) and the block's own bank: before the window to after.
 
-        With a past, x [B,1,T,D] follows it in an unfinished segment: the past grows, and the bank stays.
+        With a past, x [B,1,T,D] follows it in an unfinished segment: the past grows, and what is readable of the bank
+        stands for it.
         """
         x_BSTD, passing_bank = carry
         if splits_lanes(x_BSTD.shape[0]) and layout.deterministic and not self.is_initializing():
@@ -119,6 +120,7 @@ class Unfinished:
 
     Attributes:
       memory: at the segment's start.
+      readable: what blocks read of it, derived by `MemoryKind.readable`.
       past: name of the stack of blocks -> what is kept of the segment, each array with the layers L in front.
       count_B: int32, tokens in the unfinished segment.
       read_B: int32, tokens since the document's start.
@@ -126,6 +128,7 @@ class Unfinished:
     """
 
     memory: Memory
+    readable: Any
     past: dict[str, Past]
     count_B: jax.Array
     read_B: jax.Array
@@ -219,11 +222,13 @@ class Decoder(nn.Module):
         nothing_B = jnp.zeros(batch_size, jnp.int32)
         state = Unfinished(
             memory=memory,
+            readable=None,
             past={name: past(*stack) for name, stack in stacks.items() if stack[0]},
             count_B=nothing_B,
             read_B=nothing_B,
             segment_length=segment_length,
         )
+        state = self.derive(state)
         if self.kind.num_memory_tokens:
             _, state = self._append_memory(jnp.ones(batch_size, bool), nothing_B, state)
         return state
@@ -247,20 +252,27 @@ class Decoder(nn.Module):
     def finish(self, rows_B: jax.Array, state: Unfinished) -> Unfinished:
         """Writes the memory of the chosen rows from their segments, and begins the next ones. Other rows stay."""
         m, T = self.kind.num_memory_tokens, state.segment_length
-        ends_BmD, bank_parameters, inputs_LBTD = None, None, None
+        ends_BmD, inputs_LBTD = None, None
         if m:
             ends_BmD, state = self._append_memory(rows_B, m + state.count_B, state)
         if self.bank_blocks is not None:
-            bank_parameters = self.variables["params"]["bank_blocks"]["memory"]
             inputs_LBTD = state.past["bank_blocks"].inputs_BCD[:, :, m : m + T]
         token_BT = jnp.arange(T) < state.count_B[:, None]
-        written = self.kind.finish(state.memory, bank_parameters, inputs_LBTD, token_BT, ends_BmD)
+        written = self.kind.finish(state.memory, self._bank_parameters(), inputs_LBTD, token_BT, ends_BmD)
         state = state.replace(
             memory=self.kind.choose_lanes(rows_B, written, state.memory), count_B=jnp.where(rows_B, 0, state.count_B)
         )
+        state = self.derive(state)
         if m:
             _, state = self._append_memory(rows_B, jnp.zeros_like(state.count_B), state)
         return state
+
+    def derive(self, state: Unfinished) -> Unfinished:
+        """The state with what is readable of its memory."""
+        return state.replace(readable=self.kind.readable(state.memory, self._bank_parameters()))
+
+    def _bank_parameters(self) -> Any:
+        return None if self.bank_blocks is None else self.variables["params"]["bank_blocks"]["memory"]
 
     def _append_memory(self, rows_B: jax.Array, first_B: jax.Array, state: Unfinished) -> tuple[jax.Array, Unfinished]:
         """Runs the memory tokens in the chosen rows, at RoPE position 0."""
@@ -282,7 +294,7 @@ class Decoder(nn.Module):
             packed=False,
             place_BST=jnp.where(real_BQ, first_B[:, None] + step_Q, places)[:, None],
         )
-        x_B1QD, _, past = self._all_blocks(x_BQD[:, None], state.memory, layout, state.past)
+        x_B1QD, _, past = self._all_blocks(x_BQD[:, None], state.readable, layout, state.past)
         return self.final_norm(x_B1QD)[:, 0], state.replace(past=past)
 
     def project(self, hidden: jax.Array) -> jax.Array:

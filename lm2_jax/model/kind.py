@@ -67,7 +67,15 @@ class MemoryKind:
         """Makes the module that a block with a bank calls.
 
         Called with x' [B,S,T,D], what self-attention added to x, the bank and the layout; to (added to x, the bank).
-        Where the layout has places, the segment is unfinished, and the bank stays as it is.
+        Where the layout has places, the segment is unfinished: what `readable` made of the bank stands for it, and None
+        is given back.
+        """
+        return None
+
+    def readable(self, memory: Memory, block_parameters: Any) -> Any:
+        """What the blocks' modules read of the memory while a segment is unfinished; made once for all its tokens.
+
+        Arrays begin with the axes [L,B]. block_parameters: as in `finish`.
         """
         return None
 

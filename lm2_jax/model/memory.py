@@ -22,6 +22,7 @@ from lm2_jax.model.kind import Memory, MemoryKind, Parameters
 from lm2_jax.model.layers import Initializer, Layout, linear_init, rms_norm, vector
 from lm2_jax.model.placement import constrain
 
+ReadKeys = tuple[jax.Array, jax.Array]  # keys and values
 _EXTRA_SLOTS_SEED = 2502_06049  # of the constant rows beyond the identity
 
 
@@ -58,12 +59,18 @@ def attend(
     return attention(split(q_BQM), split(k_BKM), split(v_BKM), **groups).reshape(q_BQM.shape)
 
 
+def read_keys(p: Parameters, eps: float, bank: jax.Array, dtype: jnp.dtype) -> ReadKeys:
+    """Bank' W_K and Bank' W_V of `read`, both [..,N,D] in `dtype`; Bank' is the normalised bank [..,N,M]."""
+    slots = rms_norm(bank, p["bank_norm"], eps).astype(dtype)
+    return dense(slots, p["read_key"]), dense(slots, p["read_value"])
+
+
 def read(
     p: Parameters,
     config: MemoryConfig,
     x_BTD: jax.Array,
-    slots_BNM: jax.Array,
-    start_NM: jax.Array | None = None,
+    bank: ReadKeys,
+    start: ReadKeys | None = None,
     reads_start_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Tokens ask, slots answer (paper 2.1).
@@ -72,19 +79,16 @@ def read(
 
     Args:
       x_BTD: x', the normalised input of the block's self-attention.
-      slots_BNM: Bank', the normalised bank, in x's dtype.
-      start_NM: the initial bank, normalised likewise, which the tokens of reads_start_BT read instead.
+      bank: keys and values of `read_keys`, [B,N,D].
+      start: of the initial bank, [N,D], which the tokens of reads_start_BT read instead.
 
     Returns:
       g_out ⊙ E_mem and g_out, both [B,T,D].
     """
     queries_BTD = dense(x_BTD, p["read_query"])
-    keys_BND, values_BND = dense(slots_BNM, p["read_key"]), dense(slots_BNM, p["read_value"])
-    e_mem_BTD = attend(queries_BTD, keys_BND, values_BND, config.num_heads)
-    if start_NM is not None:
-        keys_BND, values_BND = (
-            jnp.broadcast_to(dense(start_NM, p[name]), keys_BND.shape) for name in ("read_key", "read_value")
-        )
+    e_mem_BTD = attend(queries_BTD, *bank, config.num_heads)
+    if start is not None:
+        keys_BND, values_BND = (jnp.broadcast_to(one, of_bank.shape) for one, of_bank in zip(start, bank, strict=True))
         e_start_BTD = attend(queries_BTD, keys_BND, values_BND, config.num_heads)
         e_mem_BTD = jnp.where(reads_start_BT[..., None], e_start_BTD, e_mem_BTD)
     e_mem_BTD = dense(e_mem_BTD, p["read_output"])
@@ -137,7 +141,7 @@ def write(
 class BankMemory(nn.Module):
     """One block's bank over a window: the recurrence (`write`, scanned over the segments), then all reads at once.
 
-    An unfinished segment only reads; `LM2.finish` writes.
+    An unfinished segment only reads, by the keys and values of `LM2.readable`; `LM2.finish` writes.
 
     In packed segments, tokens of a document that began inside the segment read the initial bank, and only the segment's
     last document writes, from the initial bank if it began here.
@@ -147,15 +151,14 @@ class BankMemory(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BSTD: jax.Array, a_BSTD: jax.Array, bank_BNM: jax.Array, layout: Layout
-    ) -> tuple[jax.Array, jax.Array]:
+        self, x_BSTD: jax.Array, a_BSTD: jax.Array, bank_BNM: jax.Array | ReadKeys, layout: Layout
+    ) -> tuple[jax.Array, jax.Array | None]:
         """x' [B,S,T,D] and the bank before the window to (g_out ⊙ E_mem [B,S,T,D], the bank after the window)."""
         memory, eps = self.config.memory, self.config.model.norm_eps
-        (B, S), (N, M) = x_BSTD.shape[:2], bank_BNM.shape[-2:]
         p = {name: self.param(name, init, shape) for name, (init, shape) in _parameters(self.config).items()}
         if layout.place_BST is not None:
-            slots_BNM = rms_norm(bank_BNM, p["bank_norm"], eps).astype(x_BSTD.dtype)
-            return read(p, memory, x_BSTD[:, 0], slots_BNM)[0][:, None], bank_BNM
+            return read(p, memory, x_BSTD[:, 0], bank_BNM)[0][:, None], None
+        (B, S), (N, M) = x_BSTD.shape[:2], bank_BNM.shape[-2:]
         start_BNM = jnp.broadcast_to(initial_bank(N, M), bank_BNM.shape)
 
         def step(
@@ -176,14 +179,12 @@ class BankMemory(nn.Module):
         def merge(a_BS: jax.Array) -> jax.Array:  # every segment reads by itself
             return a_BS.reshape(B * S, *a_BS.shape[2:])
 
-        def normed(bank: jax.Array) -> jax.Array:
-            return rms_norm(bank, p["bank_norm"], eps).astype(x_BSTD.dtype)
+        def keys(bank: jax.Array) -> ReadKeys:
+            return read_keys(p, eps, bank, x_BSTD.dtype)
 
-        packing = ()
-        if layout.packed:
-            packing = normed(initial_bank(N, M)), merge(layout.document_BST) > 1
-        found_BSNM = jnp.moveaxis(found_SBNM, 0, 1)
-        gated_BTD, g_out_BTD = read(p, memory, merge(x_BSTD), merge(normed(found_BSNM)), *packing)
+        packing = (keys(initial_bank(N, M)), merge(layout.document_BST) > 1) if layout.packed else ()
+        found_BNM = merge(jnp.moveaxis(found_SBNM, 0, 1))
+        gated_BTD, g_out_BTD = read(p, memory, merge(x_BSTD), keys(found_BNM), *packing)
 
         for name, value in (("input", g_in_S), ("forget", g_f_S), ("output", g_out_BTD)):
             self.sow("gates", name, jnp.mean(value.astype(jnp.float32)))
@@ -237,6 +238,11 @@ class LM2(MemoryKind):
     def block_memory(self) -> Callable[[], nn.Module]:
         """Read and write of one bank."""
         return functools.partial(BankMemory, self.config)
+
+    def readable(self, memory: Memory, block_parameters: Parameters) -> ReadKeys:
+        """Keys and values of every bank, [L,B,N,D]."""
+        eps, dtype = self.config.model.norm_eps, self.config.train.dtype
+        return jax.lax.map(lambda layer: read_keys(layer[0], eps, layer[1], dtype), (block_parameters, memory))
 
     def finish(
         self, memory: Memory, block_parameters: Parameters, inputs_LBTD: jax.Array, token_BT: jax.Array, ends_BmD: None
