@@ -21,12 +21,12 @@ from typing import Any
 import jax
 
 from lm2_jax.config import Config, load_config
-from lm2_jax.data.pipeline import check_vocabulary
+from lm2_jax.data.pipeline import with_vocabulary
 from lm2_jax.errors import TrainingFailed, UserError, run_command
 from lm2_jax.program import costs, hlo, topology
 from lm2_jax.program.chips import Chip, roofline
+from lm2_jax.program.explain import explain_sharding
 from lm2_jax.program.lowered import Programs
-from lm2_jax.tokenizer import load_tokenizer
 
 Figures = dict[str, Any]  # JSON
 _GIB = 2**30
@@ -47,7 +47,13 @@ def main() -> None:
     parser.add_argument("--program", choices=("train", "decode", "both"), default="both")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures")
     parser.add_argument("--hlo", type=Path, metavar="DIRECTORY", help="keep the optimised programs as text")
+    parser.add_argument("--explain-sharding", action="store_true", help="only show which array lies where")
     arguments = parser.parse_args()
+    if arguments.explain_sharding:
+        topology.prepare()
+        devices, _ = topology.devices_of(arguments.topology, arguments.slices)
+        print(explain_sharding(with_vocabulary(load_config(arguments.config, arguments.set)), devices))
+        return
     if arguments.output is not None and not arguments.output.absolute().parent.is_dir():
         raise UserError(f"--output: found {arguments.output}; its directory does not exist")
     config = load_config(arguments.config, arguments.set)
@@ -77,8 +83,7 @@ def compile_for(
     """
     warnings = topology.prepare()
     devices, chip = topology.devices_of(topology_name, slices)
-    if config.model.vocab_size is None:
-        config = check_vocabulary(config, load_tokenizer(config.tokenizer))
+    config = with_vocabulary(config)
     programs = Programs(config, devices)
     mesh_shape = dict(programs.mesh.shape)
     say(

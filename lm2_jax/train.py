@@ -21,13 +21,14 @@ from lm2_jax.checkpoint import Checkpoints, Progress, load, load_memory, read_ru
 from lm2_jax.config import Config, StageConfig, dump_config, load_config
 from lm2_jax.convert.engine import by_path
 from lm2_jax.data.lanes import make_iterator
-from lm2_jax.data.pipeline import Pipeline, check_vocabulary
+from lm2_jax.data.pipeline import Pipeline, check_vocabulary, with_vocabulary
 from lm2_jax.errors import TrainingFailed, UserError, run_command
 from lm2_jax.evals.stories import Accuracy, accuracy_by_length
 from lm2_jax.loss import zero_sums
 from lm2_jax.model import build_model
 from lm2_jax.model.decoder import Decoder
 from lm2_jax.optim import make_optimizer
+from lm2_jax.program.explain import explain_sharding
 from lm2_jax.reporting import (
     Record,
     Reporter,
@@ -57,8 +58,13 @@ def main() -> None:
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML config, for example from configs/")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
+    parser.add_argument("--explain-sharding", action="store_true", help="only show which array lies where")
     arguments = parser.parse_args()
-    train(load_config(arguments.config, arguments.set))
+    config = load_config(arguments.config, arguments.set)
+    if arguments.explain_sharding:
+        print(explain_sharding(with_vocabulary(config), jax.devices()))
+    else:
+        train(config)
 
 
 def train(config: Config) -> dict[str, Any]:

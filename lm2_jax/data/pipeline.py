@@ -19,7 +19,7 @@ from lm2_jax.data.official_order import OfficialItems
 from lm2_jax.data.paths import expand_paths
 from lm2_jax.data.stories import QuestionSource, StorySource
 from lm2_jax.errors import UserError
-from lm2_jax.tokenizer import Tokenizer
+from lm2_jax.tokenizer import Tokenizer, load_tokenizer
 
 
 class Pipeline:
@@ -143,6 +143,11 @@ class Pipeline:
             boundaries=self._config.data.boundaries,
             documents_per_epoch=len(source),
         )
+
+
+def with_vocabulary(config: Config) -> Config:
+    """The config with model.vocab_size, from the tokenizer if it does not say. Raises UserError as `load_tokenizer`."""
+    return config if config.model.vocab_size else check_vocabulary(config, load_tokenizer(config.tokenizer))
 
 
 def check_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:

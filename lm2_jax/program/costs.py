@@ -81,8 +81,9 @@ def count(program: Program, mesh_shape: dict[str, int]) -> Costs:
         if opcode in ("convolution", "dot"):
             flops += times * matmul_flops(instruction, computation)
         elif opcode in _COLLECTIVES:
-            # In steps, one collective stands in several fusions, under one channel
-            channel = instruction.attribute("channel_id") or instruction.name
+            # Overlapped with products, one collective stands in several fusions, under one channel
+            channel = instruction.attribute("channel_id") if fused else None
+            channel = f"{opcode} {channel}" if channel else f"{computation.name} {instruction.name}"
             if channel not in sent or times > sent[channel][2]:
                 sent[channel] = (instruction, computation, times)
         elif opcode == "custom-call" and instruction.attribute("custom_call_target") == "tpu_custom_call":
@@ -220,7 +221,7 @@ def _collectives(sent: Iterable[tuple[Instruction, Computation, int]], mesh_shap
             kind = "reduce-scatter"
         whole = operands * size if kind == "all-gather" else operands
         passes = {"all-reduce": 2 * (size - 1) / size, "collective-permute": 1.0}.get(kind, (size - 1) / size)
-        axis = _axes(groups, mesh_shape)
+        axis = _differing(groups, mesh_shape)
         total = sums.setdefault((kind, axis), Collective(kind, axis))
         total.count += times
         total.wire_bytes += times * whole * passes
@@ -252,8 +253,12 @@ def _groups(attributes: str, devices: int) -> list[list[int]]:
     return everyone
 
 
-def _axes(groups: list[list[int]], mesh_shape: dict[str, int]) -> str:
-    """Mesh axes along which the members of a group differ."""
+def mesh_axes(attributes: str, mesh_shape: dict[str, int]) -> str:
+    """The mesh axes, joined by +, along which a collective's groups lie."""
+    return _differing(_groups(attributes, math.prod(mesh_shape.values())), mesh_shape)
+
+
+def _differing(groups: list[list[int]], mesh_shape: dict[str, int]) -> str:
     members = itertools.chain.from_iterable(itertools.pairwise(group) for group in groups)
     differ: set[str] = set()
     for one, other in members:

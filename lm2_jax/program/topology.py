@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,7 +66,9 @@ def devices_of(topology: str, slices: int = 1) -> tuple[Sequence[Any], Chip]:
         )
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("libtpu is missing; it compiles for TPUs on any Linux machine: pip install 'libtpu==0.0.42.*'")
-    options = {"num_slices": slices} if slices > 1 else {}
+    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if math.prod(int(n) for n in re.findall(r"\d+", topology.partition(":")[2])) == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         return topologies.get_topology_desc(topology, platform="tpu", **options).devices, CHIPS[generation]
     except Exception as error:  # whatever libtpu makes of a name

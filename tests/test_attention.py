@@ -1,0 +1,64 @@
+"""The TPU's kernel, interpreted on the CPU, against plain attention."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+
+from lm2_jax.model import attention as module
+from lm2_jax.model.attention import attention
+
+B, T, U, K = 2, 256, 128, 64
+
+
+def arrays(H, G, keys):
+    rng = np.random.default_rng(0)
+    shapes = ((B, T, H, K), (B, keys, G, K), (B, keys, G, K))
+    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+@pytest.fixture
+def on_tpu(monkeypatch):
+    """Chooses the kernel, and interprets it."""
+    make = functools.partial(splash.make_splash_mqa_single_device, interpret=True)
+
+    def choose(yes):
+        monkeypatch.setattr(module, "_on_tpu", lambda: yes)
+        monkeypatch.setattr(splash, "make_splash_mqa_single_device", make)
+
+    return choose
+
+
+@pytest.mark.parametrize(("causal", "H", "G", "keys"), [(True, 4, 2, T), (False, 2, 2, U), (False, 2, 2, T)])
+@pytest.mark.parametrize("grouped", [True, False])
+def test_the_kernel_is_plain_attention(on_tpu, causal, H, G, keys, grouped):
+    q, k, v = arrays(H, G, keys)
+    groups = {}
+    if grouped:  # of the keys, a part is seen; causal: as in packed documents
+        of_keys = (jnp.arange(keys)[None] + jnp.array([[0], [40]])) // 100
+        of_queries = of_keys if causal else jnp.ones((B, T), jnp.int32)
+        groups = {"groups_BT": of_queries, "groups_BU": of_keys}
+    weights = jnp.cos(jnp.arange(K))
+
+    def run(q, k, v):
+        out = attention(q, k, v, causal=causal, **groups)
+        return jnp.sum(out * weights), out
+
+    results = []
+    for yes in (False, True):
+        on_tpu(yes)
+        (_, out), gradients = jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+        results.append((out, *gradients))
+    for plain, kernel in zip(*results, strict=True):
+        np.testing.assert_allclose(kernel, plain, atol=2e-4)
+
+
+@pytest.mark.parametrize(("queries", "keys", "width"), [(96, 128, 64), (128, 24, 64), (128, 128, 24)])
+def test_what_has_no_tiles_is_computed_plainly(on_tpu, queries, keys, width):
+    on_tpu(True)
+    shapes = ((1, queries, 1, width), (1, keys, 1, width), (1, keys, 1, width))
+    out = attention(*(jnp.ones(shape) for shape in shapes))
+    np.testing.assert_allclose(out, 1.0, atol=1e-6)

@@ -1,0 +1,142 @@
+"""Reading compiled programs: trip counts, products, collectives; and the figures of two-layer variants for TPUs."""
+
+import importlib.metadata
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from lm2_jax.config import load_config
+from lm2_jax.program import costs, hlo
+from lm2_jax.program.chips import CHIPS, roofline
+from lm2_jax.program.explain import explain_sharding
+
+ROOT = Path(__file__).parents[1]
+RECORDED = json.loads((ROOT / "tests" / "compiled_figures.json").read_text())
+
+
+def counted(function, *arguments, mesh_shape=None):
+    text = jax.jit(function).lower(*arguments).compile().as_text()
+    return costs.count(hlo.parse(text), mesh_shape or {"data": 1, "fsdp": 8, "tensor": 1})
+
+
+def test_products_in_loops_are_counted_every_time():
+    weights, x = jnp.ones((5, 16, 16)), jnp.ones((8, 16))
+
+    def inner(x, weight):
+        return jax.lax.fori_loop(2, 9, lambda _, y: jnp.sin(y @ weight), x), None
+
+    flops = counted(lambda x: jax.lax.scan(inner, x, weights)[0], x).matmul_flops
+    assert flops == 5 * 7 * (2 * 8 * 16 * 16)
+
+
+@pytest.mark.parametrize(("stride", "padding"), [(1, (1, 1)), (2, (0, 3))])
+def test_a_convolution_counts_no_padding(stride, padding):
+    x, kernel = jnp.ones((3, 10, 4)), jnp.ones((3, 4, 6))
+
+    def convolve(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, (stride,), [padding], dimension_numbers=("NHC", "HIO", "NHC"))
+
+    out = convolve(x, kernel).shape[1]
+    inside = sum(0 <= o * stride + k - padding[0] < 10 for o in range(out) for k in range(3))
+    assert counted(convolve, x, kernel).matmul_flops == 2 * 3 * inside * 4 * 6
+
+
+def test_collectives_are_counted_with_their_bytes_and_axis():
+    mesh = jax.make_mesh((2, 4, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+    def local(x):
+        def step(y, _):
+            whole = jax.lax.all_gather(y, "fsdp", tiled=True)
+            return jax.lax.psum_scatter(jnp.sin(whole), "fsdp", tiled=True), None
+
+        y, _ = jax.lax.scan(step, x, length=3)
+        return jax.lax.psum(y, "data")
+
+    spec = PartitionSpec(("data", "fsdp"))
+    split = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=PartitionSpec("fsdp"), check_vma=False)
+    found = counted(split, jnp.ones((64, 32)), mesh_shape=dict(mesh.shape)).collectives
+    part, whole = 8 * 32 * 4, 4 * 8 * 32 * 4
+    sent = {(c.kind, c.axis): (c.count, c.wire_bytes, c.in_loop_bytes) for c in found}
+    assert sent[("all-gather", "fsdp")] == (3, 3 * whole * 3 / 4, whole)
+    assert sent[("reduce-scatter", "fsdp")] == (3, 3 * whole * 3 / 4, whole)
+    assert sent[("all-reduce", "data")] == (1, part * 2 * 1 / 2, 0)
+
+
+def test_replica_groups_of_every_notation():
+    mesh = {"data": 2, "fsdp": 4, "tensor": 1}
+    for written in (
+        "replica_groups={{0,1,2,3},{4,5,6,7}}",
+        "replica_groups=[2,4]<=[8]",
+        "replica_groups=mesh['a'=2,'b'=4] {'b'}",
+        "source_target_pairs={{0,1},{1,2},{2,3},{3,0}}",
+    ):
+        assert costs.mesh_axes(f"x, {written}, y=1", mesh) == "fsdp", written
+    for written in (
+        "replica_groups={{0,4},{1,5}}",
+        "replica_groups=[4,2]<=[2,4]T(1,0)",
+        "replica_groups=mesh['a'=2,'b'=4] {'a'}",
+    ):
+        assert costs.mesh_axes(written, mesh) == "data", written
+
+
+def test_the_roofline_is_the_longest_part():
+    figures = costs.Costs(197e12, 0.0, 0, 1.5e9 / 2, 819e9 / 4, 0.0, [costs.Collective("all-gather", "fsdp", 1, 100e9)])
+    roof = roofline(figures, CHIPS["v5e"], 98.5e12)
+    assert (roof.compute, roof.memory, roof.interconnect, roof.scheduled) == (1.0, 0.25, 0.5, 0.5)
+    assert (roof.binds, roof.step, roof.mfu) == ("compute", 1.0, 0.5)
+
+
+def test_a_loop_that_cannot_be_followed_is_said():
+    text = jax.jit(lambda x: jax.lax.while_loop(lambda y: y[0] < 5.0, lambda y: y * 2, x)).lower(jnp.ones(3))
+    with pytest.raises(ValueError, match="loop"):
+        costs.count(hlo.parse(text.compile().as_text()), {"data": 1, "fsdp": 1, "tensor": 1})
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
+def test_sharding_is_explained(name):
+    config = load_config(ROOT / "configs" / name, ["model.vocab_size=96", "data.batch_size=8"])
+    text = explain_sharding(config, jax.devices())
+    assert "mesh: data 1 x fsdp 8 x tensor 1, 8 devices" in text
+    assert "embedding" in text and "parameters: " in text and "on one device" in text
+
+
+# --- libtpu --------------------------------------------------------------------------------------------------------
+
+
+def aot(*arguments):
+    command = [sys.executable, "-m", "lm2_jax.aot", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def needs_libtpu():
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed")
+
+
+def test_an_unknown_topology_is_a_users_mistake():
+    done = aot("--config", "configs/lm2_1b7.yaml", "--topology", "v9:4x4")
+    assert done.returncode == 2 and "v9:4x4" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", sorted(RECORDED["figures"]))
+def test_compiled_figures_are_those_recorded(name, tmp_path):
+    """Peak, bytes sent, cycles and copies of a two-layer variant, within 2% of what was recorded."""
+    needs_libtpu()
+    versions = {package: importlib.metadata.version(package) for package in RECORDED["versions"]}
+    if versions != RECORDED["versions"]:
+        pytest.skip(f"recorded for {RECORDED['versions']}, found {versions}")
+    recorded = RECORDED["figures"][name]
+    output = tmp_path / "figures.json"
+    done = aot(*recorded["arguments"], "--output", output)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(output.read_text())["programs"]["train"]
+    for figure, value in recorded["train"].items():
+        assert found[figure] == pytest.approx(value, rel=0.02), figure
+    assert found["involuntary_rematerialisations"] == 0
