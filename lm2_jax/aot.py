@@ -111,7 +111,7 @@ def compile_for(
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            figures["programs"][name] = _too_large(str(error), chip, config)
+            figures["programs"][name] = too_large(str(error), chip, config)
             continue
         seconds = time.monotonic() - began
         text = compiled.as_text()
@@ -143,9 +143,12 @@ def compile_for(
 def describe(figures: Figures) -> str:
     """Lines for people, on one program."""
     if not figures["fits"]:
-        needs = f"{figures['peak_bytes'] / _GIB:.2f} GiB" if figures["peak_bytes"] else "more memory"
+        peak, limit = figures["peak_bytes"], figures["limit_bytes"] / _GIB
+        over = (
+            f"{peak / _GIB:.2f} GiB, {peak / _GIB - limit:.2f} more than there are" if peak else "more than there are"
+        )
         changes = "\n".join(f"  {change}" for change in figures["changes"])
-        return f"DOES NOT FIT: needs {needs} of {figures['limit_bytes'] / _GIB:.2f} GiB a chip. Try one of\n{changes}"
+        return f"DOES NOT FIT {limit:.2f} GiB a chip: needs {over}. Try one of\n{changes}"
     roof = figures["roofline"]
     lines = [
         ("tokens a step", f"{figures['tokens']:,}"),
@@ -182,11 +185,11 @@ def describe(figures: Figures) -> str:
     return "\n".join(f"  {name:<32}{text}" for name, text in lines)
 
 
-def _too_large(message: str, chip: Chip, config: Config) -> Figures:
+def too_large(message: str, chip: Chip, config: Config) -> Figures:
     """What a compile error of a program without room says. Raises TrainingFailed for any other error."""
     if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
         raise TrainingFailed(f"libtpu cannot compile the program: {message.splitlines()[0][:400]}")
-    used = re.search(r"Used ([\d.]+)([MG]) of", message)
+    used = re.search(r"(?:Used |\()([\d.]+)([MG])(?: of|\) exceeds)", message)  # all, or temporary arrays alone
     peak = float(used.group(1)) * (2**30 if used.group(2) == "G" else 2**20) if used else None
     return {"fits": False, "peak_bytes": peak, "limit_bytes": chip.memory, "changes": changes(config)}
 

@@ -10,9 +10,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from compile_configs import table, topology_of
 from jax.sharding import AxisType, PartitionSpec
 
+from lm2_jax.aot import describe, too_large
 from lm2_jax.config import load_config
+from lm2_jax.errors import UserError
 from lm2_jax.program import costs, hlo
 from lm2_jax.program.chips import CHIPS, roofline
 from lm2_jax.program.explain import explain_sharding
@@ -105,6 +108,40 @@ def test_sharding_is_explained(name):
     text = explain_sharding(config, jax.devices())
     assert "mesh: data 1 x fsdp 8 x tensor 1, 8 devices" in text
     assert "embedding" in text and "parameters: " in text and "on one device" in text
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (20.50G) exceeds "
+        "available HBM (15.75G).",
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.50G of "
+        "15.75G hbm. Exceeded hbm capacity by 4.75G.",
+    ],
+)
+def test_what_does_not_fit_says_by_how_much_and_what_to_change(message):
+    config = load_config(ROOT / "configs" / "lm2_125m.yaml", ["train.remat=none"])
+    text = describe(too_large(message, CHIPS["v5e"], config))
+    assert "needs 20.50 GiB, 4.75 more than there are" in text
+    for setting in ("train.remat=block", "optim.accumulation_steps=2", "segments_per_window=2", "more chips"):
+        assert setting in text
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_names_its_topology(path):
+    assert topology_of(path).partition(":")[0] in CHIPS
+
+
+def test_a_config_without_a_topology_is_said(tmp_path):
+    (tmp_path / "mine.yaml").write_text("train: {steps: 3}\n")
+    with pytest.raises(UserError, match="no comment names"):
+        topology_of(tmp_path / "mine.yaml")
+
+
+def test_the_table_shows_what_does_not_fit(tmp_path):
+    figures = {"topology": "v5e:1x1", "slices": 1, "parameters": 10**9, "programs": {"train": {"fits": False}}}
+    (tmp_path / "big.json").write_text(json.dumps(figures))
+    assert "| big | v5e:1x1 | 1,000 M | | does not fit |" in table(tmp_path)
 
 
 # --- libtpu --------------------------------------------------------------------------------------------------------
