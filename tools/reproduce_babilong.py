@@ -106,12 +106,12 @@ PRESETS = {
         base={},
         models={
             "lm2": {},
-            "rmt": {"memory": {"kind": "rmt", "num_slots": 48}},
+            "rmt": {"memory": {"kind": "rmt", "num_slots": 24}},
             "none": {"memory": {"kind": "none"}},
             "full attention": {  # one segment: the whole window, and the whole context when asked
                 "memory": {"kind": "none"},
                 "data": {"segment_length": 256, "segments_per_window": 1},
-                "train": {"curriculum": _stages((1, 64, None, 800), (1, 128, None, 250), (1, 256, None, None))},
+                "train": {"curriculum": _stages((1, 128, None, 1200), (1, 256, None, None))},
                 "eval": {"one_segment": True, "lengths": [0, 1, 2, 4, 8]},
             },
         },
@@ -120,8 +120,8 @@ PRESETS = {
             "4 segments, 1e-3": {"optim": {"learning_rate": 1e-3}},
             "4 segments, 4e-3": {"optim": {"learning_rate": 4e-3}},
             "8 segments, 2e-3": {  # of half as many lanes: as many tokens
-                "data": {"segments_per_window": 8, "batch_size": 16},
-                "train": {"curriculum": _stages((1, 128, None, 800), (4, 64, None, 250), (8, 64, None, None))},
+                "data": {"segments_per_window": 8, "batch_size": 8},
+                "train": {"curriculum": _stages((1, 256, None, 1000), (4, 64, None, 200), (8, 64, None, None))},
             },
         },
         seeds=(0, 1, 2),
@@ -143,7 +143,9 @@ PRESETS = {
             },
         },
         ablation_base={  # the embedded default, asked at 16 times the trained length besides
+            "memory": {"num_slots": 16},
             "data": {
+                "batch_size": 32,
                 "segment_length": 24,
                 "segments_per_window": 6,
                 "stories": {"tasks": ["qa1"], "facts": [1, 10], "questions_between": [0, 1], "questions_after": [3, 4]},
