@@ -130,7 +130,7 @@ class StoriesConfig(Section):
 
     tasks: Annotated[tuple[Literal["qa1", "qa2", "qa3", "qa4", "qa5"], ...], Field(min_length=1)] = ("qa1",)
     facts: tuple[PositiveInt, PositiveInt] = (1, 10)  # fewest and most statements in a story (generator)
-    questions_between: tuple[NonNegativeInt, NonNegativeInt] = (0, 3)  # questions asked while the story goes on
+    questions_between: tuple[NonNegativeInt, NonNegativeInt] = (0, 3)  # questions while the story goes on, of any task
     questions_after: tuple[PositiveInt, PositiveInt] = (1, 4)  # questions at its end
     whole_lines: bool = True  # a segment's end cuts no line of a story, as far as background can make room
     per_epoch: PositiveInt = 1_000_000  # stories the generator makes before the epoch count moves on

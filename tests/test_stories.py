@@ -150,6 +150,13 @@ def test_generated_stories_agree_with_the_solver(task):
         assert {word for line in story for word in words(line.text)} <= set(LEXICON)
 
 
+def test_questions_between_are_of_any_task():
+    story = generate_story("qa3", np.random.default_rng(0), 40, 30, 2, asked_between=("qa1", "qa2", "qa3"))
+    forms = [" ".join(words(line.text)[:3]) for line in story if isinstance(line, Question)]
+    assert {"Where is Mary", "Where is the", "Where was the"} < set(forms[:-2])
+    assert set(forms[-2:]) == {"Where was the"}
+
+
 def test_the_number_of_facts_and_questions_is_the_one_asked_for():
     assert {len(statements(story)) for story in stories("qa1", facts=7)} == {7}
     assert {len(story) for story in stories("qa1", facts=7, between=3, after=1)} == {11}

@@ -43,10 +43,10 @@ def test_smoke(tmp_path):
 def test_models_are_of_one_size(preset):
     """Equal parameters up to one unit of the feed-forward layers; lm2 and rmt remember as many numbers."""
     preset = study.PRESETS[preset]
-    plan = study.Plan(preset, {task: study.facts_of(task, facts, None) for task, facts in preset.tasks.items()})
+    plan = study.Plan(preset, None)
     cells = [*plan.ablations(), *plan.grid()]
     assert len({cell.name for cell in cells}) == len(cells)
-    for phase in ("ablation", "grid"):
+    for phase in ("ablation", "comparison"):
         configs = {cell.labels["model"]: cell.config for cell in cells if cell.labels["phase"] == phase}
         model = next(iter(configs.values())).model
         counts = [study.parameters(config) for config in configs.values()]
@@ -55,17 +55,17 @@ def test_models_are_of_one_size(preset):
         assert len({size for name, size in sizes.items() if name not in ("none", "full attention")}) == 1, sizes
 
 
-def test_facts_of_files_are_held_out(tmp_path):
-    """The generator is trained on; a task's test file, or else its training file, is asked about."""
-    for name in ("qa1_single_train.txt", "qa1_single_test.txt", "qa10_indefinite_train.txt", "qa4_two_train.txt"):
+def test_babi_files_are_asked_about(tmp_path):
+    """A task's test file, or else another, besides the generator's stories; the config names no directory."""
+    for name in ("qa1_single_train.txt", "qa1_single_test.txt", "qa10_indefinite_test.txt", "qa2_two_train.txt"):
         (tmp_path / name).write_text("")
-    for task, files in (("qa1", ["{babi}/qa1_single_test.txt"]), ("qa4", ["{babi}/qa4_two_train.txt"]), ("qa3", None)):
-        for babi, expected in ((tmp_path, files), (None, None)):
-            facts = study.facts_of(task, (6, 24), babi)
-            assert facts["eval"]["path"] == expected
-            assert (facts["data"]["stories"]["tasks"], facts["data"]["stories"]["facts"]) == ([task], (6, 24))
-    config = study.with_files(parse_config("{eval: {path: '{babi}/y.txt'}}"), tmp_path)
-    assert config.eval.path == (str(tmp_path / "y.txt"),)
+    config = parse_config("{data: {stories: {tasks: [qa1, qa2, qa3]}}}")
+    assert study.with_questions(config, None).eval.path is None
+    config = study.with_questions(config, tmp_path)
+    assert config.eval.path == ("{babi}/qa1_single_test.txt", "{babi}/qa2_two_train.txt")
+    assert study.with_files(config, tmp_path).eval.path == tuple(
+        str(tmp_path / name) for name in ("qa1_single_test.txt", "qa2_two_train.txt")
+    )
 
 
 def test_intervals():
@@ -86,12 +86,21 @@ def test_gains(tmp_path):
     }
     for model, values in accuracy.items():
         table = [
-            {"questions": name, "segments": segments, "accuracy": value if name == "qa1_test.txt" else 0}
-            for name in ("qa1_train.txt (held out)", "qa1_test.txt")
+            {"questions": name, "segments": segments, "accuracy": value * share}
+            for name, share in {"qa1 (generator)": 1, "qa2 (generator)": 0.5, "qa1_single_test.txt": 0.9}.items()
             for segments, value in zip((0, 4, 8, 16, 32, 64), values, strict=True)
         ]
-        labels = {"phase": "comparison", "model": model, "task": "qa1", "window": "4", "rate": 1e-3, "seed": 0}
+        labels = {"phase": "comparison", "model": model, "setting": "4", "seed": 0}
         sizes = {"parameters": 1, "memory_size": 1, "tokens": 1, "seconds": 1, "trained_segments": 4}
+        sizes["validation_accuracy"] = 0.5
         result = {"labels": labels, **sizes, "accuracy_by_length": table}
         (cells / f"{model}.json").write_text(json.dumps(result))
-    assert "| qa1 | 75.0% | 2.00 | 3.75 |" in babilong_report.write_report(tmp_path)
+    report = babilong_report.write_report(tmp_path)
+    for name, mean in {
+        "qa1": "75.0%",
+        "qa2": "37.5%",
+        "qa1 (bAbI's file)": "67.5%",
+        "all of the generator": "56.2%",
+        "all of bAbI's files": "67.5%",
+    }.items():
+        assert f"| {name} | {mean} | 2.00 | 3.75 |" in report

@@ -22,10 +22,9 @@ def write_report(output: Path) -> str:
     for result in results:
         by_phase.setdefault(result["labels"]["phase"], []).append(result)
     parts = []
-    if comparison := by_phase.get("comparison"):
-        parts.append(_comparison(comparison, output / "comparison.png"))
-    if grid := by_phase.get("grid"):
-        parts.append(_grid(grid))
+    if compared := by_phase.get("comparison"):
+        parts.append(_comparison(compared, output / "comparison.png"))
+        parts.append(_grid(compared))
     if ablations := by_phase.get("ablation"):
         title = "## Ablations of lm2 at equal parameters (qa1; exact match at multiples of the trained length)"
         parts.append(_ablations(title, ablations, output / "gates.png"))
@@ -35,6 +34,13 @@ def write_report(output: Path) -> str:
     text = "\n".join(parts) or "no cells yet\n"
     (output / "report.md").write_text(text, encoding="utf-8")
     return text
+
+
+def best_setting(results: Sequence[Result]) -> str:
+    """The setting of a model's best result with the first seed, by the right answers in validation at the end."""
+    first = min(result["labels"]["seed"] for result in results)
+    grid = [result for result in results if result["labels"]["seed"] == first]
+    return max(grid, key=lambda result: result["validation_accuracy"] or 0)["labels"]["setting"]
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -49,8 +55,10 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
 # --- The comparison ------------------------------------------------------------------------------------------------
 
 
-def _comparison(results: Sequence[Result], picture: Path) -> str:
-    models = _in_order(results, "model")
+def _comparison(compared: Sequence[Result], picture: Path) -> str:
+    models = _in_order(compared, "model")
+    best = {model: best_setting(_of(compared, model)) for model in models}
+    results = [result for result in compared if result["labels"]["setting"] == best[result["labels"]["model"]]]
     accuracy = {model: _by_set_and_multiple(_of(results, model)) for model in models}
     sets = list(dict.fromkeys(name for cells in accuracy.values() for name, _ in cells))
     multiples = sorted({multiple for cells in accuracy.values() for _, multiple in cells})
@@ -78,34 +86,42 @@ def _gains(accuracy: Mapping[str, Mapping[tuple[str, float], list[float]]], sets
     if "lm2" not in accuracy or not others:
         return []
     sets = [name for name in sets if all((name, 1) in cells for cells in accuracy.values())]
+    babi = [name for name in sets if name.endswith(_BABI)]
+    groups = {name: [name] for name in sets}
+    groups["all of the generator"] = [name for name in sets if name not in babi]
+    if babi:
+        groups["all of bAbI's files"] = babi
     rows = []
-    for name in [*sets, *(["mean of all"] if sets else [])]:
+    for title, names in groups.items():
         means = {
             model: statistics.fmean(
                 statistics.fmean(values)
-                for (here, multiple), values in cells.items()
-                if here in sets and name in (here, "mean of all") and 1 <= multiple <= 8
+                for (name, multiple), values in cells.items()
+                if name in names and 1 <= multiple <= 8
             )
             for model, cells in accuracy.items()
         }
-        rows.append([name, f"{means['lm2']:.1%}", *(_ratio(means["lm2"], means[other]) for other in others)])
+        rows.append([title, f"{means['lm2']:.1%}", *(_ratio(means["lm2"], means[other]) for other in others)])
     title = "Mean accuracy over 1, 2, 4 and 8 times the trained length"
     return [f"**{title}**", "", *_table(["questions", "lm2", *(f"lm2 / {other}" for other in others)], rows)]
 
 
 def _by_set_and_multiple(results: Sequence[Result]) -> dict[tuple[str, float], list[float]]:
-    """Accuracies over seeds by (task, context as a multiple of the longest in training).
-
-    Where a test file was asked about, it counts, and the held-out stories of the training file do not.
-    """
+    """Accuracies over seeds by (set of questions, context as a multiple of the longest in training)."""
     found: dict[tuple[str, float], list[float]] = {}
     for result in results:
-        table = result["accuracy_by_length"]
-        tests = [cell for cell in table if not cell["questions"].endswith(")")]
-        for cell in tests or table:
-            place = result["labels"].get("task", "qa1"), cell["segments"] / result["trained_segments"]
+        for cell in result["accuracy_by_length"]:
+            place = _set(cell["questions"]), cell["segments"] / result["trained_segments"]
             found.setdefault(place, []).append(cell["accuracy"])
     return found
+
+
+_BABI = " (bAbI's file)"
+
+
+def _set(questions: str) -> str:
+    """qa1 for the generator's held-out stories, and another name for those of bAbI's qa1_..._test.txt."""
+    return questions.removesuffix(" (generator)") if questions.endswith(")") else questions.split("_")[0] + _BABI
 
 
 def _plot_comparison(
@@ -145,14 +161,14 @@ def _plot_comparison(
 def _grid(results: Sequence[Result]) -> str:
     rows = []
     for model in _in_order(results, "model"):
-        own = sorted(_of(results, model), key=lambda r: (r["labels"]["window"], r["labels"]["rate"]))
-        best = max(own, key=lambda r: r["validation_accuracy"] or 0)
-        for result in own:
-            accuracy = result["validation_accuracy"]
-            shown = "" if accuracy is None else f"{accuracy:.1%}" + (" (taken)" if result is best else "")
-            rows.append([model, result["labels"]["window"], f"{result['labels']['rate']:g}", shown])
-    table = _table(["model", "window", "learning rate", "answers right in validation"], rows)
-    return "\n".join(["## The grid that settings were chosen from", "", *table, ""])
+        own = _of(results, model)
+        for result in sorted(own, key=lambda result: result["labels"]["setting"]):
+            if result["labels"]["seed"] == min(other["labels"]["seed"] for other in own):
+                setting, accuracy = result["labels"]["setting"], result["validation_accuracy"]
+                shown = "" if accuracy is None else f"{accuracy:.1%}"
+                rows.append([model, setting, shown + " (taken)" * (setting == best_setting(own))])
+    table = _table(["model", "setting", "answers right in validation"], rows)
+    return "\n".join(["## The grid that settings were chosen from, with the first seed", "", *table, ""])
 
 
 # --- Ablations -----------------------------------------------------------------------------------------------------
@@ -225,9 +241,9 @@ def _sizes(results: Sequence[Result], models: Sequence[str]) -> list[str]:
     for model in models:
         own = _of(results, model)
         seconds = statistics.fmean(result["seconds"] for result in own)
-        labels, sizes = own[0]["labels"], [f"{own[0][key]:,}" for key in ("parameters", "memory_size", "tokens")]
-        rows.append([model, *sizes, f"{labels['rate']:g}", labels["window"], str(len(own)), f"{seconds / 60:.0f} min"])
-    return _table(["model", "parameters", "memory", "tokens", "learning rate", "window", "seeds", "time"], rows)
+        sizes = [f"{own[0][key]:,}" for key in ("parameters", "memory_size", "tokens")]
+        rows.append([model, *sizes, own[0]["labels"]["setting"], str(len(own)), f"{seconds / 60:.0f} min"])
+    return _table(["model", "parameters", "memory", "tokens", "setting", "seeds", "time"], rows)
 
 
 def _ratio(value: float, other: float) -> str:

@@ -2,10 +2,10 @@
 
     python tools/reproduce_babilong.py --output runs/study --preset smoke
 
-Every cell (a model, a setting, a seed) is one run of `lm2_jax.train` in a process of its own; its result is kept in
-OUTPUT/cells as JSON, so an interrupted study goes on where it stopped. Tables and pictures are drawn from those files
-alone (--report draws them again, without training). Models have equal parameters: the width of the feed-forward layers
-makes up for what a memory costs. lm2 and rmt have memories of equal size.
+Every cell (a model, a setting, a seed) is one run of `lm2_jax.train` on all tasks at once, in a process of its own; its
+result is kept in OUTPUT/cells as JSON, so an interrupted study goes on where it stopped. Tables and pictures are drawn
+from those files alone (--report draws them again, without training). Models have equal parameters: the width of the
+feed-forward layers makes up for what a memory costs. lm2 and rmt have memories of equal size.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import concurrent.futures
 import dataclasses
 import fnmatch
 import functools
-import itertools
 import json
 import os
 import queue
@@ -31,11 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 
 import jax
 import jax.numpy as jnp
-from babilong_report import write_report
+from babilong_report import best_setting, write_report
 
 from lm2_jax.config import Config, MemoryConfig, ModelConfig, dump_config, load_config, parse_config, replace
 from lm2_jax.data.pipeline import check_vocabulary
-from lm2_jax.data.worlds import Task
 from lm2_jax.errors import TrainingFailed, UserError, run_command
 from lm2_jax.model import build_model
 from lm2_jax.reporting import clock, read_records, write_atomically
@@ -57,10 +55,10 @@ class Preset:
     Attributes:
       config: file in configs/ that every cell starts from.
       base: changes for every cell.
-      tasks: fewest and most statements of the generator's stories, by bAbI task; the grid is about the first.
       models: changes by name; all have as many parameters as `lm2`, and rmt has as large a memory.
-      rates, windows: the grid that every model's learning rate and training window are chosen from.
-      seeds: of the comparison. The grid has a seed of its own.
+      settings: changes that every model's learning rate and training window are chosen from, with the first seed. A
+        model with a window of its own has those of the learning rate alone.
+      seeds: of the comparison.
       ablations: changes of lm2 by name, for the table of its parts; all have as many parameters as lm2.
       ablation_base: changes for those cells.
       ablation_seeds: of those cells.
@@ -68,17 +66,12 @@ class Preset:
 
     config: str
     base: Changes
-    tasks: Mapping[Task, tuple[int, int]]
     models: Mapping[str, Changes]
-    rates: tuple[float, ...]
-    windows: Mapping[str, Changes]
+    settings: Mapping[str, Changes]
     seeds: tuple[int, ...]
     ablations: Mapping[str, Changes]
     ablation_base: Changes
     ablation_seeds: tuple[int, ...]
-
-
-_GRID_SEED = 100
 
 
 def _stages(*stages: tuple[int, int, float | None, int | None]) -> list[dict[str, Any]]:
@@ -97,15 +90,13 @@ PRESETS = {
             "train": {"steps": 3, "curriculum": []},
             "eval": {"lengths": [0, 2, 4], "questions": 4, "every_steps": 0},
         },
-        tasks={"qa1": (1, 4)},
         models={
             "lm2": {},
             "rmt": {"memory": {"kind": "rmt"}},
             "none": {"memory": {"kind": "none"}},
         },
-        rates=(2e-3,),
-        windows={"2 segments": {}},
-        seeds=(0,),
+        settings={"as it is": {}},
+        seeds=(0, 1),
         ablations={"as it is": {}},
         ablation_base={},
         ablation_seeds=(0,),
@@ -113,24 +104,24 @@ PRESETS = {
     "cpu": Preset(
         config="babilong_study.yaml",
         base={},
-        tasks={"qa1": (1, 10), "qa2": (4, 20), "qa3": (6, 24), "qa4": (2, 5), "qa5": (2, 20)},
         models={
             "lm2": {},
-            "rmt": {"memory": {"kind": "rmt", "num_slots": 48}},
+            "rmt": {"memory": {"kind": "rmt", "num_slots": 24}},
             "none": {"memory": {"kind": "none"}},
             "full attention": {  # one segment: the whole window, and the whole context when asked
                 "memory": {"kind": "none"},
                 "data": {"segment_length": 256, "segments_per_window": 1},
-                "train": {"curriculum": _stages((1, 96, 0.9, 500), (1, 128, 0.9, 400), (1, 256, None, None))},
+                "train": {"curriculum": _stages((1, 128, None, 1200), (1, 256, None, None))},
                 "eval": {"one_segment": True, "lengths": [0, 1, 2, 4, 8]},
             },
         },
-        rates=(1e-3, 2e-3, 4e-3),
-        windows={
-            "8 segments": {},
-            "16 segments": {  # of half as many lanes: as many tokens
-                "data": {"segments_per_window": 16, "batch_size": 16},
-                "train": {"curriculum": _stages((1, 96, 0.9, 500), (4, 32, 0.9, 400), (16, 32, None, None))},
+        settings={
+            "4 segments, 2e-3": {},
+            "4 segments, 1e-3": {"optim": {"learning_rate": 1e-3}},
+            "4 segments, 4e-3": {"optim": {"learning_rate": 4e-3}},
+            "8 segments, 2e-3": {  # of half as many lanes: as many tokens
+                "data": {"segments_per_window": 8, "batch_size": 8},
+                "train": {"curriculum": _stages((1, 256, None, 1000), (4, 64, None, 200), (8, 64, None, None))},
             },
         },
         seeds=(0, 1, 2),
@@ -152,7 +143,9 @@ PRESETS = {
             },
         },
         ablation_base={  # the embedded default, asked at 16 times the trained length besides
+            "memory": {"num_slots": 16},
             "data": {
+                "batch_size": 32,
                 "segment_length": 24,
                 "segments_per_window": 6,
                 "stories": {"tasks": ["qa1"], "facts": [1, 10], "questions_between": [0, 1], "questions_after": [3, 4]},
@@ -178,10 +171,12 @@ class Cell:
     Attributes:
       labels: what it is in the study: phase, model, seed, and what was chosen for it.
       config: complete, but for its run directory.
+      unit: tokens that the lengths of contexts are multiples of.
     """
 
     labels: Mapping[str, Any]
     config: Config
+    unit: int
 
     @property
     def name(self) -> str:
@@ -192,9 +187,9 @@ class Cell:
 class Plan:
     """The cells of a preset."""
 
-    def __init__(self, preset: Preset, facts: Mapping[Task, Changes]) -> None:
-        """facts: where the grid and the comparison have a task's stories from."""
-        self._preset, self._facts = preset, facts
+    def __init__(self, preset: Preset, babi: Path | None) -> None:
+        """babi: where bAbI's files are, to be asked about in the grid and the comparison."""
+        self._preset, self._babi = preset, babi
         config = load_config(ROOT / "configs" / preset.config)
         self._config = check_vocabulary(config, load_tokenizer(config.tokenizer))
 
@@ -207,43 +202,31 @@ class Plan:
                 )
 
     def grid(self) -> Iterator[Cell]:
-        """Every model with every learning rate, and those with segments with every window, on the first task."""
-        task = next(iter(self._preset.tasks))
-        for model, changes in self._preset.models.items():
-            for window, window_changes in self._preset.windows.items():
-                for rate in self._preset.rates:
-                    yield self._compared("grid", task, model, changes, window, window_changes, rate, _GRID_SEED)
-                if "data" in changes:  # has a window of its own
-                    break
+        """Every model in every setting, with the first seed."""
+        for setting in self._preset.settings:
+            for model in self._preset.models:
+                if not ("data" in self._preset.models[model] and "data" in self._preset.settings[setting]):
+                    yield self._compared(model, setting, self._preset.seeds[0])
 
     def comparison(self, grid: Sequence[Result]) -> Iterator[Cell]:
-        """Every model as the grid was best for it: by the share of right answers in validation at the end."""
-        for seed, task in itertools.product(self._preset.seeds, self._preset.tasks):
-            for model, changes in self._preset.models.items():
+        """The other seeds of every model whose grid is complete, in the setting with the best validation at its end."""
+        wanted = [cell.labels["model"] for cell in self.grid()]
+        for seed in self._preset.seeds[1:]:
+            for model in self._preset.models:
                 own = [result for result in grid if result["labels"]["model"] == model]
-                best = max(own, key=lambda result: result["validation_accuracy"] or 0)["labels"]
-                window, rate = best["window"], best["rate"]
-                windows = self._preset.windows[window]
-                yield self._compared("comparison", task, model, changes, window, windows, rate, seed)
+                if len(own) == wanted.count(model):
+                    yield self._compared(model, best_setting(own), seed)
 
-    def _compared(
-        self,
-        phase: str,
-        task: Task,
-        model: str,
-        changes: Changes,
-        window: str,
-        window_changes: Changes,
-        rate: float,
-        seed: int,
-    ) -> Cell:
-        labels = {"phase": phase, "task": task, "model": model, "window": window, "rate": rate, "seed": seed}
-        return self._cell(labels, self._facts[task], window_changes, changes, {"optim": {"learning_rate": rate}})
+    def _compared(self, model: str, setting: str, seed: int) -> Cell:
+        labels = {"phase": "comparison", "model": model, "setting": setting, "seed": seed}
+        cell = self._cell(labels, {}, self._preset.settings[setting], self._preset.models[model])
+        return dataclasses.replace(cell, config=with_questions(cell.config, self._babi))
 
     def _cell(self, labels: Mapping[str, Any], base: Changes, *changes: Changes) -> Cell:
         standard = _changed(self._config, self._preset.base, base)
         config = _changed(self._config, self._preset.base, base, *changes, {"train": {"seed": labels["seed"]}})
-        return Cell(labels, with_parameters(config, parameters(standard)))
+        window = standard.stages[-1]
+        return Cell(labels, with_parameters(config, parameters(standard)), window.segments * window.segment_length)
 
 
 def _changed(config: Config, *changes: Changes) -> Config:
@@ -298,8 +281,8 @@ class Runner:
             self._places.put(cores[worker::workers])
         self._workers = workers
 
-    def results(self, cells: Iterable[Cell]) -> tuple[list[Result], bool]:
-        """What is there of the cells' results after training those that are wanted, and whether that is all."""
+    def results(self, cells: Iterable[Cell]) -> list[Result]:
+        """What is there of the cells' results after training those that are wanted."""
         cells = list(cells)
         waiting = [cell for cell in cells if not self._read(cell) and fnmatch.fnmatch(cell.name, self._only)]
         began = time.monotonic()
@@ -308,8 +291,7 @@ class Runner:
                 if trained:
                     left = (time.monotonic() - began) / number * (len(waiting) - number)
                     print(f"{number}/{len(waiting)} cells, about {clock(left)} left", flush=True)
-        there = [result for cell in cells if (result := self._read(cell))]
-        return there, len(there) == len(cells)
+        return [result for cell in cells if (result := self._read(cell))]
 
     def _read(self, cell: Cell) -> Result | None:
         """The cell's result, if it is there. Raises UserError if another study left it."""
@@ -372,7 +354,7 @@ def read_result(cell: Cell, run_dir: Path, seconds: float) -> Result:
         "seconds": round(seconds),
         "validation_accuracy": validated[-1] if validated else None,
         "accuracy_by_length": summary["accuracy_by_length"],
-        "trained_segments": cell.config.stages[-1].segments,
+        "trained_segments": cell.unit // cell.config.trained_segment_length,
         "curves": curves,
         "config": cell.config.model_dump(mode="json"),
     }
@@ -390,16 +372,16 @@ def describe(result: Result) -> str:
 _BABI = "{babi}"  # stands for --babi in the config of a cell, which is the same wherever the files are
 
 
-def facts_of(task: Task, statements: tuple[int, int], babi: Path | None) -> Changes:
-    """Changes that make stories of a task: the generator's to train on, and bAbI's own to be asked about besides.
+def with_questions(config: Config, babi: Path | None) -> Config:
+    """The config, asking about bAbI's own stories of its tasks besides the generator's.
 
-    Nobody trains on bAbI's files: a qa2 of 2,000 stories is learnt by heart. Where a task has a qa1_..._test.txt, that
-    is asked about, and else its training file. Files are named from `{babi}` on; `with_files` says where that is.
+    Nobody trains on them: a qa2 of 2,000 stories is learnt by heart. So a task's training file is asked about where
+    there is no qa1_..._test.txt of it. Files are named from `{babi}` on; `with_files` says where that is.
     """
-    stories = {"tasks": [task], "facts": statements, "questions_between": [0, 1], "questions_after": [3, 4]}
-    found = [sorted(babi.glob(f"{task}_*_{part}.txt")) for part in ("test", "train")] if babi else []
-    files = next((paths for paths in found if paths), [])
-    return {"data": {"stories": stories}, "eval": {"path": [f"{_BABI}/{path.name}" for path in files] or None}}
+    files: list[Path] = []
+    for task in config.data.stories.tasks if babi else ():
+        files += sorted(babi.glob(f"{task}_*_test.txt")) or sorted(babi.glob(f"{task}_*.txt"))
+    return replace(config, eval={"path": [f"{_BABI}/{file.name}" for file in files] or None})
 
 
 def with_files(config: Config, babi: Path | None) -> Config:
@@ -432,16 +414,14 @@ def main() -> None:
 
 
 def run(preset: Preset, arguments: argparse.Namespace) -> None:
-    """Trains what is missing: the ablations, the grid, and, once the grid is complete, the comparison."""
+    """Trains what is missing: the comparison's grid, its other seeds, and the ablations."""
     if arguments.babi and not arguments.babi.is_dir():
-        raise UserError(f"--babi: {arguments.babi} is no directory; give the one with qa1_..._train.txt")
-    plan = Plan(preset, {task: facts_of(task, facts, arguments.babi) for task, facts in preset.tasks.items()})
+        raise UserError(f"--babi: {arguments.babi} is no directory; give the one with qa1_..._test.txt")
+    plan = Plan(preset, arguments.babi)
     until = time.monotonic() + arguments.hours * 3600
     runner = Runner(arguments.output, arguments.babi, arguments.workers, arguments.only, until)
+    runner.results(plan.comparison(runner.results(plan.grid())))
     runner.results(plan.ablations())
-    grid, complete = runner.results(plan.grid())
-    if complete:
-        runner.results(plan.comparison(grid))
 
 
 if __name__ == "__main__":

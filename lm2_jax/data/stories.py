@@ -193,12 +193,12 @@ class _Documents:
             facts, between, after = (
                 low + int(draw * (high + 1 - low)) for (low, high), draw in zip(ranges, draws, strict=True)
             )
-            story = generate_story(task, rng, facts, between, after)
+            story = generate_story(task, rng, facts, between, after, config.tasks)
             while (length := self._scatterer.length(story)) > room and (facts, between, after) != (1, 0, 1):
                 facts, between, after = (
                     max(least, count * room // length) for least, count in ((1, facts), (0, between), (1, after))
                 )
-                story = generate_story(task, rng, facts, between, after)
+                story = generate_story(task, rng, facts, between, after, config.tasks)
             if length <= room and is_held_out(story) == self._held_out:
                 return story
         raise UserError(

@@ -157,7 +157,12 @@ def answer(statements: Sequence[str], question: str) -> str:
 
 
 def generate_story(
-    task: Task, rng: np.random.Generator, num_facts: int, questions_between: int, questions_after: int
+    task: Task,
+    rng: np.random.Generator,
+    num_facts: int,
+    questions_between: int,
+    questions_after: int,
+    asked_between: Sequence[Task] | None = None,
 ) -> Story:
     """Makes up a story of a bAbI task.
 
@@ -167,6 +172,7 @@ def generate_story(
       num_facts: statements, at least 1. The story goes on until a question can be asked; qa4 has at most 5.
       questions_between: questions before the last statement; fewer where too little is known in time.
       questions_after: questions after the last statement, no two alike; fewer where there is less to ask.
+      asked_between: tasks that questions before the last statement are of; None: the story's own.
 
     Returns:
       Statements and questions; the last line is a question.
@@ -186,10 +192,10 @@ def generate_story(
             break
         waiting += between.count(told)
         if waiting:
-            asked = _ask(task, world, draws, waiting)
+            asked = _ask(asked_between or (task,), world, draws, waiting)
             waiting -= len(asked)
             lines += asked
-    return (*lines, *_ask(task, world, draws, questions_after))
+    return (*lines, *_ask((task,), world, draws, questions_after))
 
 
 def _draws(rng: np.random.Generator) -> Iterator[float]:
@@ -202,9 +208,9 @@ def _pick(draws: Iterator[float], options: Sequence[_T]) -> _T:
     return options[int(next(draws) * len(options))]
 
 
-def _ask(task: Task, world: World, draws: Iterator[float], count: int) -> list[Question]:
+def _ask(tasks: Sequence[Task], world: World, draws: Iterator[float], count: int) -> list[Question]:
     """Up to `count` different questions."""
-    asked, open_questions = [], world.questions(task)
+    asked, open_questions = [], [text for task in tasks for text in world.questions(task)]
     while open_questions and len(asked) < count:
         text = _pick(draws, open_questions)
         asked.append(Question(text, world.answers(text)[0]))
