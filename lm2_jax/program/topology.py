@@ -23,7 +23,7 @@ _QUIET = {
     "TPU_WORKER_ID": "0",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_STDERR_LOG_LEVEL": "3",
-    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "1",  # warnings, to files alone
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
@@ -37,9 +37,7 @@ class Warnings:
 
     def involuntary_rematerialisations(self) -> int:
         """Arrays that the partitioner could only move by making them whole on every chip."""
-        texts = [
-            path.read_text(errors="replace") for path in sorted(self._directory.glob("tpu_driver*")) if path.is_file()
-        ]
+        texts = [path.read_text(errors="replace") for path in self._directory.glob("*.log.WARNING.*")]
         found = sum(text.count("Involuntary full rematerialization") for text in texts)
         new, self._seen = found - self._seen, found
         return new
