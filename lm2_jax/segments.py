@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from lm2_jax.errors import UserError
-from lm2_jax.model.decoder import Decoder
+from lm2_jax.model.decoder import Decoder, gate_name
 from lm2_jax.model.kind import Memory
 from lm2_jax.model.placement import constrain
 
@@ -121,6 +121,5 @@ def _mean_by_name(gates: Any) -> dict[str, jax.Array]:
     """Sown gate means, one number per gate: the mean over layers and segments."""
     means: dict[str, jax.Array] = {}
     for path, value in jax.tree_util.tree_leaves_with_path(gates):
-        name = next(key.key for key in reversed(path) if isinstance(key, jax.tree_util.DictKey))
-        means[name] = jnp.mean(value)
+        means[gate_name(path)] = jnp.mean(value)
     return means

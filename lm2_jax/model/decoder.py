@@ -60,7 +60,7 @@ class Block(nn.Module):
         axes = _logical_axes(self.config, self.kind, "bank_blocks" if self.with_bank else "blocks")
         outputs, gates = on_own_lanes(run, self.variables["params"], axes, arrays)
         for path, value in jax.tree_util.tree_leaves_with_path(gates):
-            self.sow("gates", next(key.key for key in reversed(path) if isinstance(key, jax.tree_util.DictKey)), value)
+            self.sow("gates", gate_name(path), value)
         return outputs
 
     def _window(
@@ -102,6 +102,11 @@ class Block(nn.Module):
         )
         bank, x_BSTD = over_segments(self, bank, (x_BSTD, layout))
         return x_BSTD, bank
+
+
+def gate_name(path: tuple[Any, ...]) -> str:
+    """Of a sown gate mean, by its path in the tree."""
+    return next(key.key for key in reversed(path) if isinstance(key, jax.tree_util.DictKey))
 
 
 @functools.cache

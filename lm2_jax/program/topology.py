@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import math
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,10 +47,12 @@ class Warnings:
 
 def prepare() -> Warnings:
     """Sets up libtpu, before it is loaded; JAX itself stays on the CPU."""
-    directory = Path(tempfile.mkdtemp(prefix="lm2_jax_libtpu_"))
     os.environ.update({name: value for name, value in _QUIET.items() if name not in os.environ})
     jax.config.update("jax_platforms", "cpu")
-    directory = Path(os.environ.setdefault("TPU_LOG_DIR", str(directory)))
+    if "TPU_LOG_DIR" not in os.environ:
+        os.environ["TPU_LOG_DIR"] = tempfile.mkdtemp(prefix="lm2_jax_libtpu_")
+        atexit.register(shutil.rmtree, os.environ["TPU_LOG_DIR"], ignore_errors=True)
+    directory = Path(os.environ["TPU_LOG_DIR"])
     return Warnings(directory)
 
 
