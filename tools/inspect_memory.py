@@ -91,19 +91,27 @@ def make_contexts(config: Config, tokenizer: Tokenizer, segments: int, count: in
     return Contexts(*(np.array(column) for column in zip(*columns, strict=True)))
 
 
+def statement_starts(tokens: np.ndarray, story: Story, tokenizer: Tokenizer) -> list[int]:
+    """Where each statement of a story begins in its document."""
+    starts, start = [], 0
+    for line in story:
+        if isinstance(line, Statement):
+            ids = tokenizer.encode(" " + line.text)
+            start = next(i for i in range(start, len(tokens)) if tokens[i : i + len(ids)].tolist() == ids)
+            starts.append(start)
+            start += len(ids)
+    return starts
+
+
 def _facts(tokens: np.ndarray, story: Story, tokenizer: Tokenizer, asked: int, T: int) -> tuple[np.ndarray, int]:
     """Which tokens belong to statements; segments between the last one about the asked person and the question."""
     person = story[-1].text.split()[-1].removesuffix("?")
-    fact, start, last = np.zeros(len(tokens), bool), 0, 0
-    for line in story:
-        if not isinstance(line, Statement):
-            continue
-        ids = tokenizer.encode(" " + line.text)
-        start = next(i for i in range(start, len(tokens)) if tokens[i : i + len(ids)].tolist() == ids)
-        fact[start : start + len(ids)] = True
-        if line.text.startswith(person):
+    statements = [line.text for line in story if isinstance(line, Statement)]
+    fact, last = np.zeros(len(tokens), bool), 0
+    for text, start in zip(statements, statement_starts(tokens, story, tokenizer), strict=True):
+        fact[start : start + len(tokenizer.encode(" " + text))] = True
+        if text.startswith(person):
             last = start
-        start += len(ids)
     return fact, asked // T - last // T
 
 
