@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 
 from lm2_jax.config import Config
 from lm2_jax.model.kind import Memory, MemoryKind, Parameters
-from lm2_jax.model.layers import CausalConv, Layout, Past, RMSNorm, SelfAttention, SwiGLU, put, unbox
+from lm2_jax.model.layers import LOOKS, CausalConv, Layout, Past, RMSNorm, SelfAttention, SwiGLU, put, unbox
 from lm2_jax.model.placement import constrain, fetch, on_own_lanes, splits_lanes
 
 
@@ -164,7 +164,7 @@ class Decoder(nn.Module):
         block = Block if self.config.train.remat == "none" else nn.remat(Block, prevent_cse=False)
         stack = nn.scan(
             block,
-            variable_axes={"params": 0, "gates": 0},
+            variable_axes={"params": 0, "gates": 0, LOOKS: 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast, 0),
             out_axes=0,
