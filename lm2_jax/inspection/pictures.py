@@ -230,7 +230,8 @@ def _draw_tokens(figure: Any, reading: Reading, words_K: Sequence[str]) -> list:
     for axis, block in zip(axes, blocks, strict=True):
         slots = _shown_slots(reading.read_LSN[block].mean(0))
         values_KC, names = _with_rest(reading.read_LKN[block], slots, mean=False)
-        axis.imshow(values_KC, aspect="auto", cmap=_COLOURS, vmin=0, interpolation="nearest")
+        top = values_KC[:, : len(slots)].max()
+        axis.imshow(values_KC, aspect="auto", cmap=_COLOURS, vmin=0, vmax=top, interpolation="nearest")
         axis.set_title(f"block {block}", fontsize=10)
         axis.set_xlabel("slot", fontsize=9)
         axis.set_xticks(*_ticks(slots, 4), fontsize=8)
@@ -277,7 +278,7 @@ def _draw_by_segment(
         slots = _shown_slots(weight_N)
         values_SC, names = _with_rest(values_LSN[block], slots, mean=unit == "change")
         values_CS, segments = _bins(values_SC.T, [f"segment {s}" for s in range(len(values_SC))])
-        top = np.quantile(values_CS, 0.995) or 1.0
+        top = np.quantile(values_CS[: len(slots)], 0.995) or 1.0
         image = axis.imshow(values_CS, aspect="auto", cmap=_COLOURS, vmin=0, vmax=top, interpolation="nearest")
         axis.set_ylabel(f"{of} {block}\nslot" if len(values_LSN) > 1 else "slot", fontsize=9)
         axis.set_yticks(*_ticks(slots, 4), fontsize=8)
@@ -285,9 +286,10 @@ def _draw_by_segment(
         figure.colorbar(image, ax=axis, pad=0.01).ax.tick_params(labelsize=8)
         found.append((axis, values_CS, names, segments, f"{unit}, {of} {block}"))
     S, columns = values_LSN.shape[1], values_CS.shape[1]
-    places = [segment * columns // S for segment in marked]
-    axes[0].plot(places, [-0.9] * len(places), "v", color="tab:orange", markersize=5, clip_on=False)
-    axes[0].set_ylim(len(names) - 0.5, -0.5)
+    if marked:
+        places, height = [segment * columns // S for segment in marked], axes[0].get_ylim()
+        axes[0].plot(places, [-0.9] * len(places), "v", color="tab:orange", markersize=5, clip_on=False)
+        axes[0].set_ylim(height)
     axes[-1].set_xlabel("segment", fontsize=9)
     places = sorted({round(i) for i in np.linspace(0, columns - 1, min(columns, 6))})
     axes[-1].set_xticks(places, [f"{place * S // columns:,}" for place in places])

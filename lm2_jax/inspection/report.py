@@ -81,7 +81,8 @@ def inspect(
         drawn.append((picture, buffer.getvalue(), maps))
         written.append(output / f"{picture.name}.png")
         written[-1].write_bytes(buffer.getvalue())
-    render_together([picture for picture, *_ in drawn], output / "overview.png", f"{title}: {source}")
+    overview = [picture for picture, *_ in drawn if picture.name in ("tokens", "writes", "survival")]
+    render_together(overview, output / "overview.png", f"{title}: {source}")
     facts = {
         "kind": model.config.memory.kind,
         "memory": " x ".join(map(str, reading.slots_LNM.shape)) + " (banks, slots, width)",

@@ -210,7 +210,7 @@ def _probe(x_SF: np.ndarray, y_SE: np.ndarray, age: int) -> np.ndarray:
     y_SE = y_SE - y_mean_E
     train_SF, asked_SF = x_SF[:half], x_SF[half:]
     gram_SS = train_SF @ train_SF.T
-    ridge = 0.1 * np.trace(gram_SS) / half
+    ridge = 0.1 * np.trace(gram_SS) / half + 1e-6
     told_SE = asked_SF @ train_SF.T @ np.linalg.solve(gram_SS + ridge * np.eye(half), y_SE[:half])
     true_SE = y_SE[half:]
     norms_S = np.linalg.norm(true_SE, axis=-1) + 1e-9
