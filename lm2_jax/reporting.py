@@ -13,7 +13,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
-from tensorboardX import SummaryWriter
 
 Record = dict[str, Any]
 
@@ -51,6 +50,8 @@ class Reporter:
     """Writes one record per step; use as a context manager."""
 
     def __init__(self, run_dir: Path, first_step: int, last_step: int) -> None:
+        from tensorboardX import SummaryWriter  # imports torch, where there is one, which takes seconds
+
         self.console = Console(highlight=False, soft_wrap=True)
         self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)

@@ -5,7 +5,11 @@ A run directory (train.run_dir) that holds a checkpoint is resumed, and goes on 
 
 from __future__ import annotations
 
-import argparse
+from lm2_jax.command_line import train_arguments
+
+if __name__ == "__main__":
+    train_arguments()  # answers --help and mistakes before the imports below, which take seconds
+
 import contextlib
 import fcntl
 import json
@@ -50,16 +54,7 @@ _MAY_CHANGE = ("train.run_dir", "train.steps", "train.max_skipped_steps", "data.
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lm2_jax.train",
-        description="Train a model. A run directory that holds a checkpoint is resumed.",
-        epilog="example: python -m lm2_jax.train --config configs/babilong_tiny.yaml --set memory.kind=none "
-        "--set train.run_dir=runs/none",
-    )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML config, for example from configs/")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
-    parser.add_argument("--explain-sharding", action="store_true", help="only show which array lies where")
-    arguments = parser.parse_args()
+    arguments = train_arguments()
     config = load_config(arguments.config, arguments.set)
     if arguments.explain_sharding:
         print(explain_sharding(with_vocabulary(config), jax.devices()))
@@ -383,4 +378,4 @@ def _describe(mesh: jax.sharding.Mesh) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, interrupted="interrupted; the same command goes on from the newest checkpoint")
