@@ -25,9 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description="Compile every config for the topology that its comment names.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, metavar="DIRECTORY", help="where figures are kept")
-    parser.add_argument("--configs", type=Path, default=ROOT / "configs", metavar="DIRECTORY")
+    parser.add_argument("--configs", type=Path, default=ROOT / "configs", metavar="DIRECTORY", help="default configs/")
     arguments = parser.parse_args()
     configs = {path: topology_of(path) for path in sorted(arguments.configs.glob("*.yaml"))}
     arguments.output.mkdir(parents=True, exist_ok=True)

@@ -28,14 +28,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
-import jax
-import jax.numpy as jnp
 from babilong_report import best_setting, write_report
 
 from lm2_jax.config import Config, MemoryConfig, ModelConfig, dump_config, load_config, parse_config, replace
-from lm2_jax.data.pipeline import check_vocabulary
 from lm2_jax.errors import TrainingFailed, UserError, run_command
-from lm2_jax.model import build_model
 from lm2_jax.reporting import clock, read_records, write_atomically
 from lm2_jax.tokenizer import load_tokenizer
 
@@ -190,6 +186,8 @@ class Plan:
     def __init__(self, preset: Preset, babi: Path | None) -> None:
         """babi: where bAbI's files are, to be asked about in the grid and the comparison."""
         self._preset, self._babi = preset, babi
+        from lm2_jax.data.pipeline import check_vocabulary  # takes a second, which --help should not
+
         config = load_config(ROOT / "configs" / preset.config)
         self._config = check_vocabulary(config, load_tokenizer(config.tokenizer))
 
@@ -244,6 +242,11 @@ def parameters(config: Config) -> int:
 
 @functools.cache
 def _parameters(model_config: ModelConfig, memory_config: MemoryConfig) -> int:
+    import jax  # takes seconds, which --help should not
+    import jax.numpy as jnp
+
+    from lm2_jax.model import build_model
+
     model = build_model(Config(model=model_config, memory=memory_config))
 
     def init(key: jax.Array) -> Any:
@@ -263,6 +266,10 @@ def with_parameters(config: Config, count: int) -> Config:
 
 def memory_size(config: Config) -> int:
     """Numbers that a lane's memory holds."""
+    import jax
+
+    from lm2_jax.model import build_model
+
     return sum(leaf.size for leaf in jax.tree.leaves(build_model(config).init_memory(1)))
 
 
