@@ -33,8 +33,8 @@ def main() -> None:
 
     from lm2_jax.inspection.report import inspect  # jax takes seconds, which --help should not
 
-    written = inspect(**vars(arguments))
-    print(f"written: {', '.join(map(str, written))}")
+    page, *pictures = inspect(**vars(arguments))
+    print(f"written: {page}, and its {len(pictures)} pictures")
 
 
 if __name__ == "__main__":

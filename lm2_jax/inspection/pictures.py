@@ -168,7 +168,7 @@ def render_together(drawn: Sequence[Picture], path: Any, title: str) -> None:
     for part, picture in zip(parts, drawn, strict=True):
         part.suptitle(picture.title, fontsize=12)
         picture.draw(part)
-    figure.suptitle(title, fontsize=14, fontweight="bold")
+    figure.suptitle(title, fontsize=13)
     figure.savefig(path)
     plt.close(figure)
 

@@ -82,7 +82,7 @@ def inspect(
         written.append(output / f"{picture.name}.png")
         written[-1].write_bytes(buffer.getvalue())
     overview = [picture for picture, *_ in drawn if picture.name in ("tokens", "writes", "survival")]
-    render_together(overview, output / "overview.png", f"{title}: {source}")
+    render_together(overview, output / "overview.png", f"{title}\n{source}")
     facts = {
         "kind": model.config.memory.kind,
         "memory": " x ".join(map(str, reading.slots_LNM.shape)) + " (banks, slots, width)",
