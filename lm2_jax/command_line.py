@@ -52,6 +52,12 @@ def train_arguments() -> argparse.Namespace:
     )
     add_config(parser)
     parser.add_argument("--explain-sharding", action="store_true", help="only show which array lies where")
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="this is one of several processes that run the same command: on a TPU pod, or as JAX_COORDINATOR_ADDRESS, "
+        "JAX_NUM_PROCESSES and JAX_PROCESS_ID say",
+    )
     return parser.parse_args()
 
 
