@@ -128,3 +128,19 @@ def aot_arguments() -> argparse.Namespace:
     parser.add_argument("--hlo", type=Path, metavar="DIRECTORY", help="keep the optimised programs as text")
     parser.add_argument("--explain-sharding", action="store_true", help="only show which array lies where")
     return parser.parse_args()
+
+
+def bench_arguments() -> argparse.Namespace:
+    """Of lm2_jax.bench."""
+    parser = parser_for(
+        "bench",
+        "Measure training and decoding here: lm2 beside none and rmt, both schedules, and how the cost grows with "
+        "segments, slots and context.",
+        "--config configs/babilong_tiny.yaml --output bench.json",
+        "--config configs/lm2_125m.yaml --set data.batch_size=4 --only decoding",
+    )
+    add_config(parser)
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of every program; default 5")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only the tables whose title has this text in it")
+    return parser.parse_args()
