@@ -138,17 +138,15 @@ def plot_runs(path: str | Path, runs: Sequence[Run], panels: Sequence[str] = tup
 
     panels: names of PANELS. x: a name of AXES.
     """
-    import matplotlib  # slow to import; wanted only here
+    from matplotlib.figure import Figure  # slow to import; and without pyplot, a notebook's own pictures stay its own
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    shown = [name for name in panels if _has_anything(plt, name, runs, x)]
+    shown = [name for name in panels if PANELS[name][1](Figure().subplots(), runs, x)]
     if not shown:
         raise UserError(f"the runs have nothing for the panels {', '.join(panels)}")
     columns = min(len(shown), 3 if len(shown) != 4 else 2)
     rows = -(-len(shown) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 3.4 * rows), squeeze=False, layout="constrained")
+    figure = Figure((5 * columns, 3.4 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis, name in zip(axes.flat, shown, strict=False):
         title, draw = PANELS[name]
         axis.set_xlabel(AXES[x])
@@ -159,14 +157,6 @@ def plot_runs(path: str | Path, runs: Sequence[Run], panels: Sequence[str] = tup
     for axis in list(axes.flat)[len(shown) :]:
         axis.set_axis_off()
     figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def _has_anything(plt: Any, name: str, runs: Sequence[Run], x: str) -> bool:
-    figure, axis = plt.subplots()
-    found = PANELS[name][1](axis, runs, x)
-    plt.close(figure)
-    return found
 
 
 def _lines(axis: Any, runs: Sequence[Run], x: str, values: Mapping[str, str]) -> bool:

@@ -146,8 +146,7 @@ def pictures(
 
 def render(picture: Picture, path: Any) -> list[HeatMap]:
     """Draws a picture into a PNG file (a path, or a binary file), and gives its heat maps."""
-    plt = _pyplot()
-    figure = plt.figure(figsize=picture.size, layout="constrained", dpi=150)
+    figure = _figure(picture.size, dpi=150)
     drawn = picture.draw(figure)
     figure.draw_without_rendering()
     found = []
@@ -155,31 +154,25 @@ def render(picture: Picture, path: Any) -> list[HeatMap]:
         x0, y0, width, height = axis.get_position().bounds
         found.append(HeatMap((x0, 1 - y0 - height, width, height), *rest))
     figure.savefig(path)
-    plt.close(figure)
     return found
 
 
 def render_together(drawn: Sequence[Picture], path: Any, title: str) -> None:
     """One PNG of several pictures beside each other."""
-    plt = _pyplot()
     height = max(picture.size[1] for picture in drawn)
-    figure = plt.figure(figsize=(4.8 * len(drawn), height + 0.6), layout="constrained", dpi=100)
+    figure = _figure((4.8 * len(drawn), height + 0.6), dpi=100)
     parts = np.atleast_1d(figure.subfigures(1, len(drawn)))
     for part, picture in zip(parts, drawn, strict=True):
         part.suptitle(picture.title, fontsize=12)
         picture.draw(part)
     figure.suptitle(title, fontsize=13)
     figure.savefig(path)
-    plt.close(figure)
 
 
-def _pyplot() -> Any:
-    import matplotlib  # slow to import; wanted only here
+def _figure(size: tuple[float, float], dpi: int) -> Any:
+    from matplotlib.figure import Figure  # slow to import; and without pyplot, a notebook's own pictures stay its own
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
+    return Figure(size, dpi=dpi, layout="constrained")
 
 
 # --- The drawing -----------------------------------------------------------------------------------------------------

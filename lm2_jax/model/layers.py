@@ -21,7 +21,7 @@ from lm2_jax.model.attention import attention, attention_shares
 
 Initializer = Callable[..., jax.Array]
 
-LOOKS = "looks"  # a collection for what people look at (`MemoryKind.look`); modules sow into it only if it is mutable
+LOOKS = "looks"  # a collection for what people look at (`MemoryKind.shares`); modules sow into it only if it is mutable
 
 
 @struct.dataclass
