@@ -69,7 +69,8 @@ class Reporter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if self.console.is_terminal:
+            self._bar.stop()
         self._file.close()
         self._board.close()
 

@@ -216,14 +216,14 @@ def _bins(values_RS: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, list
 
 
 def _draw_tokens(figure: Any, reading: Reading, words_K: Sequence[str]) -> list:
-    L, K, _ = reading.read_LKN.shape
+    L, K, N = reading.read_LKN.shape
     blocks = _some(L)
     axes = figure.subplots(1, len(blocks), squeeze=False)[0]
     found = []
     for axis, block in zip(axes, blocks, strict=True):
         slots = _shown_slots(reading.read_LSN[block].mean(0))
         values_KC, names = _with_rest(reading.read_LKN[block], slots, mean=False)
-        top = values_KC[:, : len(slots)].max()
+        top = max(values_KC[:, : len(slots)].max(), 2 / N)  # an even share is at most half as dark
         axis.imshow(values_KC, aspect="auto", cmap=_COLOURS, vmin=0, vmax=top, interpolation="nearest")
         axis.set_title(f"block {block}", fontsize=10)
         axis.set_xlabel("slot", fontsize=9)
@@ -271,7 +271,7 @@ def _draw_by_segment(
         slots = _shown_slots(weight_N)
         values_SC, names = _with_rest(values_LSN[block], slots, mean=unit == "change")
         values_CS, segments = _bins(values_SC.T, [f"segment {s}" for s in range(len(values_SC))])
-        top = np.quantile(values_CS[: len(slots)], 0.995) or 1.0
+        top = np.quantile(values_CS[: len(slots)], 0.98) or 1.0
         image = axis.imshow(values_CS, aspect="auto", cmap=_COLOURS, vmin=0, vmax=top, interpolation="nearest")
         axis.set_ylabel(f"{of} {block}\nslot" if len(values_LSN) > 1 else "slot", fontsize=9)
         axis.set_yticks(*_ticks(slots, 4), fontsize=8)
