@@ -371,4 +371,4 @@ def _describe(mesh: jax.sharding.Mesh) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main, interrupted="interrupted; the same command goes on from the newest checkpoint")
+    run_command(main, interrupted="interrupted; the same command goes on")
