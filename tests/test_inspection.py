@@ -48,6 +48,7 @@ def test_reading(overrides):
     assert reading.read_LSN.shape == (L, 3, N)
     assert reading.change_LSN.shape == reading.norm_LSN.shape == (len(reading.slots_LNM), 3, N)
     assert np.all(reading.read_LKN.sum(-1) < 1 + 1e-5)
+    assert reading.segment_starts == [5]  # of the last 10 tokens, 5 are in the last segment
     assert set(reading.gates) <= {"input", "forget", "output"}
     # The memory is that of the model
     read = jax.jit(functools.partial(run_segments, model, params))
@@ -183,7 +184,7 @@ def check_page(written, names):
     assert len([loaded for loaded in page.loaded if loaded.startswith("data:image/png")]) == len(names)
     assert not re.search(r"https?://|@import|url\(", written[0].read_text(encoding="utf-8"))
     for shown in page.maps:
-        assert len(base64.b64decode(shown["bytes"])) == len(shown["rows"]) * len(shown["columns"])
+        assert len(base64.b64decode(shown["float32"])) == 4 * len(shown["rows"]) * len(shown["columns"])
         assert len(shown["rows"]) <= pictures.MOST_COLUMNS and len(shown["columns"]) <= pictures.MOST_COLUMNS
 
 

@@ -13,17 +13,17 @@ import numpy as np
 from lm2_jax.inspection.pictures import HeatMap, Picture
 from lm2_jax.inspection.reading import Reading
 
-# The pointer over a heat map: the value under it, from bytes 0 to 255 between the lowest and the highest value.
+# The pointer over a heat map: the value under it.
 _SCRIPT = """
 for (const map of document.querySelectorAll(".map")) {
-  const data = JSON.parse(map.dataset.values), bytes = atob(data.bytes);
+  const data = JSON.parse(map.dataset.values);
+  const values = new Float32Array(Uint8Array.from(atob(data.float32), letter => letter.charCodeAt(0)).buffer);
   const note = map.closest("figure").querySelector(".note");
   const show = event => {
     const box = map.getBoundingClientRect(), rows = data.rows.length, columns = data.columns.length;
     const at = (place, size, count) => Math.max(0, Math.min(count - 1, Math.floor(place / size * count)));
     const r = at(event.clientY - box.top, box.height, rows), c = at(event.clientX - box.left, box.width, columns);
-    const value = data.low + (data.high - data.low) * bytes.charCodeAt(r * columns + c) / 255;
-    note.textContent = `${data.unit}: ${data.rows[r]}, ${data.columns[c]}: ${value.toFixed(3)}`;
+    note.textContent = `${data.unit}: ${data.rows[r]}, ${data.columns[c]}: ${values[r * columns + c].toPrecision(3)}`;
   };
   map.addEventListener("pointermove", show);
   map.addEventListener("pointerdown", show);
@@ -96,16 +96,8 @@ def _section(picture: Picture, png: bytes, maps: Sequence[HeatMap]) -> str:
 
 
 def _overlay(found: HeatMap) -> str:
-    low, high = float(found.values_RC.min()), float(found.values_RC.max())
-    scaled_RC = np.round(255 * (found.values_RC - low) / ((high - low) or 1)).astype(np.uint8)
-    data = {
-        "unit": found.unit,
-        "rows": list(found.rows),
-        "columns": list(found.columns),
-        "low": low,
-        "high": high,
-        "bytes": base64.b64encode(scaled_RC.tobytes()).decode(),
-    }
+    values = base64.b64encode(found.values_RC.astype("<f4").tobytes()).decode()
+    data = {"unit": found.unit, "rows": list(found.rows), "columns": list(found.columns), "float32": values}
     left, top, width, height = (f"{100 * share:.3f}%" for share in found.box)
     return (
         f'<div class="map" style="left:{left};top:{top};width:{width};height:{height}" '
@@ -116,10 +108,9 @@ def _overlay(found: HeatMap) -> str:
 def _text_section(reading: Reading, words_K: Sequence[str]) -> str:
     """The last tokens as running text; the deeper its colour, the more of a token is written."""
     written_K = reading.written_LK.mean(0)
-    K, last = len(words_K), (reading.num_tokens - 1) % reading.segment_length + 1
     spans = []
     for place, (word, share) in enumerate(zip(words_K, written_K, strict=True)):
-        start = ' class="start"' if (place - (K - last)) % reading.segment_length == 0 else ""
+        start = ' class="start"' if place in reading.segment_starts else ""
         most = ", ".join(str(slot) for slot in np.argsort(-reading.read_LKN[-1, place])[:3])
         spans.append(
             f'<span{start} style="background:rgba(217,119,6,{min(share / 4, 1):.2f})" '

@@ -7,7 +7,6 @@ Axes: L blocks or banks, S segments, K tokens, N slots, R rows and C columns of 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -70,9 +69,7 @@ def pictures(
 ) -> list[Picture]:
     """Of one reading, and of the stories that were asked about if there were any. words_K: the last tokens as text."""
     L, _, N = reading.read_LSN.shape
-    few = (
-        f"All {N} slots." if N <= MOST_SLOTS else f"The {MOST_SLOTS} slots read most, of {N}; the last row: all others."
-    )
+    few = f"All {N} slots." if N <= MOST_SLOTS else f"The {MOST_SLOTS} slots read most, of {N}; at the end: all others."
     found = [
         Picture(
             "tokens",
@@ -210,9 +207,9 @@ def _bins(values_RS: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, list
     S = values_RS.shape[1]
     if S <= MOST_COLUMNS:
         return values_RS, list(names)
-    edges = np.linspace(0, S, MOST_COLUMNS + 1).astype(int)
-    means = [values_RS[:, a:b].mean(1) for a, b in itertools.pairwise(edges)]
-    return np.stack(means, axis=1), [f"{names[a]} to {names[b - 1]}" for a, b in itertools.pairwise(edges)]
+    parts = np.array_split(np.arange(S), MOST_COLUMNS)
+    means_RC = np.stack([values_RS[:, part].mean(1) for part in parts], axis=1)
+    return means_RC, [names[p[0]] if len(p) == 1 else f"{names[p[0]]} to {names[p[-1]]}" for p in parts]
 
 
 def _draw_tokens(figure: Any, reading: Reading, words_K: Sequence[str]) -> list:
@@ -230,17 +227,10 @@ def _draw_tokens(figure: Any, reading: Reading, words_K: Sequence[str]) -> list:
         axis.set_xticks(*_ticks(slots, 4), fontsize=8)
         axis.set_yticks(range(K), [_short(word) for word in words_K] if block == blocks[0] else [""] * K, fontsize=9)
         axis.tick_params(axis="y", length=0)
-        for place in _segment_starts(reading, K):
+        for place in reading.segment_starts:
             axis.axhline(place - 0.5, color="tab:orange", linewidth=1)
         found.append((axis, values_KC, [repr(word) for word in words_K], names, f"attention, block {block}"))
     return found
-
-
-def _segment_starts(reading: Reading, K: int) -> list[int]:
-    """Which of the last K tokens begin a segment; the first is left out."""
-    S = reading.read_LSN.shape[1]
-    last = (reading.num_tokens - 1) % reading.segment_length + 1  # tokens of the last segment
-    return [place for s in range(S) if (place := K - last - s * reading.segment_length) > 0]
 
 
 def _ticks(slots: Sequence[int], most: int) -> tuple[list[int], list[str]]:

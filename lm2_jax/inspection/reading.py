@@ -53,6 +53,12 @@ class Reading:
     slots_LNM: np.ndarray
     traces_SF: np.ndarray
 
+    @property
+    def segment_starts(self) -> list[int]:
+        """Which of the last K tokens begin a segment."""
+        first = self.num_tokens - len(self.last_ids_K)  # how many tokens stand before them
+        return [k for k in range(len(self.last_ids_K)) if (first + k) % self.segment_length == 0]
+
 
 @struct.dataclass
 class Look:
