@@ -207,7 +207,7 @@ def _bins(values_RS: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, list
     S = values_RS.shape[1]
     if S <= MOST_COLUMNS:
         return values_RS, list(names)
-    parts = np.array_split(np.arange(S), MOST_COLUMNS)
+    parts = np.split(np.arange(S), np.linspace(0, S, MOST_COLUMNS + 1)[1:-1].astype(int))  # evenly larger and smaller
     means_RC = np.stack([values_RS[:, part].mean(1) for part in parts], axis=1)
     return means_RC, [names[p[0]] if len(p) == 1 else f"{names[p[0]]} to {names[p[-1]]}" for p in parts]
 
