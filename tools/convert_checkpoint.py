@@ -90,7 +90,8 @@ def read_own(path: Path, overrides: list[str]) -> Checkpoint:
 
 
 def _track(items: Iterable, title: str) -> Iterable:
-    return track(list(items), title, console=Console(stderr=True))
+    console = Console(stderr=True)
+    return track(list(items), title, console=console, disable=not console.is_terminal)
 
 
 if __name__ == "__main__":
