@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,73 +62,43 @@ def _names(paths: Sequence[Path]) -> list[str]:
 # --- Panels --------------------------------------------------------------------------------------------------------
 
 
-def _loss(axis: Any, runs: Sequence[Run], x: str) -> bool:
-    found = _lines(axis, runs, x, {"loss": "loss", "validation_loss": "validation (nats a token)"})
-    axis.set_yscale("log")
-    return found
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """What is drawn together.
+
+    Attributes:
+      title: above it.
+      lines: keys of a record, each with what it is; a line style for each. Empty: accuracy by context length.
+      log: a logarithmic scale.
+      share: a scale from 0 to 1.
+    """
+
+    title: str
+    lines: Mapping[str, str]
+    log: bool = False
+    share: bool = False
+
+    def is_empty(self, runs: Sequence[Run]) -> bool:
+        """Whether no run has anything for it."""
+        if not self.lines:
+            return not any(run.accuracy for run in runs)
+        return not any(_is_number(record, key) for run in runs for record in run.records for key in self.lines)
 
 
-def _answers(axis: Any, runs: Sequence[Run], x: str) -> bool:
-    axis.set_ylim(0, 1.02)
-    return _lines(axis, runs, x, {"accuracy": "in training", "validation_accuracy": "validation"})
-
-
-def _length(axis: Any, runs: Sequence[Run], _: str) -> bool:
-    drawn = False
-    for number, run in enumerate(runs):
-        for name, style in zip(dict.fromkeys(cell["questions"] for cell in run.accuracy), _STYLES, strict=False):
-            cells = [cell for cell in run.accuracy if cell["questions"] == name and cell["segments"]]
-            tokens = [cell["tokens"] for cell in cells]
-            label = run.name if style == "-" else None
-            axis.plot(tokens, [c["accuracy"] for c in cells], style, marker="o", ms=4, color=f"C{number}", label=label)
-            axis.fill_between(
-                tokens, [c["low"] for c in cells], [c["high"] for c in cells], color=f"C{number}", alpha=0.2
-            )
-            drawn = True
-    trained = {max(r["segments"] * r["segment_length"] for r in run.records) for run in runs if run.accuracy}
-    if len(trained) == 1:
-        axis.axvline(*trained, color="grey", linestyle=":", label="longest in training")
-    ticks = sorted({cell["tokens"] for run in runs for cell in run.accuracy if cell["segments"]})
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    axis.minorticks_off()
-    axis.set(ylim=(0, 1.02), xlabel="tokens of context")
-    return drawn
-
-
-def _rate(axis: Any, runs: Sequence[Run], x: str) -> bool:
-    return _lines(axis, runs, x, {"lr": "learning rate"})
-
-
-def _throughput(axis: Any, runs: Sequence[Run], x: str) -> bool:
-    return _lines(axis, runs, x, {"tokens_per_second": "tokens a second"})
-
-
-def _gradient(axis: Any, runs: Sequence[Run], x: str) -> bool:
-    axis.set_yscale("log")
-    return _lines(axis, runs, x, {"grad_norm": "norm, before clipping"})
-
-
-def _norm(axis: Any, runs: Sequence[Run], x: str) -> bool:
-    return _lines(axis, runs, x, {"memory_norm": "mean", "memory_norm_max": "largest"})
-
-
-def _gates(axis: Any, runs: Sequence[Run], x: str) -> bool:
-    axis.set_ylim(0, 1.02)
-    return _lines(axis, runs, x, {"gate_forget": "forget", "gate_input": "input", "gate_output": "output"})
-
-
-PANELS: dict[str, tuple[str, Callable[[Any, Sequence[Run], str], bool]]] = {
-    "loss": ("Loss", _loss),
-    "answers": ("Share of answers right", _answers),
-    "length": ("Accuracy by context length", _length),
-    "lr": ("Learning rate", _rate),
-    "throughput": ("Throughput, tokens a second", _throughput),
-    "gradient": ("Gradient norm", _gradient),
-    "memory": ("Norm of a memory slot", _norm),
-    "gates": ("Memory gates, mean", _gates),
+PANELS = {
+    "loss": Panel("Loss", {"loss": "loss", "validation_loss": "validation (nats a token)"}, log=True),
+    "answers": Panel(
+        "Share of answers right", {"accuracy": "in training", "validation_accuracy": "validation"}, share=True
+    ),
+    "length": Panel("Accuracy by context length", {}, share=True),
+    "lr": Panel("Learning rate", {"lr": "learning rate"}),
+    "throughput": Panel("Throughput, tokens a second", {"tokens_per_second": "tokens a second"}),
+    "gradient": Panel("Gradient norm", {"grad_norm": "before clipping"}, log=True),
+    "memory": Panel("Norm of a memory slot", {"memory_norm": "mean", "memory_norm_max": "largest"}),
+    "gates": Panel(
+        "Memory gates, mean", {"gate_forget": "forget", "gate_input": "input", "gate_output": "output"}, share=True
+    ),
 }
-"""Name to title and what draws it; that gives whether any run has anything to draw."""
 
 AXES = {"step": "step", "tokens": "tokens read", "time": "minutes since the run's first step"}
 
@@ -136,47 +106,78 @@ AXES = {"step": "step", "tokens": "tokens read", "time": "minutes since the run'
 def plot_runs(path: str | Path, runs: Sequence[Run], panels: Sequence[str] = tuple(PANELS), x: str = "step") -> None:
     """One PNG with a panel for everything that the runs have; a colour is a run, a line style one of several values.
 
-    panels: names of PANELS. x: a name of AXES.
+    Args:
+      panels: names of PANELS; one that no run has anything for is left out.
+      x: the horizontal axis, a name of AXES.
+
+    Raises UserError if no panel is left.
     """
     from matplotlib.figure import Figure  # slow to import; and without pyplot, a notebook's own pictures stay its own
 
-    shown = [name for name in panels if PANELS[name][1](Figure().subplots(), runs, x)]
+    shown = [PANELS[name] for name in panels if not PANELS[name].is_empty(runs)]
     if not shown:
         raise UserError(f"the runs have nothing for the panels {', '.join(panels)}")
-    columns = min(len(shown), 3 if len(shown) != 4 else 2)
+    columns = 2 if len(shown) == 4 else min(len(shown), 3)
     rows = -(-len(shown) // columns)
     figure = Figure((5 * columns, 3.4 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis, name in zip(axes.flat, shown, strict=False):
-        title, draw = PANELS[name]
-        axis.set_xlabel(AXES[x])
-        draw(axis, runs, x)
-        axis.set_title(title, fontsize=11)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis, panel in zip(axes, shown, strict=False):
+        if panel.lines:
+            _draw_lines(axis, panel.lines, runs, x)
+        else:
+            _draw_accuracy(axis, runs)
+        axis.set_title(panel.title, fontsize=11)
+        axis.set_yscale("log" if panel.log else "linear")
+        if panel.share:
+            axis.set_ylim(0, 1.02)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    for axis in list(axes.flat)[len(shown) :]:
+    for axis in axes[len(shown) :]:
         axis.set_axis_off()
     figure.savefig(path, dpi=110)
 
 
-def _lines(axis: Any, runs: Sequence[Run], x: str, values: Mapping[str, str]) -> bool:
-    """A line for every value of every run that has it. values: key to what it is, for the legend."""
+def _draw_lines(axis: Any, values: Mapping[str, str], runs: Sequence[Run], x: str) -> None:
+    """A line for every value of every run that has it."""
     drawn: dict[str, str] = {}
     for number, run in enumerate(runs):
         first = run.records[0].get("time", 0)
         label: str | None = run.name
         for (key, meaning), style in zip(values.items(), _STYLES, strict=False):
-            points = [((r["time"] - first) / 60 if x == "time" else r[x], r[key]) for r in run.records if _is(r, key)]
+            records = [record for record in run.records if _is_number(record, key)]
+            points = [((r["time"] - first) / 60 if x == "time" else r[x], r[key]) for r in records]
             if points:
                 axis.plot(*zip(*_averaged(points), strict=True), style, color=f"C{number}", linewidth=1.2, label=label)
                 drawn[style], label = meaning, None
     if len(drawn) > 1:
         for style, meaning in drawn.items():
             axis.plot([], [], style, color="grey", label=meaning)
-    return bool(drawn)
+    axis.set_xlabel(AXES[x])
 
 
-def _is(record: Record, key: str) -> bool:
+def _draw_accuracy(axis: Any, runs: Sequence[Run]) -> None:
+    """Accuracy by context length, with 95% intervals; a line style for each set of questions."""
+    ticks: set[int] = set()
+    for number, run in enumerate(runs):
+        for name, style in zip(dict.fromkeys(cell["questions"] for cell in run.accuracy), _STYLES, strict=False):
+            cells = [cell for cell in run.accuracy if cell["questions"] == name and cell["segments"]]
+            tokens, middle, low, high = zip(
+                *((cell["tokens"], cell["accuracy"], cell["low"], cell["high"]) for cell in cells), strict=True
+            )
+            label = run.name if style == _STYLES[0] else None
+            axis.plot(tokens, middle, style, marker="o", markersize=4, color=f"C{number}", label=label)
+            axis.fill_between(tokens, low, high, color=f"C{number}", alpha=0.2)
+            ticks |= set(tokens)
+    trained = {max(r["segments"] * r["segment_length"] for r in run.records) for run in runs if run.accuracy}
+    if len(trained) == 1:
+        axis.axvline(*trained, color="grey", linestyle=":", label="longest in training")
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(sorted(ticks), [f"{tick:,}" for tick in sorted(ticks)])
+    axis.minorticks_off()
+    axis.set_xlabel("tokens of context")
+
+
+def _is_number(record: Record, key: str) -> bool:
     return isinstance(record.get(key), int | float) and math.isfinite(record[key])
 
 
