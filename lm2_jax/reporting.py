@@ -14,7 +14,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
+
+from lm2_jax.errors import TrainingFailed
 
 Record = dict[str, Any]
 
@@ -54,7 +58,7 @@ class Reporter:
     def __init__(self, run_dir: Path, first_step: int, last_step: int) -> None:
         self.console = Console(highlight=False, soft_wrap=True)
         self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+        self._board = _Board(run_dir / "tensorboard", first_step + 1)
         self._last = last_step
         self._stage, self._stage_first, self._stage_began = "", first_step, time.monotonic()
         self._bar = Progress(
@@ -69,22 +73,31 @@ class Reporter:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
-        self._file.close()
-        self._board.close()
+        with contextlib.suppress(OSError):  # a full disk was reported when it was written to
+            self._board.close()
+            self._file.close()
 
     def say(self, text: str | Table) -> None:
         """A line for people, or a table."""
         self.console.print(text, markup=False)
 
     def record(self, records: Iterable[Record]) -> None:
-        """Appends records to metrics.jsonl, durably, and to TensorBoard. Numbers that are not finite become null."""
-        for record in records:
-            self._file.write(json.dumps({key: _finite(value) for key, value in record.items()}) + "\n")
-            for key, value in record.items():
-                if key not in ("step", "time") and isinstance(value, int | float):
-                    self._board.add_scalar(key, value, record["step"])
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Appends records to metrics.jsonl, durably, and to TensorBoard. Numbers that are not finite become null.
+
+        Raises TrainingFailed if they cannot be written.
+        """
+        try:
+            for record in records:
+                self._file.write(json.dumps({key: _finite(value) for key, value in record.items()}) + "\n")
+                self._board.add(record)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._board.flush()
+        except OSError as error:
+            raise TrainingFailed(
+                f"{self._file.name}: cannot be written ({error.strerror}). When the disk can be written to, the same "
+                "command goes on from the newest checkpoint"
+            ) from None
 
     def show(self, record: Record, stage: str) -> None:
         """The newest record as a line, with the time that is left if its stage, and its speed, are to last."""
@@ -102,6 +115,26 @@ class Reporter:
             self._bar.update(self._task, completed=step, note="  ".join(parts))
         else:
             self.say("  ".join(parts))
+
+
+class _Board(EventsWriter):
+    """A TensorBoard file, written by this thread: SummaryWriter's own ends on a full disk, and the next write waits."""
+
+    def __init__(self, directory: Path, first_step: int) -> None:
+        directory.mkdir(exist_ok=True)
+        super().__init__(str(directory / "events"))
+        # what an earlier process wrote of this step and later ones is void
+        self.write_event(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, record: Record) -> None:
+        values = [
+            scalar(key, value).value[0]
+            for key, value in record.items()
+            if key not in ("step", "time") and isinstance(value, int | float)
+        ]
+        event = Event(step=record["step"], wall_time=record["time"])
+        event.summary.value.extend(values)
+        self.write_event(event)
 
 
 class SilentReporter(contextlib.AbstractContextManager):

@@ -24,6 +24,7 @@ from lm2_jax.data.pipeline import Pipeline, check_vocabulary, with_vocabulary
 from lm2_jax.distributed import is_alone, is_first, joined, stop_signals
 from lm2_jax.errors import TrainingFailed, UserError, run_command
 from lm2_jax.evals.stories import Accuracy, accuracy_by_length
+from lm2_jax.health import Health
 from lm2_jax.loss import zero_sums
 from lm2_jax.model import build_model
 from lm2_jax.model.decoder import Decoder
@@ -43,6 +44,7 @@ from lm2_jax.sharding import make_mesh, own_lanes, to_devices, use_mesh
 from lm2_jax.state import TrainState, create_state
 from lm2_jax.step import make_eval_step, make_fresh_memory, make_train_step
 from lm2_jax.tokenizer import load_tokenizer
+from lm2_jax.verify import verify_run
 
 # Keys that may differ between a run directory and the command that resumes it: none of them changes what is learnt,
 # but for train.steps, which moves the learning rate's decay.
@@ -57,7 +59,7 @@ def main() -> None:
         epilog="example: python -m lm2_jax.train --config configs/babilong_tiny.yaml --set memory.kind=none "
         "--set train.run_dir=runs/none",
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML config, for example from configs/")
+    parser.add_argument("--config", metavar="FILE", help="YAML config, for example from configs/")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
     parser.add_argument("--explain-sharding", action="store_true", help="only show which array lies where")
     parser.add_argument(
@@ -66,7 +68,13 @@ def main() -> None:
         help="this is one of several processes that run the same command: on a TPU pod, or as JAX_COORDINATOR_ADDRESS, "
         "JAX_NUM_PROCESSES and JAX_PROCESS_ID say",
     )
+    parser.add_argument("--verify", type=Path, metavar="RUN_DIR", help="only check a run directory, changing nothing")
     arguments = parser.parse_args()
+    if arguments.verify is not None:
+        verify(arguments.verify)
+        return
+    if arguments.config is None:
+        parser.error("--config is needed")
     config = load_config(arguments.config, arguments.set)
     if arguments.explain_sharding:
         print(explain_sharding(with_vocabulary(config), jax.devices()))
@@ -133,6 +141,7 @@ def train(config: Config) -> dict[str, Any]:
                 if windows is None:  # a new stage, or a resumed one
                     stage = stages[progress["stage"]]
                     windows = make_iterator(pipeline.training(stage), config.data.prefetch)
+                    cleanup.callback(windows.close)  # its thread would outlive an error
                     if "data" in progress:
                         windows.set_state(progress["data"])
                 batch = to_devices(mesh, config.data.batch_size, next(windows))
@@ -162,8 +171,6 @@ def train(config: Config) -> dict[str, Any]:
                     checkpoints.save(state, progress, config)
                 stopped = asked_to_stop(step)
 
-        if windows is not None:
-            windows.close()
         if stopped:
             log.flush("")
             checkpoints.save(state, progress, config)
@@ -229,6 +236,16 @@ def _beyond_shapes(config: Config) -> dict[str, Any]:
     }
 
 
+def verify(run_dir: Path) -> None:
+    """Says what is sound in a run directory and what is not. Raises TrainingFailed if anything is not."""
+    unsound = 0
+    for finding in verify_run(run_dir):
+        print(f"{finding.part}: {finding.problem or f'sound ({finding.detail})'}", flush=True)
+        unsound += bool(finding.problem)
+    if unsound:
+        raise TrainingFailed(f"{run_dir}: {unsound} part(s) unsound")
+
+
 class _Log:
     """Metrics that are still on the devices, until `flush` fetches and writes them."""
 
@@ -236,6 +253,7 @@ class _Log:
         self._reporter, self._progress, self._max_skipped = reporter, progress, max_skipped
         self._pending: list[tuple[Record, dict[str, jax.Array]]] = []
         self._since = time.monotonic()
+        self._health = Health()
 
     def add(self, metrics: dict[str, jax.Array], stage: StageConfig) -> None:
         """The metrics of the step that was just started."""
@@ -271,6 +289,9 @@ class _Log:
             records.append(record)
         self._pending, self._since = [], now
         self._reporter.record(records)
+        for record in records:
+            for warning in self._health.look(record):
+                self._reporter.say(f"warning: {warning}")
         self._reporter.show(records[-1], stage)
         if self._max_skipped and records[-1]["skipped_in_a_row"] >= self._max_skipped:
             raise TrainingFailed(
@@ -336,6 +357,7 @@ def _open_run_dir(config: Config) -> Path:
             raise UserError(
                 f"{run_dir} holds a run of another config; give this one another train.run_dir, or undo:\n"
                 + "\n".join(differences)
+                + f"\nWhat may change between runs: {', '.join(_MAY_CHANGE)}"
             )
     try:
         if is_first():
