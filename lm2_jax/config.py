@@ -50,7 +50,8 @@ def _lists(values: Any, *keys: str) -> Any:
     return {key: (value,) if key in keys and isinstance(value, str) else value for key, value in values.items()}
 
 
-def _pattern_problem(document_separator: str | None) -> str | None:
+def pattern_problem(document_separator: str | None) -> str | None:
+    """What is wrong with a regular expression; None if nothing is."""
     try:
         re.compile(document_separator or "")
     except (re.error, OverflowError, RecursionError) as error:
@@ -172,7 +173,7 @@ class DataConfig(Section):
         problems = []
         if self.source != "stories" and not self.path:
             problems.append(f"path is missing; source {self.source} reads the files it names")
-        if problem := _pattern_problem(self.document_separator):
+        if problem := pattern_problem(self.document_separator):
             problems.append(problem)
         if problems:
             raise ValueError("\n".join(problems))
@@ -282,7 +283,7 @@ class PerplexityConfig(Section):
 
     @model_validator(mode="after")
     def _regular_expression(self) -> Self:
-        if problem := _pattern_problem(self.document_separator):
+        if problem := pattern_problem(self.document_separator):
             raise ValueError(problem)
         return self
 
