@@ -91,9 +91,7 @@ def find_tokenizer(name: str) -> TokenizerConfig:
             path = Path(huggingface_hub.hf_hub_download(name, "tokenizer.json"))
         except Exception as error:  # of the network, of the hub, of the cache
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise UserError(
-                f"--tokenizer: {name} is no file, and no tokenizer.json comes from the hub ({reason})"
-            ) from None
+            raise UserError(f"--tokenizer: {name} is no file, and the hub sends no tokenizer.json ({reason})") from None
     try:
         with path.open("rb") as file:
             kind = _likely_kind(file.read(4096))

@@ -168,7 +168,7 @@ def inspect(directory: Path) -> None:
         )
     low, median, high = np.percentile(lengths, [0, 50, 100]).astype(int)
     print(f"  tokens in a document: {low:,} to {high:,}, median {median:,}, mean {lengths.mean():,.1f}")
-    console.print(_padding_table(lengths))
+    console.print(padding_table(lengths))
     tokenizer = load_tokenizer(tokenizer_of(directory, manifest))
     for number in sorted({0, len(source) // 2, len(source) - 1}):
         text = tokenizer.decode(source[number].tokens)
@@ -182,12 +182,13 @@ def _open(directory: Path, manifest: Manifest) -> DocumentSource:
         paths = [data_file(directory, shard.name, "bin") for shard in manifest.shards]
         bos_id = load_tokenizer(tokenizer_of(directory, manifest)).bos_id
         return BinSource(paths, manifest.tokenizer.vocab_size, bos_id, key="--inspect")
-    source = PreparedSource(directory, key="--inspect")
+    source = PreparedSource([directory], key="--inspect")
     source.verify()
     return source
 
 
-def _padding_table(lengths: np.ndarray) -> Table:
+def padding_table(lengths: np.ndarray) -> Table:
+    """How much of lanes is padding, by segment length and `data.boundaries`, for documents of these lengths."""
     table = Table(title="share of padding in lanes")
     for column in ("segment length", "boundaries: segment", "packed", "stream"):
         table.add_column(column, justify="right")

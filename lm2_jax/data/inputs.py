@@ -27,7 +27,7 @@ from lm2_jax.data.texts import bom_size, cut_text, decode_text, json_text
 from lm2_jax.errors import UserError
 
 Raw = bytes | str | None
-_CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 20
 _ENDINGS = (".txt", ".md", ".jsonl", ".ndjson", ".json", ".parquet", ".bin", ".gz", ".zst")
 
 
@@ -302,7 +302,7 @@ def _chunks(values: Iterable[Raw], tell: Any, where: str) -> Iterator[Chunk]:
         number += 1
         pending.append(value)
         size += len(value or b"")
-        if size >= _CHUNK_BYTES:
+        if size >= CHUNK_BYTES:
             read = tell() if tell else read + size
             yield Chunk(number - len(pending) + 1, tuple(pending), read)
             pending, size = [], 0

@@ -248,15 +248,15 @@ def prepare(inputs: Sequence[Input], settings: Settings, runner: Runner) -> Mani
     if settings.format == "bin" and tokenizer.bos_id is None:
         raise UserError("--tokenizer: has no begin token, with which documents of .bin shards begin")
     output, progress_dir = settings.output, settings.progress_dir
+    if (output / MANIFEST).exists():
+        manifest = _finished(inputs, settings, tokenizer)
+        shutil.rmtree(progress_dir, ignore_errors=True)  # of a run that was killed after its manifest
+        return manifest
     try:
         progress_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output: {output} cannot be made ({error.strerror})") from None
     with lock_directory(progress_dir, f"{output}: another process prepares it; wait, or give another --output"):
-        if (output / MANIFEST).exists():
-            manifest = _finished(inputs, settings, tokenizer)
-            shutil.rmtree(progress_dir)  # where the last run was killed after its manifest
-            return manifest
         _keep_plan(_plan(inputs, settings, tokenizer), settings)
         done = _reports(progress_dir)
         _raise_first(_problems(done), settings)

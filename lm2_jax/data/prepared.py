@@ -77,11 +77,6 @@ class Manifest(_Record):
     sources: tuple[dict[str, Any], ...]
     shards: tuple[Shard, ...]
 
-    @property
-    def record_dtype(self) -> np.dtype:
-        """Type of the ids in a record."""
-        return id_dtype(self.tokenizer.vocab_size)
-
 
 def id_dtype(vocab_size: int) -> np.dtype:
     """The smallest type of two or four bytes that ids below `vocab_size` fit in."""
@@ -227,46 +222,45 @@ def _sync(path: Path) -> None:
 
 
 class PreparedSource:
-    """The documents of a directory of prepared data, in its order.
+    """The documents of directories of prepared data, in their order.
 
     Sizes and indices are checked at the start, a document's own checksum when it is read.
 
     Args:
-      directory: what tools/prepare_data.py has written.
+      directories: what tools/prepare_data.py has written.
       fingerprint: of the tokenizer that the ids should be of; None: any.
-      key: the setting that `directory` comes from, for messages.
+      key: the setting that `directories` come from, for messages.
 
-    Raises UserError for a manifest that is missing, damaged or of another tokenizer, and files that are missing, cut
-    short or damaged.
+    Attributes:
+      lengths: int32 [documents], tokens of each.
+
+    Raises UserError, with the problems of all directories, for manifests that are missing, damaged or of another
+    tokenizer, and files that are missing, cut short or damaged.
     """
 
-    def __init__(self, directory: str | Path, fingerprint: str | None = None, key: str = "data.path") -> None:
-        self._directory = Path(directory)
-        self.manifest = manifest = read_manifest(directory, key)
-        made_with = manifest.tokenizer
-        if fingerprint not in (None, made_with.fingerprint):
-            raise UserError(
-                f"{self._directory / MANIFEST}: made with another tokenizer ({made_with.kind} "
-                f"{made_with.fingerprint}, {made_with.vocab_size} ids; this one is {fingerprint}); "
-                + (f"set tokenizer.path to {self._directory / made_with.file}" if made_with.file else "")
-                + (f"set tokenizer.kind to {made_with.kind}" if not made_with.file else "")
-            )
-        if manifest.format != "arrayrecord":
-            raise UserError(f"{key}: {directory} holds .bin shards; read them with data.source bin")
-        self._shards = manifest.shards
-        problems = [problem for shard in self._shards if (problem := self._problem(shard))]
+    def __init__(
+        self, directories: Sequence[str | Path], fingerprint: str | None = None, key: str = "data.path"
+    ) -> None:
+        self._shards: list[tuple[Path, Shard, np.dtype]] = []
+        self._names = ", ".join(map(str, directories))
+        indices, problems = [], []
+        for directory in directories:
+            try:
+                manifest = _check(Path(directory), fingerprint, key)
+            except UserError as error:
+                problems.append(str(error))
+                continue
+            dtype = id_dtype(manifest.tokenizer.vocab_size)
+            self._shards += [(data_file(Path(directory), s.name, "arrayrecord"), s, dtype) for s in manifest.shards]
+            indices.append(read_index(directory, manifest))
         if problems:
             raise UserError("\n".join(problems))
-        self.index = read_index(directory, manifest)
-        self._starts = np.cumsum([0, *(shard.documents for shard in self._shards)])  # of each shard's documents
+        self.lengths, self._text_bytes = np.concatenate(indices).T
+        self._starts = np.cumsum([0, *(shard.documents for _, shard, _ in self._shards)])  # of each shard's documents
         self._readers: dict[int, ArrayRecordReader] = {}
 
     def __len__(self) -> int:
-        return len(self.index)
-
-    def length(self, index: int) -> int:
-        """Tokens of a document, without reading it."""
-        return int(self.index[index, 0])
+        return len(self.lengths)
 
     def __getitem__(self, index: int) -> Document:
         """A document. Raises UserError if it is damaged."""
@@ -278,60 +272,80 @@ class PreparedSource:
         documents: list[Document | None] = [None] * len(indices)
         for number in np.unique(shards).tolist():
             places = np.flatnonzero(shards == number).tolist()
-            records = [int(indices[place]) - int(self._starts[number]) for place in places]
+            records = [int(indices[place] - self._starts[number]) for place in places]
             for place, record, data in zip(places, records, self._records(number, records), strict=True):
                 documents[place] = self._decode(number, record, data)
         return documents
 
     def verify(self) -> None:
         """Reads every byte. Raises UserError that names each shard which is not what the manifest says."""
-        problems = []
-        for shard in self._shards:
-            path = data_file(self._directory, shard.name, "arrayrecord")
-            if _sha256(path) != shard.sha256:
-                problems.append(f"{path}: is damaged (its SHA-256 is not the manifest's); prepare again")
+        problems = [
+            f"{path}: is damaged (its SHA-256 is not the manifest's); {_REMEDY}"
+            for path, shard, _ in self._shards
+            if _sha256(path) != shard.sha256
+        ]
         if problems:
             raise UserError("\n".join(problems))
 
     def __repr__(self) -> str:
-        return f"PreparedSource({self._directory}, documents={len(self)})"
+        return f"PreparedSource({self._names}, documents={len(self)})"
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_readers": {}}
 
-    def _problem(self, shard: Shard) -> str | None:
-        data, index = data_file(self._directory, shard.name, "arrayrecord"), index_path(self._directory, shard.name)
-        missing = [str(path) for path in (data, index) if not path.is_file()]
-        if missing:
-            return f"{', '.join(missing)}: missing; the manifest names it, so copy it here or prepare again"
-        if (size := data.stat().st_size) != shard.bytes:
-            return f"{data}: {size} bytes, the manifest says {shard.bytes}; copy it again or prepare again"
-        if _sha256(index) != shard.index_sha256:
-            return f"{index}: is damaged (its SHA-256 is not the manifest's); copy it again or prepare again"
-        return None
-
     def _records(self, number: int, records: list[int]) -> list[bytes]:
-        path = data_file(self._directory, self._shards[number].name, "arrayrecord")
+        path = self._shards[number][0]
         try:
             if number not in self._readers:
                 self._readers[number] = ArrayRecordReader(str(path), _RANDOM_ACCESS)
             return self._readers[number].read(records)
         except (RuntimeError, ValueError, IndexError) as error:
             if len(records) == 1:
-                raise UserError(
-                    f"{path}: record {records[0]} is damaged ({str(error).split('; ')[0].splitlines()[0]}); "
-                    "copy the shard again or prepare again"
-                ) from None
+                reason = str(error).splitlines()[0].split("; ")[0]
+                raise UserError(f"{path}: record {records[0]} is damaged ({reason}); {_REMEDY}") from None
         return [self._records(number, [record])[0] for record in records]  # which one is it?
 
     def _decode(self, number: int, record: int, data: bytes) -> Document:
-        shard, index = self._shards[number], self.index[self._starts[number] + record]
-        dtype, (length, text_bytes) = self.manifest.record_dtype, index.tolist()
+        path, _, dtype = self._shards[number]
+        index = self._starts[number] + record
+        length, text_bytes = int(self.lengths[index]), int(self._text_bytes[index])
         if len(data) != 4 + length * dtype.itemsize or zlib.crc32(data[4:]) != struct.unpack_from("<I", data)[0]:
-            path = data_file(self._directory, shard.name, "arrayrecord")
-            raise UserError(f"{path}: record {record} is damaged (checksum); copy the shard again or prepare again")
+            raise UserError(f"{path}: record {record} is damaged (its CRC-32 is another); {_REMEDY}")
         tokens = np.frombuffer(data, dtype, offset=4).astype(np.int32)
         return Document(tokens, np.zeros(length, bool), None if text_bytes < 0 else text_bytes)
+
+
+_REMEDY = "copy it again, or prepare again"
+
+
+def _check(directory: Path, fingerprint: str | None, key: str) -> Manifest:
+    """The manifest of a directory to train on, whose files are there."""
+    manifest = read_manifest(directory, key)
+    made_with = manifest.tokenizer
+    if fingerprint not in (None, made_with.fingerprint):
+        right = f"path: {directory / made_with.file}" if made_with.file else ""
+        raise UserError(
+            f"{directory / MANIFEST}: made with another tokenizer ({made_with.kind}, {made_with.vocab_size} ids, "
+            f"fingerprint {made_with.fingerprint}; this run's is {fingerprint}); set tokenizer to "
+            f"{{kind: {made_with.kind}{', ' if right else ''}{right}}}, or prepare again"
+        )
+    if manifest.format != "arrayrecord":
+        raise UserError(f"{key}: {directory} holds .bin shards; data.source bin reads them")
+    problems = [problem for shard in manifest.shards if (problem := _problem(directory, shard))]
+    if problems:
+        raise UserError("\n".join(problems))
+    return manifest
+
+
+def _problem(directory: Path, shard: Shard) -> str | None:
+    data, index = data_file(directory, shard.name, "arrayrecord"), index_path(directory, shard.name)
+    if missing := [str(path) for path in (data, index) if not path.is_file()]:
+        return f"{', '.join(missing)}: missing, though the manifest names it; {_REMEDY}"
+    if (size := data.stat().st_size) != shard.bytes:
+        return f"{data}: {size} bytes, the manifest says {shard.bytes}; {_REMEDY}"
+    if _sha256(index) != shard.index_sha256:
+        return f"{index}: is damaged (its SHA-256 is not the manifest's); {_REMEDY}"
+    return None
 
 
 def tokenizer_of(directory: str | Path, manifest: Manifest) -> TokenizerConfig:
