@@ -34,7 +34,13 @@ class Document:
 
 
 class DocumentSource(Protocol):
-    """Documents by number. The same number gives the same document, always; `repr` says in a few words what it is."""
+    """Documents by number. The same number gives the same document, always; `repr` says in a few words what it is.
+
+    Attributes:
+      lengths: int [len(self)], the tokens of each document, where that is known without reading them; else None.
+    """
+
+    lengths: np.ndarray | None
 
     def __len__(self) -> int: ...
 
@@ -46,6 +52,8 @@ class _FileSource(abc.ABC):
 
     Raises UserError with the problems of all files, or if there is no document at all.
     """
+
+    lengths: np.ndarray | None = None
 
     def __init__(self, paths: Sequence[str | Path], key: str) -> None:
         self._paths = expand_paths(paths, key)
@@ -170,6 +178,7 @@ class BinSource(_FileSource):
         self._vocab_size = vocab_size
         self._bos_id = bos_id
         super().__init__(paths, key)
+        self.lengths = (self._spans[:, 2] - self._spans[:, 1]) // 4
 
     def _find(self, path: Path) -> Iterator[tuple[int, int]]:
         count = self._check_header(path)
@@ -232,6 +241,7 @@ class Subset:
     def __init__(self, source: DocumentSource, indices: np.ndarray) -> None:
         self._source = source
         self._indices = indices
+        self.lengths = None if source.lengths is None else source.lengths[indices]
 
     def __len__(self) -> int:
         return len(self._indices)

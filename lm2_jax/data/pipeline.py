@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import grain
 
 from lm2_jax.config import Config, DataConfig, StageConfig
 from lm2_jax.data.documents import (
@@ -28,12 +30,19 @@ from lm2_jax.tokenizer import Tokenizer, load_tokenizer
 class Pipeline:
     """The training and the validation documents of a run, laid into lanes for any stage of its curriculum."""
 
-    def __init__(self, config: Config, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, config: Config, tokenizer: Tokenizer | None, own_lanes: Sequence[int] | None = None) -> None:
         """Opens the files that `config.data` names. Raises UserError where they are missing, damaged or empty.
 
         tokenizer: None for `.bin` shards, which hold ids.
+        own_lanes: the lanes of this process, of several; None if it is the only one.
         """
         self._config = config
+        self._own_lanes = own_lanes
+        if own_lanes is not None and config.data.source in ("text", "jsonl"):
+            raise UserError(
+                f"data.source {config.data.source}: raw text is tokenised as it is read, by a single process; "
+                "several processes need data that is prepared once for all of them (tools/prepare_data.py)"
+            )
         self._tokenizer = tokenizer
         self._files: tuple[DocumentSource, DocumentSource | None] | None = None
         self._stories: dict[StageConfig, tuple[StorySource, StorySource]] = {}
@@ -162,14 +171,22 @@ class Pipeline:
         return TextSource(paths, self._tokenizer, data.document_separator, key=key)
 
     def _lanes(self, source: DocumentSource, stage: StageConfig) -> LaneDataset:
-        seed, in_order = self._config.train.seed, self._config.data.order == "official"
+        def in_order(items: Sequence[Any]) -> grain.MapDataset[Any]:
+            if self._config.data.order == "official":
+                return documents_in_order(items)
+            if isinstance(source, Mixture):
+                return source.shuffled(self._config.train.seed).map(items.__getitem__)
+            return shuffled_documents(items, self._config.train.seed)
+
         return LaneDataset(
-            documents_in_order(source) if in_order else shuffled_documents(source, seed),
+            in_order(source),
             num_lanes=self._config.data.batch_size,
             segments=stage.segments,
             segment_length=stage.segment_length,
             boundaries=self._config.data.boundaries,
             documents_per_epoch=len(source),
+            lengths=None if source.lengths is None else in_order(source.lengths),
+            own_lanes=self._own_lanes,
         )
 
 

@@ -264,18 +264,21 @@ class PreparedSource:
 
     def __getitem__(self, index: int) -> Document:
         """A document. Raises UserError if it is damaged."""
-        return self.read([index])[0]
-
-    def read(self, indices: Sequence[int]) -> list[Document]:
-        """Several documents, in the order asked for. Raises UserError if one is damaged."""
-        shards = np.searchsorted(self._starts, indices, side="right") - 1
-        documents: list[Document | None] = [None] * len(indices)
-        for number in np.unique(shards).tolist():
-            places = np.flatnonzero(shards == number).tolist()
-            records = [int(indices[place] - self._starts[number]) for place in places]
-            for place, record, data in zip(places, records, self._records(number, records), strict=True):
-                documents[place] = self._decode(number, record, data)
-        return documents
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        path, _, dtype = self._shards[number]
+        record = int(index - self._starts[number])
+        try:
+            if number not in self._readers:
+                self._readers[number] = ArrayRecordReader(str(path), _RANDOM_ACCESS)
+            (data,) = self._readers[number].read([record])
+        except (RuntimeError, ValueError, IndexError) as error:
+            reason = str(error).splitlines()[0].split("; ")[0]
+            raise UserError(f"{path}: record {record} is damaged ({reason}); {_REMEDY}") from None
+        length, text_bytes = int(self.lengths[index]), int(self._text_bytes[index])
+        if len(data) != 4 + length * dtype.itemsize or zlib.crc32(data[4:]) != struct.unpack_from("<I", data)[0]:
+            raise UserError(f"{path}: record {record} is damaged (its CRC-32 is another); {_REMEDY}")
+        tokens = np.frombuffer(data, dtype, offset=4).astype(np.int32)
+        return Document(tokens, np.zeros(length, bool), None if text_bytes < 0 else text_bytes)
 
     def verify(self) -> None:
         """Reads every byte. Raises UserError that names each shard which is not what the manifest says."""
@@ -292,27 +295,6 @@ class PreparedSource:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_readers": {}}
-
-    def _records(self, number: int, records: list[int]) -> list[bytes]:
-        path = self._shards[number][0]
-        try:
-            if number not in self._readers:
-                self._readers[number] = ArrayRecordReader(str(path), _RANDOM_ACCESS)
-            return self._readers[number].read(records)
-        except (RuntimeError, ValueError, IndexError) as error:
-            if len(records) == 1:
-                reason = str(error).splitlines()[0].split("; ")[0]
-                raise UserError(f"{path}: record {records[0]} is damaged ({reason}); {_REMEDY}") from None
-        return [self._records(number, [record])[0] for record in records]  # which one is it?
-
-    def _decode(self, number: int, record: int, data: bytes) -> Document:
-        path, _, dtype = self._shards[number]
-        index = self._starts[number] + record
-        length, text_bytes = int(self.lengths[index]), int(self._text_bytes[index])
-        if len(data) != 4 + length * dtype.itemsize or zlib.crc32(data[4:]) != struct.unpack_from("<I", data)[0]:
-            raise UserError(f"{path}: record {record} is damaged (its CRC-32 is another); {_REMEDY}")
-        tokens = np.frombuffer(data, dtype, offset=4).astype(np.int32)
-        return Document(tokens, np.zeros(length, bool), None if text_bytes < 0 else text_bytes)
 
 
 _REMEDY = "copy it again, or prepare again"

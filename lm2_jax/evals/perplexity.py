@@ -150,7 +150,7 @@ def _windows(
 
     Those of one token are left out: they have nothing to predict.
     """
-    following = (Placement(i, document, 0) for i in indices if len((document := source[i]).tokens) > 1)
+    following = (Placement(i, document, 0, n) for i in indices if (n := len((document := source[i]).tokens)) > 1)
     reading: list[Placement | None] = [None] * lanes.num_lanes
     while True:
         placements = [(lane, placement) for lane, placement in enumerate(reading) if placement is not None]
