@@ -84,7 +84,7 @@ def preparing(args: argparse.Namespace) -> None:
 
     half = len(texts) // 2
     first = _timed(lambda: bare(texts[:half]))
-    ours = _timed(lambda: _prepare(args, args.output).wait())
+    ours = _timed(lambda: _prepare(args, args.output, 16).wait())
     second = _timed(lambda: bare(texts[half:]))
     text_bytes = sum(len(text.encode()) for text in texts)
     seconds, cpu_seconds = first[1] + second[1], first[2] + second[2]
@@ -100,22 +100,22 @@ def kills(args: argparse.Namespace) -> None:
     """Kills the command at random moments until it has been killed often enough; then the output must be the same."""
     whole, killed = args.output / "whole", args.output / "killed"
     started = time.monotonic()
-    _prepare(args, whole).wait()
+    _prepare(args, whole, 1).wait()
     duration, rng = time.monotonic() - started, random.Random(0)
     for number in range(args.kills):
-        process = _prepare(args, killed)
+        process = _prepare(args, killed, 1)
         time.sleep(rng.uniform(0.1, 1) * duration / args.kills * 2)
         process.send_signal(signal.SIGKILL)
         process.wait()
         done = len(list(killed.glob(".progress/0*.json")))
-        print(f"kill {number + 1}: {done} whole shards", flush=True)
-    _prepare(args, killed).wait()
+        print(f"kill {number + 1}: {done} shards were whole", flush=True)
+    _prepare(args, killed, 1).wait()
     same = subprocess.run(["diff", "-r", str(whole), str(killed)]).returncode == 0
     print(f"{len(read_manifest(whole).shards)} shards; after {args.kills} kills {'identical' if same else 'DIFFERENT'}")
 
 
-def _prepare(args: argparse.Namespace, output: Path) -> subprocess.Popen:
-    options = ["--tokenizer", args.tokenizer, "--workers", str(args.workers), "--shard-mb", "16"]
+def _prepare(args: argparse.Namespace, output: Path, shard_mb: int) -> subprocess.Popen:
+    options = ["--tokenizer", args.tokenizer, "--workers", str(args.workers), "--shard-mb", str(shard_mb)]
     return subprocess.Popen([*_PREPARE, "--input", *args.input, "--output", str(output), *options])
 
 

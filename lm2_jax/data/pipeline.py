@@ -190,6 +190,12 @@ class Pipeline:
         )
 
 
+def held_out_files(data: DataConfig) -> list[Path]:
+    """The files that hold a run's validation documents; of prepared data, the manifests."""
+    paths = data.validation_path or data.path or tuple(part.path for part in data.mixture)
+    return [Path(path) / MANIFEST for path in paths] if data.source == "prepared" else expand_paths(paths, "data.path")
+
+
 def _manifest_digest(directory: str) -> str:
     """Changes with anything that a prepared directory holds: its manifest has the checksums."""
     return hashlib.sha256((Path(directory) / MANIFEST).read_bytes()).hexdigest()
