@@ -24,6 +24,7 @@ from orbax.checkpoint import checkpoint_managers
 from lm2_jax.config import CheckpointConfig, Config, load_config, parse_config
 from lm2_jax.convert import directory as converted
 from lm2_jax.convert.engine import abstract_params, as_tree
+from lm2_jax.distributed import for_all, is_first, wait_for_all
 from lm2_jax.errors import UserError
 from lm2_jax.model import build_model
 from lm2_jax.model.decoder import Decoder
@@ -86,11 +87,15 @@ class Checkpoints:
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
+            restored, problem = None, ""
             try:
-                return self._restore(step, like, shardings)
+                restored = self._restore(step, like, shardings)
             except DamagedError as error:
-                aside = self._move_aside(step)
-                print(f"warning: checkpoint {step} is damaged ({error}); moved to {aside}", file=sys.stderr)
+                problem = f" ({error})"
+            if for_all(restored is not None):
+                return restored
+            aside = self._move_aside(step)
+            print(f"warning: checkpoint {step} is damaged{problem}; moved to {aside}", file=sys.stderr)
         if steps:
             raise UserError(
                 f"{self.directory}: all {len(steps)} checkpoints were damaged and moved aside; "
@@ -138,7 +143,10 @@ class Checkpoints:
         number = 0
         while (target := aside / f"{step}{f'.{number}' if number else ''}").exists():
             number += 1
-        (self.directory / str(step)).rename(target)
+        wait_for_all(f"name for {step}")
+        if is_first():
+            (self.directory / str(step)).rename(target)
+        wait_for_all(f"moved {step}")
         self._manager = self._open()
         return target
 
@@ -212,7 +220,7 @@ def _checksum_arrays(tree: Any) -> jax.Array:
 
 def array_checksums(tree: Any) -> list[int]:
     """One 32-bit number per array, the same on any mesh: integer sums do not depend on their order."""
-    return [int(value) for value in _checksum_arrays(tree)]
+    return jax.device_get(_checksum_arrays(tree)).tolist()
 
 
 def _checksums(params: Any, training: Any, progress: Progress) -> list[int]:

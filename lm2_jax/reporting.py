@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -63,8 +64,8 @@ class Reporter:
         self._file.close()
         self._board.close()
 
-    def say(self, text: str) -> None:
-        """A line for people."""
+    def say(self, text: str | Table) -> None:
+        """A line for people, or a table."""
         self.console.print(text, markup=False)
 
     def record(self, records: Iterable[Record]) -> None:
@@ -93,6 +94,21 @@ class Reporter:
             self._bar.update(self._task, completed=step, note="  ".join(parts))
         else:
             self.say("  ".join(parts))
+
+
+class SilentReporter(contextlib.AbstractContextManager):
+    """What all processes of a run but the first report: nothing."""
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def say(self, text: str | Table) -> None:
+        """Nothing, as `record` and `show`."""
+
+    def record(self, records: Iterable[Record]) -> None:
+        """Nothing."""
+
+    def show(self, record: Record, stage: str) -> None:
+        """Nothing."""
 
 
 def clock(seconds: float) -> str:
