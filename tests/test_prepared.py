@@ -245,7 +245,7 @@ def windows_of(iterators):
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
-@pytest.mark.parametrize(("boundaries", "processes"), itertools.product(BOUNDARIES, (1, 2, 4)))
+@pytest.mark.parametrize(("boundaries", "processes"), [*itertools.product(BOUNDARIES, (1, 2, 4))])
 def test_an_epoch_has_every_document_once(directory, tmp_path, boundaries, processes):
     sizes = ("data.batch_size=4", "data.segment_length=16", "data.segments_per_window=2", "data.validation_fraction=0")
     config = config_of(tmp_path, f"data.path={directory}", f"data.boundaries={boundaries}", *sizes)
