@@ -14,7 +14,7 @@ import importlib
 import io
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, Protocol
@@ -284,30 +284,30 @@ def _unpacked(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
             yield file, file
 
 
-def _chunks(values: Iterable[Raw], tell: Any, where: str) -> Iterator[Chunk]:
-    """Values by the megabyte. An error in reading them comes after those before it, as a UserError with its number."""
+def _chunks(values: Iterable[Raw], tell: Callable[[], int] | None, where: str) -> Iterator[Chunk]:
+    """Values by the megabyte. An error in reading one comes after those before it, as a UserError with its number.
+
+    tell: how many bytes of the input have been read; None: as many as the values have.
+    """
     pending: list[Raw] = []
-    size, number, read = 0, 0, 0
+    first, size, before, failure = 1, 0, 0, None
     iterator = iter(values)
     while True:
-        failure, value = None, None
         try:
-            with _readable(f"{where} {number + 1}"):
-                value = next(iterator)
+            with _readable(f"{where} {first + len(pending)}"):
+                pending.append(next(iterator))
         except StopIteration:
             break
         except UserError as error:
             failure = error
             break
-        number += 1
-        pending.append(value)
-        size += len(value or b"")
+        size += len(pending[-1] or b"")
         if size >= CHUNK_BYTES:
-            read = tell() if tell else read + size
-            yield Chunk(number - len(pending) + 1, tuple(pending), read)
-            pending, size = [], 0
+            before += size
+            yield Chunk(first, tuple(pending), tell() if tell else before)
+            first, pending, size = first + len(pending), [], 0
     if pending:
-        yield Chunk(number - len(pending) + 1, tuple(pending), tell() if tell else read + size)
+        yield Chunk(first, tuple(pending), tell() if tell else before + size)
     if failure is not None:
         raise failure
 
