@@ -65,7 +65,7 @@ class Pipeline:
         data, parts = self._config.data, [self._tokenizer.fingerprint() if self._tokenizer else ""]
         for key in ("path", "validation_path", "background"):
             paths = getattr(data, key) or ()
-            if data.source == "prepared":
+            if data.source == "prepared" and key != "background":
                 parts += [f"{key} {_manifest_digest(path)}" for path in paths]
             elif paths:
                 parts += [f"{key} {path.name} {path.stat().st_size}" for path in expand_paths(paths, f"data.{key}")]
