@@ -109,7 +109,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
 
 def describe(manifest: Manifest) -> str:
     """A manifest in a line."""
-    text = f"{manifest.documents:,} documents, {manifest.tokens:,} tokens, {len(manifest.shards):,} shards"
+    text = f"{manifest.documents:,} documents, {manifest.tokens:,} tokens in {len(manifest.shards):,} file(s)"
     if manifest.empty:
         text += f", {manifest.empty:,} empty documents left out"
     return text + (f", {manifest.skipped:,} damaged ones skipped" if manifest.skipped else "")
