@@ -59,6 +59,13 @@ def test_documents_by_number(directory):
     assert len(list(directory.glob("*.arrayrecord"))) > 3
 
 
+def test_more_shards_than_may_be_open(directory, monkeypatch):
+    monkeypatch.setattr("lm2_jax.data.prepared._OPEN_SHARDS", 2)
+    source, texts = PreparedSource([directory]), make_texts(150)
+    for index in np.random.default_rng(0).permutation(150).tolist():
+        assert BYTES.decode(source[index].tokens) == texts[index]
+
+
 def test_several_directories_follow_each_other(directory, tmp_path):
     other = prepare_texts(tmp_path / "other", ["a", "b"])
     source = PreparedSource([directory, other])

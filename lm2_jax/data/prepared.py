@@ -12,6 +12,7 @@ which lanes read documents follows from the index alone.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
 import struct
@@ -34,6 +35,7 @@ MANIFEST = "manifest.json"
 _VERSION = 1
 _UNCOMPRESSED = "group_size:1,uncompressed"  # a document can be read without its neighbours
 _RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
+_OPEN_SHARDS = 512  # of a source at a time; a process may often have no more than 1,024 files open
 
 
 class _Record(BaseModel):
@@ -241,8 +243,8 @@ class PreparedSource:
     def __init__(
         self, directories: Sequence[str | Path], fingerprint: str | None = None, key: str = "data.path"
     ) -> None:
+        self._arguments = (directories, fingerprint, key)
         self._shards: list[tuple[Path, Shard, np.dtype]] = []
-        self._names = ", ".join(map(str, directories))
         indices, problems = [], []
         for directory in directories:
             try:
@@ -257,7 +259,7 @@ class PreparedSource:
             raise UserError("\n".join(problems))
         self.lengths, self._text_bytes = np.concatenate(indices).T
         self._starts = np.cumsum([0, *(shard.documents for _, shard, _ in self._shards)])  # of each shard's documents
-        self._readers: dict[int, ArrayRecordReader] = {}
+        self._reader = functools.lru_cache(_OPEN_SHARDS)(_open_reader)  # of its own: a file may be replaced
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -268,9 +270,7 @@ class PreparedSource:
         path, _, dtype = self._shards[number]
         record = int(index - self._starts[number])
         try:
-            if number not in self._readers:
-                self._readers[number] = ArrayRecordReader(str(path), _RANDOM_ACCESS)
-            (data,) = self._readers[number].read([record])
+            (data,) = self._reader(path).read([record])
         except (RuntimeError, ValueError, IndexError) as error:
             reason = str(error).splitlines()[0].split("; ")[0]
             raise UserError(f"{path}: record {record} is damaged ({reason}); {_REMEDY}") from None
@@ -291,13 +291,18 @@ class PreparedSource:
             raise UserError("\n".join(problems))
 
     def __repr__(self) -> str:
-        return f"PreparedSource({self._names}, documents={len(self)})"
+        directories, *_ = self._arguments
+        return f"PreparedSource({', '.join(map(str, directories))}, documents={len(self)})"
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_readers": {}}
+    def __reduce__(self) -> tuple:
+        return type(self), self._arguments  # readers cannot be pickled
 
 
 _REMEDY = "copy it again, or prepare again"
+
+
+def _open_reader(path: Path) -> ArrayRecordReader:
+    return ArrayRecordReader(str(path), _RANDOM_ACCESS)
 
 
 def _check(directory: Path, fingerprint: str | None, key: str) -> Manifest:
