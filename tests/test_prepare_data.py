@@ -403,8 +403,8 @@ def test_command_and_inspection(tmp_path, monkeypatch, capsys):
         command(monkeypatch, *arguments)
     command(monkeypatch, *arguments, "--on-error", "skip")
     said = capsys.readouterr().out
-    assert "5 documents, " in said and "2 empty documents left out, 1 damaged ones skipped" in said
-    assert "skipped: " in said and "line 8" in said
+    assert "5 documents, " in said and "left out: 2 empty, 1 damaged" in said
+    assert "line 8: not JSON" in said
     command(monkeypatch, "--inspect", tmp_path / "out")
     said = capsys.readouterr().out
     assert "document 0, 5 tokens: 'one'" in said and "document 4, 6 tokens: 'five'" in said

@@ -104,15 +104,15 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
             manifest = prepare(inputs, settings, run_locally(args.workers, bar.show))
     print(f"{settings.output}: {describe(manifest)}")
     for problem in manifest.problems[:5]:
-        print(f"  skipped: {problem}")
+        print(f"  left out: {problem}")
 
 
 def describe(manifest: Manifest) -> str:
     """A manifest in a line."""
     text = f"{manifest.documents:,} documents, {manifest.tokens:,} tokens in {len(manifest.shards):,} file(s)"
-    if manifest.empty:
-        text += f", {manifest.empty:,} empty documents left out"
-    return text + (f", {manifest.skipped:,} damaged ones skipped" if manifest.skipped else "")
+    if manifest.empty or manifest.skipped:
+        text += f"; left out: {manifest.empty:,} empty, {manifest.skipped:,} damaged"
+    return text
 
 
 class _Bar:
