@@ -19,6 +19,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 from lm2_jax.errors import TrainingFailed
+from lm2_jax.files import write_atomically
 
 Record = dict[str, Any]
 
@@ -35,16 +36,6 @@ def drop_records_after(path: Path, step: int) -> None:
         except json.JSONDecodeError:
             break
     write_atomically(path, "".join(kept))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file that is there whole or not at all, whenever the process is killed."""
-    temporary = path.with_name(path.name + ".partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def read_records(path: Path) -> list[Record]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import json
 import time
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from lm2_jax.data.pipeline import Pipeline, check_vocabulary, with_vocabulary
 from lm2_jax.distributed import is_alone, is_first, joined, stop_signals
 from lm2_jax.errors import TrainingFailed, UserError, run_command
 from lm2_jax.evals.stories import Accuracy, accuracy_by_length
+from lm2_jax.files import lock_directory, write_atomically
 from lm2_jax.health import Health
 from lm2_jax.loss import zero_sums
 from lm2_jax.model import build_model
@@ -38,7 +38,6 @@ from lm2_jax.reporting import (
     drop_records_after,
     plot_run,
     read_records,
-    write_atomically,
 )
 from lm2_jax.sharding import make_mesh, own_lanes, to_devices, use_mesh
 from lm2_jax.state import TrainState, create_state
@@ -100,7 +99,8 @@ def train(config: Config) -> dict[str, Any]:
 
     with use_mesh(mesh), contextlib.ExitStack() as cleanup:
         if is_first():
-            cleanup.enter_context(_lock(run_dir))
+            taken = f"{run_dir}: another process trains in it; wait, or give another train.run_dir"
+            cleanup.enter_context(lock_directory(run_dir, taken))
 
         # --- Model and state, made where they will live --------------------------------------------------------------
         model, optimizer = build_model(config), make_optimizer(config.optim)
@@ -365,20 +365,6 @@ def _open_run_dir(config: Config) -> Path:
     except OSError as error:
         raise UserError(f"train.run_dir: {run_dir} cannot be written to ({error.strerror})") from None
     return run_dir
-
-
-@contextlib.contextmanager
-def _lock(run_dir: Path) -> Iterator[None]:
-    """Keeps other processes out of the run directory; the lock ends with the process, however that ends.
-
-    Raises UserError if another one is in it.
-    """
-    with (run_dir / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{run_dir}: another process trains in it; wait, or give another train.run_dir") from None
-        yield
 
 
 def _check_data(progress: Progress, pipeline: Pipeline, run_dir: Path) -> None:

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from helpers import Run, assert_same_run, checkpoint_steps, quick_training, tiny_config
+from helpers import Run, assert_same_run, checkpoint_steps, quick_training, text_overrides, tiny_config
 
 from lm2_jax import checkpoint as checkpoint_module
 from lm2_jax import reporting
@@ -158,6 +158,36 @@ def test_clocks_may_jump(tmp_path, monkeypatch, whole):
     monkeypatch.setattr(time, "time", lambda: now() + next(jumps))
     train(config_of(tmp_path / "run"))
     assert_same_run(tmp_path / "run", whole)
+
+
+# --- Data that is lost under a run ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (lambda path: path.unlink(), r"cannot be read any more \(No such file or directory\); bring it back"),
+        (lambda path: path.write_text(""), r"has changed since it was opened \(it is shorter\)"),
+        (lambda path: path.write_bytes(b"\xff" * 50_000), r"has changed since it was opened \('utf-8' codec"),
+    ],
+)
+def test_a_text_that_is_lost_ends_the_run_which_goes_on_when_it_is_back(tmp_path, monkeypatch, fault, message):
+    path, save = tmp_path / "text.txt", checkpoint_module.Checkpoints.save
+    text = (*text_overrides(path, "packed"), "train.curriculum=[]")
+    before = path.read_bytes()
+
+    def save_and_lose(self, state, *rest):
+        save(self, state, *rest)
+        if int(state.step) == 4:
+            fault(path)
+
+    with monkeypatch.context() as patched, pytest.raises(UserError, match=r"text\.txt: " + message):
+        patched.setattr(checkpoint_module.Checkpoints, "save", save_and_lose)
+        train(config_of(tmp_path / "run", *text, "train.steps=200"))
+    path.write_bytes(before)
+    assert checkpoint_steps(tmp_path / "run") == [4]
+    train(config_of(tmp_path / "run", *text))
+    assert checkpoint_steps(tmp_path / "run") == [8, 12]
 
 
 # --- Checking a run -------------------------------------------------------------------------------------------------
