@@ -49,8 +49,12 @@ def train_arguments() -> argparse.Namespace:
         "--config configs/babilong_tiny.yaml",
         "--config configs/babilong_tiny.yaml --set memory.kind=none --set train.run_dir=runs/none",
         "--config configs/lm2_1b7.yaml --explain-sharding",
+        "--verify runs/babilong_tiny",
     )
-    add_config(parser)
+    wanted = parser.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("--config", metavar="FILE", help="YAML config, for example from configs/")
+    wanted.add_argument("--verify", type=Path, metavar="RUN_DIR", help="only check a run directory, changing nothing")
+    add_set(parser)
     parser.add_argument("--explain-sharding", action="store_true", help="only show which array lies where")
     parser.add_argument(
         "--distributed",

@@ -50,7 +50,8 @@ def _lists(values: Any, *keys: str) -> Any:
     return {key: (value,) if key in keys and isinstance(value, str) else value for key, value in values.items()}
 
 
-def _pattern_problem(document_separator: str | None) -> str | None:
+def pattern_problem(document_separator: str | None) -> str | None:
+    """What is wrong with a regular expression; None if nothing is."""
     try:
         re.compile(document_separator or "")
     except (re.error, OverflowError, RecursionError) as error:
@@ -144,11 +145,19 @@ class StoriesConfig(Section):
         return self
 
 
+class MixtureConfig(Section):
+    """A part of a mixture (data.mixture)."""
+
+    path: NonEmptyStr  # a prepared directory
+    weight: PositiveFloat = 1.0  # its share of the documents read, as against the other weights
+
+
 class DataConfig(Section):
     """Where documents come from and how they are laid into lanes of segments."""
 
-    source: Literal["stories", "text", "jsonl", "bin"] = "stories"
-    path: Paths | None = None  # files or globs; stories: real bAbI files instead of the generator
+    source: Literal["stories", "text", "jsonl", "bin", "prepared"] = "stories"
+    path: Paths | None = None  # files or globs; stories: real bAbI files, not the generator; prepared: directories
+    mixture: tuple[MixtureConfig, ...] = ()  # prepared: directories with weights, in the place of path
     validation_path: Paths | None = None  # null: a share of the documents is held out
     validation_fraction: Fraction = 0.05  # of the documents; of stories it is always one in eight
     begin_id: NonNegativeInt = 128_000  # bin: the id that documents begin with (Llama 3's begin-of-text)
@@ -170,9 +179,16 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _source_has_data(self) -> Self:
         problems = []
-        if self.source != "stories" and not self.path:
+        if self.mixture and (self.source != "prepared" or self.path):
+            problems.append(
+                f"mixture takes the place of path, for source prepared; found source {self.source}"
+                + (f" and path {', '.join(self.path)}" if self.path else "")
+            )
+        elif self.source == "prepared" and not (self.path or self.mixture):
+            problems.append("path is missing; source prepared reads the directories that it, or mixture, names")
+        elif self.source not in ("stories", "prepared") and not self.path:
             problems.append(f"path is missing; source {self.source} reads the files it names")
-        if problem := _pattern_problem(self.document_separator):
+        if problem := pattern_problem(self.document_separator):
             problems.append(problem)
         if problems:
             raise ValueError("\n".join(problems))
@@ -282,7 +298,7 @@ class PerplexityConfig(Section):
 
     @model_validator(mode="after")
     def _regular_expression(self) -> Self:
-        if problem := _pattern_problem(self.document_separator):
+        if problem := pattern_problem(self.document_separator):
             raise ValueError(problem)
         return self
 

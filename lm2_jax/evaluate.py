@@ -17,7 +17,7 @@ from rich.console import Console
 from lm2_jax.errors import UserError, run_command
 from lm2_jax.evals import babilong, harness, mmlu, perplexity
 from lm2_jax.evals.loaded import load_for_evaluation
-from lm2_jax.reporting import write_atomically
+from lm2_jax.files import write_atomically
 from lm2_jax.sharding import use_mesh
 
 TASKS = {"perplexity": perplexity, "babilong": babilong, "mmlu": mmlu, "harness": harness}

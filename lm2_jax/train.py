@@ -11,7 +11,6 @@ if __name__ == "__main__":
     train_arguments()  # answers --help and mistakes before the imports below, which take seconds
 
 import contextlib
-import fcntl
 import json
 import time
 from collections.abc import Iterator
@@ -28,6 +27,8 @@ from lm2_jax.data.pipeline import Pipeline, check_vocabulary, with_vocabulary
 from lm2_jax.distributed import is_alone, is_first, joined, stop_signals
 from lm2_jax.errors import TrainingFailed, UserError, run_command
 from lm2_jax.evals.stories import Accuracy, accuracy_by_length
+from lm2_jax.files import lock_directory, write_atomically
+from lm2_jax.health import Health
 from lm2_jax.loss import zero_sums
 from lm2_jax.model import build_model
 from lm2_jax.model.decoder import Decoder
@@ -41,12 +42,12 @@ from lm2_jax.reporting import (
     drop_records_after,
     plot_run,
     read_records,
-    write_atomically,
 )
 from lm2_jax.sharding import make_mesh, own_lanes, to_devices, use_mesh
 from lm2_jax.state import TrainState, create_state
 from lm2_jax.step import make_eval_step, make_fresh_memory, make_train_step
 from lm2_jax.tokenizer import load_tokenizer
+from lm2_jax.verify import verify_run
 
 # Keys that may differ between a run directory and the command that resumes it: none of them changes what is learnt,
 # but for train.steps, which moves the learning rate's decay.
@@ -56,6 +57,9 @@ _MAY_CHANGE = ("train.run_dir", "train.steps", "train.max_skipped_steps", "data.
 def main() -> None:
     """The command."""
     arguments = train_arguments()
+    if arguments.verify is not None:
+        verify(arguments.verify)
+        return
     config = load_config(arguments.config, arguments.set)
     if arguments.explain_sharding:
         print(explain_sharding(with_vocabulary(config), jax.devices()))
@@ -81,7 +85,8 @@ def train(config: Config) -> dict[str, Any]:
 
     with use_mesh(mesh), contextlib.ExitStack() as cleanup:
         if is_first():
-            cleanup.enter_context(_lock(run_dir))
+            taken = f"{run_dir}: another process trains in it; wait, or give another train.run_dir"
+            cleanup.enter_context(lock_directory(run_dir, taken))
 
         # --- Model and state, made where they will live --------------------------------------------------------------
         model, optimizer = build_model(config), make_optimizer(config.optim)
@@ -122,6 +127,7 @@ def train(config: Config) -> dict[str, Any]:
                 if windows is None:  # a new stage, or a resumed one
                     stage = stages[progress["stage"]]
                     windows = make_iterator(pipeline.training(stage), config.data.prefetch)
+                    cleanup.callback(windows.close)  # its thread would outlive an error
                     if "data" in progress:
                         windows.set_state(progress["data"])
                 batch = to_devices(mesh, config.data.batch_size, next(windows))
@@ -151,8 +157,6 @@ def train(config: Config) -> dict[str, Any]:
                     checkpoints.save(state, progress, config)
                 stopped = asked_to_stop(step)
 
-        if windows is not None:
-            windows.close()
         if stopped:
             log.flush("")
             checkpoints.save(state, progress, config)
@@ -218,6 +222,16 @@ def _beyond_shapes(config: Config) -> dict[str, Any]:
     }
 
 
+def verify(run_dir: Path) -> None:
+    """Says what is sound in a run directory and what is not. Raises TrainingFailed if anything is not."""
+    unsound = 0
+    for finding in verify_run(run_dir):
+        print(f"{finding.part}: {finding.problem or f'sound ({finding.detail})'}", flush=True)
+        unsound += bool(finding.problem)
+    if unsound:
+        raise TrainingFailed(f"{run_dir}: {unsound} part(s) unsound")
+
+
 class _Log:
     """Metrics that are still on the devices, until `flush` fetches and writes them."""
 
@@ -225,6 +239,7 @@ class _Log:
         self._reporter, self._progress, self._max_skipped = reporter, progress, max_skipped
         self._pending: list[tuple[Record, dict[str, jax.Array]]] = []
         self._since = time.monotonic()
+        self._health = Health()
 
     def add(self, metrics: dict[str, jax.Array], stage: StageConfig) -> None:
         """The metrics of the step that was just started."""
@@ -260,6 +275,9 @@ class _Log:
             records.append(record)
         self._pending, self._since = [], now
         self._reporter.record(records)
+        for record in records:
+            for warning in self._health.look(record):
+                self._reporter.say(f"warning: {warning}")
         self._reporter.show(records[-1], stage)
         if self._max_skipped and records[-1]["skipped_in_a_row"] >= self._max_skipped:
             raise TrainingFailed(
@@ -325,6 +343,7 @@ def _open_run_dir(config: Config) -> Path:
             raise UserError(
                 f"{run_dir} holds a run of another config; give this one another train.run_dir, or undo:\n"
                 + "\n".join(differences)
+                + f"\nWhat may change between runs: {', '.join(_MAY_CHANGE)}"
             )
     try:
         if is_first():
@@ -332,20 +351,6 @@ def _open_run_dir(config: Config) -> Path:
     except OSError as error:
         raise UserError(f"train.run_dir: {run_dir} cannot be written to ({error.strerror})") from None
     return run_dir
-
-
-@contextlib.contextmanager
-def _lock(run_dir: Path) -> Iterator[None]:
-    """Keeps other processes out of the run directory; the lock ends with the process, however that ends.
-
-    Raises UserError if another one is in it.
-    """
-    with (run_dir / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{run_dir}: another process trains in it; wait, or give another train.run_dir") from None
-        yield
 
 
 def _check_data(progress: Progress, pipeline: Pipeline, run_dir: Path) -> None:

@@ -61,12 +61,13 @@ def reachable(module):
 # --- Imports -------------------------------------------------------------------------------------------------------
 
 COMMANDS = {"train", "evaluate", "generate", "aot", "bench"}
-BASE = {"config", "errors"}
+BASE = {"config", "errors", "files"}
 
 # What a part may import besides itself. A part that is not listed may import all but commands.
 MAY_IMPORT = {
     "errors": set(),
     "config": {"errors"},
+    "files": {"errors"},
     "tokenizer": BASE | {"data"},
     "data": BASE | {"tokenizer"},
     "model": BASE,
@@ -79,7 +80,7 @@ MAY_IMPORT = {
     "distributed": BASE,
     "checkpoint": BASE | {"model", "sharding", "state", "convert", "distributed"},
     "convert": BASE | {"model", "tokenizer", "data"},
-    "reporting": BASE,
+    "reporting": BASE | {"board"},
     "decoding": BASE | {"model"},
     "evals": BASE
     | {"checkpoint", "data", "decoding", "model", "reporting", "segments", "sharding", "state", "step", "tokenizer"},

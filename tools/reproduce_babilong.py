@@ -31,7 +31,8 @@ from babilong_report import best_setting, write_report
 
 from lm2_jax.config import Config, dump_config, load_config, parse_config, replace
 from lm2_jax.errors import TrainingFailed, UserError, run_command
-from lm2_jax.reporting import clock, read_records, write_atomically
+from lm2_jax.files import write_atomically
+from lm2_jax.reporting import clock, read_records
 from lm2_jax.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]

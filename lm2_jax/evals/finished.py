@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lm2_jax.errors import UserError
-from lm2_jax.reporting import write_atomically
+from lm2_jax.files import write_atomically
 
 Record = dict[str, Any]
 
