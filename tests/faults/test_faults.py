@@ -124,29 +124,6 @@ def test_a_disk_that_fills_up(tmp_path):
 # --- The run directory ----------------------------------------------------------------------------------------------
 
 
-def test_a_second_process_is_refused(run_dir):
-    holder = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "import fcntl, sys, time; f = open(sys.argv[1], 'w'); "
-            "fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)",
-            str(run_dir / ".lock"),
-        ],
-        stdout=subprocess.PIPE,
-    )
-    try:
-        holder.stdout.readline()
-        before = (run_dir / "metrics.jsonl").read_bytes()
-        with pytest.raises(UserError, match=f"{run_dir}: another process trains in it; wait, or give another"):
-            train(config_of(run_dir, "train.steps=16"))
-        assert (run_dir / "metrics.jsonl").read_bytes() == before
-    finally:
-        holder.kill()
-        holder.wait()
-    train(config_of(run_dir, "train.steps=16"))
-
-
 def test_another_config_says_what_may_change(run_dir):
     with pytest.raises(UserError, match=r"optim\.learning_rate(.|\n)*What may change between runs: .*train\.steps"):
         train(config_of(run_dir, "optim.learning_rate=1e-5"))
