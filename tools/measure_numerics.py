@@ -20,17 +20,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from lm2_jax.checkpoint import load
 from lm2_jax.config import Config, replace
-from lm2_jax.data.pipeline import Pipeline
 from lm2_jax.errors import TrainingFailed, UserError, run_command
-from lm2_jax.model import build_model
-from lm2_jax.segments import run_segments
-from lm2_jax.step import memory_norms
 from lm2_jax.tokenizer import load_tokenizer
 
 BLOCK = 100  # segments read together
@@ -48,6 +41,9 @@ def main() -> None:
         raise UserError(f"--segments: found {arguments.segments}; expected {BLOCK} or more")
     if not arguments.output.absolute().parent.is_dir():
         raise UserError(f"--output: found {arguments.output}; its directory does not exist")
+
+    from lm2_jax.checkpoint import load  # jax takes seconds, which --help should not
+
     model, params = load(arguments.checkpoint)
     blocks = measure(model.config, params, arguments.segments)
     figures = {
@@ -76,6 +72,13 @@ def summary(figures: dict[str, Any]) -> str:
 
 def measure(config: Config, params: Any, segments: int) -> list[dict[str, Any]]:
     """A record a block. Raises TrainingFailed if something is not finite."""
+    import jax
+    import jax.numpy as jnp
+
+    from lm2_jax.model import build_model
+    from lm2_jax.segments import run_segments
+    from lm2_jax.step import memory_norms
+
     models = {dtype: build_model(replace(config, train={"dtype": dtype})) for dtype in TYPES}
 
     @jax.jit
@@ -107,6 +110,8 @@ def measure(config: Config, params: Any, segments: int) -> list[dict[str, Any]]:
 
 def stream(config: Config, blocks: int) -> Iterator[np.ndarray]:
     """Tokens [1, BLOCK, T] of the run's training documents, end to end."""
+    from lm2_jax.data.pipeline import Pipeline
+
     T = config.trained_segment_length
     tokenizer = None if config.data.source == "bin" else load_tokenizer(config.tokenizer)
     source, _ = Pipeline(config, tokenizer).sources(config.stages[-1])
