@@ -31,8 +31,9 @@ def commands():
     for block in blocks("bash", ""):
         for line in block.replace("\\\n", " ").splitlines():
             for part in re.findall(r"python (?:-m lm2_jax\.|tools/)[^&]*", line):
-                inside_quotes = part.count('"') % 2
-                yield shlex.split(part.removesuffix('"') if inside_quotes else part, comments=True)
+                for quote in "'\"":  # of a command inside another's argument
+                    part = part.removesuffix(quote) if part.count(quote) % 2 else part
+                yield shlex.split(part, comments=True)
 
 
 class Parsed(Exception):
