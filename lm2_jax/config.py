@@ -264,7 +264,8 @@ class TrainConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters and banks stay float32
     schedule: Literal["auto", "segment", "layer"] = "auto"  # order of the double loop over segments and layers
-    remat: Literal["none", "block", "full"] = "none"  # recompute: nothing, each block, each block and each segment
+    # recompute: nothing, each block, each block and each segment; offload: as full, block inputs in the host's memory
+    remat: Literal["none", "block", "full", "offload"] = "none"
     log_every: PositiveInt = 10
     max_skipped_steps: NonNegativeInt = 20  # non-finite steps in a row before the run stops; 0: never
     curriculum: tuple[StageConfig, ...] = ()

@@ -198,11 +198,11 @@ import sys
 from lm2_jax.checkpoint import Checkpoints
 from lm2_jax.errors import run_command
 from lm2_jax.train import main
-restore = Checkpoints._restore
+restore = Checkpoints.restore
 def announce(self, step, *rest):
     print(f"restoring {step}", flush=True)
     return restore(self, step, *rest)
-Checkpoints._restore = announce
+Checkpoints.restore = announce
 run_command(main)
 """
 

@@ -60,7 +60,7 @@ def table(directory: Path) -> str:
     ]
     for path in sorted(directory.glob("*.json")):
         figures = json.loads(path.read_text())
-        step = figures["programs"].get("train", {"fits": False, "peak_bytes": None})
+        step = figures["programs"]["train"]
         slices = f" x {figures['slices']}" if figures["slices"] > 1 else ""
         where = f"| {path.stem} | {figures['topology']}{slices} "
         if not step["fits"]:
