@@ -11,8 +11,8 @@ import time
 import pytest
 from helpers import Run, assert_same_run, checkpoint_steps, quick_training, text_overrides, tiny_config
 
+from lm2_jax import board
 from lm2_jax import checkpoint as checkpoint_module
-from lm2_jax import reporting
 from lm2_jax import train as train_module
 from lm2_jax.config import save_config
 from lm2_jax.errors import TrainingFailed, UserError
@@ -90,7 +90,7 @@ def test_metrics_that_cannot_be_written_end_the_run(tmp_path, monkeypatch, whole
         def fail(*_):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        patched.setattr(reporting._Board, "flush", fail)
+        patched.setattr(board.Board, "flush", fail)
         with pytest.raises(TrainingFailed, match=r"metrics\.jsonl: cannot be written \(No space left on device\)"):
             train(config)
     train(config)
