@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from fuzz_parsers import PARSERS
 
-INPUTS = 100
+INPUTS = 40
 
 
 def test_parsers_take_any_input_or_refuse_it():
