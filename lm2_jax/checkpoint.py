@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from lm2_jax.config import CheckpointConfig, Config, load_config, parse_config
+from lm2_jax.config import CheckpointConfig, Config, load_config
 from lm2_jax.convert import directory as converted
 from lm2_jax.convert.engine import abstract_params, as_tree
 from lm2_jax.distributed import for_all, is_first, wait_for_all
@@ -202,10 +202,9 @@ def load(path: str | Path) -> tuple[Decoder, Any]:
         config = load_config(path / "config.yaml")
         path = path / "checkpoints" / str(steps[0])
     else:
-        try:
-            config = parse_config((path / "config" / "metadata").read_text(encoding="utf-8"), where=f"{path}/config")
-        except OSError:
-            raise UserError(f"{path}: neither a run directory (no config.yaml) nor a checkpoint (no config)") from None
+        if not (path / "config" / "metadata").is_file():
+            raise UserError(f"{path}: neither a run directory (no config.yaml) nor a checkpoint (no config)")
+        config = load_config(path / "config" / "metadata")
     model = build_model(config)
     abstract = as_tree(abstract_params(config))
     on_one = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -7,6 +7,8 @@ reported at once, each with the file, the key, the value found and what would be
 from __future__ import annotations
 
 import difflib
+import itertools
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,13 +20,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from pydantic_core import PydanticCustomError
 
 from lm2_jax.errors import UserError
+from lm2_jax.untrusted import read_small, shown
 
-PositiveInt = Annotated[int, Field(gt=0)]
+LARGEST = 2**31 - 1  # of whole numbers: an array's sizes are int32
+PositiveInt = Annotated[int, Field(gt=0, le=LARGEST)]
 PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-AxisSize = Annotated[int, Field(ge=-1)]
+AxisSize = Annotated[int, Field(ge=-1, le=LARGEST)]
 NonEmptyStr = Annotated[str, Field(min_length=1)]
 Paths = tuple[NonEmptyStr, ...]
 
@@ -516,8 +520,28 @@ class Config(Section):
 # --- Reading and writing -------------------------------------------------------------------------------------------
 
 
+_LONGEST = 1 << 18  # bytes of a config, which PyYAML reads in seconds
+_MOST_WRITTEN_OUT = 1 << 20  # characters of a config whose aliases are written out
+
+
 class _Loader(yaml.SafeLoader):
-    """As in YAML 1.2, 3e-4 is a float and 2025-01-31 is text; no duplicate keys."""
+    """As in YAML 1.2, 3e-4 is a float and 2025-01-31 is text; no duplicate keys, nothing that explodes."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None and _written_out(node, {}) > _MOST_WRITTEN_OUT:
+            raise yaml.composer.ComposerError(
+                None, None, "its aliases (*name) stand for far more than is written", node.start_mark
+            )
+        return node
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        value = super().construct_scalar(node)
+        if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+            raise yaml.constructor.ConstructorError(
+                None, None, "text with a NUL, or with half a surrogate pair", node.start_mark
+            )
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -529,6 +553,18 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _written_out(node: yaml.Node, known: dict[int, float]) -> float:
+    """Characters and values of a node in which every alias is replaced by what it stands for; infinite in a circle."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1 + len(node.value)
+    if id(node) not in known:
+        known[id(node)] = math.inf  # until its parts are counted, for one that holds itself
+        pairs = isinstance(node, yaml.MappingNode)
+        parts = itertools.chain.from_iterable(node.value) if pairs else node.value
+        known[id(node)] = 1 + sum(_written_out(part, known) for part in parts)
+    return known[id(node)]
 
 
 class _Dumper(yaml.SafeDumper):
@@ -555,7 +591,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_small(path, _LONGEST).decode()
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -608,7 +644,7 @@ def _parse_yaml(text: str, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         raise UserError(f"{where}:{line} is not valid YAML: {getattr(error, 'problem', error)}") from None
-    except (ValueError, TypeError, RecursionError) as error:
+    except Exception as error:  # whatever PyYAML makes of a value that is not what its tag says
         raise UserError(f"{where}: is not valid YAML: {error}") from None
 
 
@@ -674,7 +710,7 @@ def _explain(item: Mapping[str, Any], key: str) -> list[str]:
         return []  # its items were refused one by one
     expected = _EXPECTED.get(item["type"], item["msg"]).replace("Input should be", "should be")
     expected = expected.replace("Tuple", "list").replace(" after validation", "")  # what YAML calls it
-    return [f"{key}: found {found!r}; {expected[0].lower()}{expected[1:]}"]
+    return [f"{key}: found {shown(found)}; {expected[0].lower()}{expected[1:]}"]
 
 
 def _known_keys(location: Sequence[str | int]) -> list[str]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import hashlib
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +21,10 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, proc
 from lm2_jax.config import Config, TokenizerConfig
 from lm2_jax.data.lexicon import StoriesTokenizer
 from lm2_jax.errors import UserError
+from lm2_jax.untrusted import read_small
+
+_LONGEST_FILE = 1 << 26  # bytes; the largest in use have half as many
+_MOST_IDS = 1 << 24
 
 
 class Tokenizer(Protocol):
@@ -63,16 +68,19 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
     if config.kind == "bytes":
         return BytesTokenizer()
     try:
-        data = Path(config.path).read_bytes()
+        data = read_small(Path(config.path), _LONGEST_FILE)
     except OSError as error:
         raise UserError(f"tokenizer.path: {config.path} cannot be read ({error.strerror})") from None
     try:
         if config.kind == "sentencepiece":
             return SentencePieceTokenizer(data)
         if config.kind == "tokenizers":
-            return HuggingFaceTokenizer(tokenizers.Tokenizer.from_buffer(data), _digest(b"tokenizers", data))
+            with _damage_found("be loaded"):
+                return HuggingFaceTokenizer(tokenizers.Tokenizer.from_buffer(data), _digest(b"tokenizers", data))
         return HuggingFaceTokenizer(convert_llama3(data), _digest(b"llama3", data))
-    except (ValueError, RuntimeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # ours, and whatever the libraries make of a file that is none of theirs
         likely = _likely_kind(data)
         hint = f"; it looks like tokenizer.kind {likely}" if likely not in (None, config.kind) else ""
         raise UserError(f"tokenizer.path: {config.path} is no {config.kind} model: {error}{hint}") from None
@@ -193,6 +201,17 @@ class SentencePieceTokenizer:
         return self._fingerprint
 
 
+@contextlib.contextmanager
+def _damage_found(doing: str) -> Iterator[None]:
+    """Makes a panic of Rust, which is no Exception, and what a model cannot do for want of a part, a UserError."""
+    try:
+        yield
+    except (ValueError, MemoryError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise UserError(f"tokenizer.path: the model in the file is damaged, and cannot {doing} ({error})") from None
+
+
 class HuggingFaceTokenizer:
     """A `tokenizers` object; begin and end are found among its special tokens by their usual names."""
 
@@ -206,6 +225,8 @@ class HuggingFaceTokenizer:
         self._tokenizer = tokenizer
         self._fingerprint = fingerprint
         self.vocab_size = 1 + max(tokenizer.get_vocab().values(), default=-1)  # ids may have gaps
+        if self.vocab_size > _MOST_IDS:  # `tokenizers` lists the gaps when it is pickled
+            raise ValueError(f"it has a token of id {self.vocab_size - 1}; expected ids below {_MOST_IDS}")
         special = {token.content: id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         self.bos_id = next((special[name] for name in self._BOS_NAMES if name in special), None)
         self.eos_id = next((special[name] for name in self._EOS_NAMES if name in special), None)
@@ -220,7 +241,8 @@ class HuggingFaceTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """See `Tokenizer`."""
-        return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
+        with _damage_found("decode ids"):
+            return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
 
     def fingerprint(self) -> str:
         """See `Tokenizer`."""
@@ -232,7 +254,8 @@ class HuggingFaceTokenizer:
 
     def _encode(self, text: str) -> list[int]:
         # A batch of one: only batches can do without the offsets of tokens, which take a quarter of the time.
-        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        with _damage_found("encode a text"):
+            return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     @functools.cached_property
     def _inside_control_name(self) -> re.Pattern[str]:
@@ -259,6 +282,7 @@ _LLAMA3_NAMED = {
     11: "image",
 }
 _LLAMA3_SPECIALS = 256
+_LLAMA3_LONGEST = 256  # bytes of a token, whose merging takes their square in time; Meta's longest has 128
 
 
 def convert_llama3(data: bytes) -> tokenizers.Tokenizer:
@@ -303,6 +327,8 @@ def _parse_ranks(data: bytes) -> dict[bytes, int]:
             token, rank = _parse_rank(line)
             if rank != len(ranks):
                 raise ValueError(f"has rank {rank}; expected {len(ranks)}, as ranks count up from 0")
+            if len(token) > _LLAMA3_LONGEST:
+                raise ValueError(f"has a token of {len(token)} bytes; expected {_LLAMA3_LONGEST} at most")
             if token in ranks:
                 raise ValueError(f"repeats the token of rank {ranks[token]}")
         except ValueError as error:

@@ -139,6 +139,9 @@ class TextSource(_FileSource):
         return tokenize(data.decode(), self._tokenizer), len(data)
 
 
+_LONGEST_LINE = 1 << 25  # bytes: lists in lists take some 30 times as many once they are read
+
+
 class JsonLinesSource(_FileSource):
     """JSON lines: each an object whose `text` is a document; blank lines and texts of white space are left out.
 
@@ -156,7 +159,9 @@ class JsonLinesSource(_FileSource):
         with path.open("rb") as file:
             start = bom_size(file.read(3))
             file.seek(start)
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE + 1), b""), start=1):
+                if len(line) > _LONGEST_LINE:
+                    raise UserError(f"{path}: line {number}: is longer than {_LONGEST_LINE:,} bytes; cut its text")
                 end = start + len(line)
                 if line.strip() and json_text(decode_text(line, path, start), f"{path}: line {number}").strip():
                     yield start, end

@@ -124,8 +124,12 @@ def gate_name(path: tuple[Any, ...]) -> str:
 def _logical_axes(config: Config, kind: MemoryKind, stack: str) -> Any:
     """PartitionSpecs of logical axes of one layer of a stack of blocks."""
     model = Decoder(config, kind, parent=None)
-    tokens_BT = jnp.zeros((1, config.data.segment_length), jnp.int32)
-    boxed = jax.eval_shape(lambda: model.init_with_axes(jax.random.key(0), tokens_BT, model.init_memory(1)))
+
+    def init() -> Any:
+        tokens_BT = jnp.zeros((1, config.data.segment_length), jnp.int32)
+        return model.init_with_axes(jax.random.key(0), tokens_BT, model.init_memory(1))
+
+    boxed = jax.eval_shape(init)
     specs = nn.get_partition_spec(boxed["params"][stack])
     return jax.tree.map(lambda spec: PartitionSpec(*spec[1:]), specs)
 
