@@ -454,7 +454,7 @@ def test_odd_torch_tensors(tmp_path):
     convert("lm2_jax", "official", ours, tmp_path / "theirs")
     tensors = {"memory_bank": torch.eye(32).to_sparse(), "model.norm.weight": torch.empty(3, device="meta")}
     torch.save(tensors, tmp_path / "theirs" / "odd.pth")
-    with pytest.raises(UserError, match=r"sparse, or without numbers: memory_bank, model\.norm\.weight"):
+    with pytest.raises(UserError, match=r"sparse, or without numbers of their own: memory_bank, model\.norm\.weight"):
         convert("official", "lm2_jax", tmp_path / "theirs" / "odd.pth", tmp_path / "out")
 
 
