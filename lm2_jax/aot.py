@@ -7,7 +7,11 @@ It is the train step that `train` runs, and the step that decodes one token a la
 
 from __future__ import annotations
 
-import argparse
+from lm2_jax.command_line import aot_arguments
+
+if __name__ == "__main__":
+    aot_arguments()  # answers --help and mistakes before the imports below, which take seconds
+
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -34,21 +38,7 @@ _GIB = 2**30
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lm2_jax.aot",
-        description="Compile the train step and the decode step for a TPU topology, on any Linux machine.",
-        epilog="example: python -m lm2_jax.aot --config configs/lm2_1b7.yaml --topology v5e:4x4 "
-        "--set data.segments_per_window=16 --output lm2_1b7.json",
-    )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML config, for example from configs/")
-    parser.add_argument("--topology", required=True, metavar="NAME", help="v5e:1x1 to 16x16, v6e:4x4, v5p:2x2x1, ...")
-    parser.add_argument("--slices", type=int, default=1, help="so many of them, joined by the data-centre network")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
-    parser.add_argument("--program", choices=("train", "decode", "both"), default="both")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures")
-    parser.add_argument("--hlo", type=Path, metavar="DIRECTORY", help="keep the optimised programs as text")
-    parser.add_argument("--explain-sharding", action="store_true", help="only show which array lies where")
-    arguments = parser.parse_args()
+    arguments = aot_arguments()
     if arguments.explain_sharding:
         topology.prepare()
         devices, _ = topology.devices_of(arguments.topology, arguments.slices)

@@ -8,11 +8,14 @@ is taken.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
+import shutil
 import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,11 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from lm2_jax.config import CheckpointConfig, Config, load_config, parse_config
+from lm2_jax.config import CheckpointConfig, Config, load_config
 from lm2_jax.convert import directory as converted
 from lm2_jax.convert.engine import abstract_params, as_tree
-from lm2_jax.errors import UserError
+from lm2_jax.distributed import for_all, is_first, wait_for_all
+from lm2_jax.errors import TrainingFailed, UserError
 from lm2_jax.model import build_model
 from lm2_jax.model.decoder import Decoder
 from lm2_jax.state import TrainState
@@ -39,44 +43,60 @@ class DamagedError(Exception):
 class Checkpoints:
     """The checkpoints of one run directory."""
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig) -> None:
+    def __init__(self, run_dir: Path, config: CheckpointConfig, read_only: bool = False) -> None:
         """Opens run_dir/checkpoints, which is made if it is not there; what an interrupted save left is removed.
 
-        Raises UserError if there can be no such directory.
+        read_only: nothing is made or removed. Raises UserError if there can be no such directory.
         """
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save at length
+        for noisy in ("absl", "asyncio"):  # Orbax reports every save, and an error many times over
+            logging.getLogger(noisy).setLevel(logging.CRITICAL)
         self.directory = (run_dir / "checkpoints").absolute()
         self._config = config
+        self._read_only = read_only
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.LatestN(self._config.keep),
             save_decision_policy=checkpoint_managers.FixedIntervalPolicy(1),  # train.py decides when
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not self._read_only,
             enable_async_checkpointing=True,
+            read_only=self._read_only,
         )
         try:
-            self.directory.mkdir(exist_ok=True)
+            if not self._read_only:
+                self.directory.mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.directory} is no directory to save checkpoints in ({error.strerror})") from None
         return ocp.CheckpointManager(self.directory, options=options)
 
     def save(self, state: TrainState, progress: Progress, config: Config) -> None:
-        """Starts to save; returns once the arrays are copied. The checkpoint appears under its step when complete."""
+        """Starts to save; returns once the arrays are copied. The checkpoint appears under its step when complete.
+
+        Raises TrainingFailed if this or the save before could not be written.
+        """
         step = int(state.step)
         if step in self._manager.all_steps():
             return
         params, training = _split(state)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params),
-                training=ocp.args.StandardSave(training),
-                progress=ocp.args.JsonSave({**progress, "checksums": _checksums(params, training, progress)}),
-                config=ocp.args.JsonSave(config.model_dump(mode="json")),
-            ),
-        )
+        with self._writing():
+            needed = 2**20 + sum(leaf.nbytes for leaf in jax.tree.leaves((params, training)))
+            free = shutil.disk_usage(self.directory).free
+            if free < needed:  # Orbax would find out late, and at length
+                raise OSError(errno.ENOSPC, f"it needs {needed:,} bytes, the disk has {free:,} left")
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(params),
+                    training=ocp.args.StandardSave(training),
+                    progress=ocp.args.JsonSave({**progress, "checksums": _checksums(params, training, progress)}),
+                    config=ocp.args.JsonSave(config.model_dump(mode="json")),
+                ),
+            )
+
+    def steps(self) -> list[int]:
+        """Of the checkpoints that are complete, newest first."""
+        return sorted(self._manager.all_steps(), reverse=True)
 
     def restore_latest(self, like: TrainState, shardings: TrainState) -> tuple[TrainState, Progress] | None:
         """The newest checkpoint that is whole, placed by `shardings`; None if there is none at all.
@@ -84,13 +104,17 @@ class Checkpoints:
         A damaged one is named on standard error and moved aside, to `damaged_checkpoints/`.
         Raises UserError if every checkpoint is damaged.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        steps = self.steps()
         for step in steps:
+            restored, problem = None, ""
             try:
-                return self._restore(step, like, shardings)
+                restored = self.restore(step, like, shardings)
             except DamagedError as error:
-                aside = self._move_aside(step)
-                print(f"warning: checkpoint {step} is damaged ({error}); moved to {aside}", file=sys.stderr)
+                problem = f" ({error})"
+            if for_all(restored is not None):
+                return restored
+            aside = self._move_aside(step)
+            print(f"warning: checkpoint {step} is damaged{problem}; moved to {aside}", file=sys.stderr)
         if steps:
             raise UserError(
                 f"{self.directory}: all {len(steps)} checkpoints were damaged and moved aside; "
@@ -99,15 +123,29 @@ class Checkpoints:
         return None
 
     def wait(self) -> None:
-        """Until every save that was started is on disk."""
-        self._manager.wait_until_finished()
+        """Until every save that was started is on disk. Raises TrainingFailed if one could not be written."""
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Finishes the saves and ends Orbax's threads."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Finishes the saves and ends Orbax's threads. Raises TrainingFailed as `wait`."""
+        with self._writing():
+            self._manager.close()
 
-    def _restore(self, step: int, like: TrainState, shardings: TrainState) -> tuple[TrainState, Progress]:
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever Orbax or TensorStore make of a full or failing disk
+            left = f"the newest whole one is {max(self.steps())}" if self.steps() else "there is none yet"
+            raise TrainingFailed(
+                f"{self.directory}: a checkpoint could not be saved ({_first_line(error)}); {left}. When the disk can "
+                "be written to, the same command goes on"
+            ) from error
+
+    def restore(self, step: int, like: TrainState, shardings: TrainState) -> tuple[TrainState, Progress]:
+        """One checkpoint, placed by `shardings`. Raises DamagedError if it is not what was saved."""
+
         def target(x: jax.Array, sharding: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
@@ -138,7 +176,10 @@ class Checkpoints:
         number = 0
         while (target := aside / f"{step}{f'.{number}' if number else ''}").exists():
             number += 1
-        (self.directory / str(step)).rename(target)
+        wait_for_all(f"name for {step}")
+        if is_first():
+            (self.directory / str(step)).rename(target)
+        wait_for_all(f"moved {step}")
         self._manager = self._open()
         return target
 
@@ -161,10 +202,9 @@ def load(path: str | Path) -> tuple[Decoder, Any]:
         config = load_config(path / "config.yaml")
         path = path / "checkpoints" / str(steps[0])
     else:
-        try:
-            config = parse_config((path / "config" / "metadata").read_text(encoding="utf-8"), where=f"{path}/config")
-        except OSError:
-            raise UserError(f"{path}: neither a run directory (no config.yaml) nor a checkpoint (no config)") from None
+        if not (path / "config" / "metadata").is_file():
+            raise UserError(f"{path}: neither a run directory (no config.yaml) nor a checkpoint (no config)")
+        config = load_config(path / "config" / "metadata")
     model = build_model(config)
     abstract = as_tree(abstract_params(config))
     on_one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -212,7 +252,7 @@ def _checksum_arrays(tree: Any) -> jax.Array:
 
 def array_checksums(tree: Any) -> list[int]:
     """One 32-bit number per array, the same on any mesh: integer sums do not depend on their order."""
-    return [int(value) for value in _checksum_arrays(tree)]
+    return jax.device_get(_checksum_arrays(tree)).tolist()
 
 
 def _checksums(params: Any, training: Any, progress: Progress) -> list[int]:

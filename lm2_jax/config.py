@@ -7,6 +7,8 @@ reported at once, each with the file, the key, the value found and what would be
 from __future__ import annotations
 
 import difflib
+import itertools
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,13 +20,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from pydantic_core import PydanticCustomError
 
 from lm2_jax.errors import UserError
+from lm2_jax.untrusted import read_small, shown
 
-PositiveInt = Annotated[int, Field(gt=0)]
+LARGEST = 2**31 - 1  # of whole numbers: an array's sizes are int32
+PositiveInt = Annotated[int, Field(gt=0, le=LARGEST)]
 PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-AxisSize = Annotated[int, Field(ge=-1)]
+AxisSize = Annotated[int, Field(ge=-1, le=LARGEST)]
 NonEmptyStr = Annotated[str, Field(min_length=1)]
 Paths = tuple[NonEmptyStr, ...]
 
@@ -50,7 +54,8 @@ def _lists(values: Any, *keys: str) -> Any:
     return {key: (value,) if key in keys and isinstance(value, str) else value for key, value in values.items()}
 
 
-def _pattern_problem(document_separator: str | None) -> str | None:
+def pattern_problem(document_separator: str | None) -> str | None:
+    """What is wrong with a regular expression; None if nothing is."""
     try:
         re.compile(document_separator or "")
     except (re.error, OverflowError, RecursionError) as error:
@@ -144,11 +149,19 @@ class StoriesConfig(Section):
         return self
 
 
+class MixtureConfig(Section):
+    """A part of a mixture (data.mixture)."""
+
+    path: NonEmptyStr  # a prepared directory
+    weight: PositiveFloat = 1.0  # its share of the documents read, as against the other weights
+
+
 class DataConfig(Section):
     """Where documents come from and how they are laid into lanes of segments."""
 
-    source: Literal["stories", "text", "jsonl", "bin"] = "stories"
-    path: Paths | None = None  # files or globs; stories: real bAbI files instead of the generator
+    source: Literal["stories", "text", "jsonl", "bin", "prepared"] = "stories"
+    path: Paths | None = None  # files or globs; stories: real bAbI files, not the generator; prepared: directories
+    mixture: tuple[MixtureConfig, ...] = ()  # prepared: directories with weights, in the place of path
     validation_path: Paths | None = None  # null: a share of the documents is held out
     validation_fraction: Fraction = 0.05  # of the documents; of stories it is always one in eight
     begin_id: NonNegativeInt = 128_000  # bin: the id that documents begin with (Llama 3's begin-of-text)
@@ -170,9 +183,16 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _source_has_data(self) -> Self:
         problems = []
-        if self.source != "stories" and not self.path:
+        if self.mixture and (self.source != "prepared" or self.path):
+            problems.append(
+                f"mixture takes the place of path, for source prepared; found source {self.source}"
+                + (f" and path {', '.join(self.path)}" if self.path else "")
+            )
+        elif self.source == "prepared" and not (self.path or self.mixture):
+            problems.append("path is missing; source prepared reads the directories that it, or mixture, names")
+        elif self.source not in ("stories", "prepared") and not self.path:
             problems.append(f"path is missing; source {self.source} reads the files it names")
-        if problem := _pattern_problem(self.document_separator):
+        if problem := pattern_problem(self.document_separator):
             problems.append(problem)
         if problems:
             raise ValueError("\n".join(problems))
@@ -248,7 +268,8 @@ class TrainConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters and banks stay float32
     schedule: Literal["auto", "segment", "layer"] = "auto"  # order of the double loop over segments and layers
-    remat: Literal["none", "block", "full"] = "none"  # recompute: nothing, each block, each block and each segment
+    # recompute: nothing, each block, each block and each segment; offload: as full, block inputs in the host's memory
+    remat: Literal["none", "block", "full", "offload"] = "none"
     log_every: PositiveInt = 10
     max_skipped_steps: NonNegativeInt = 20  # non-finite steps in a row before the run stops; 0: never
     curriculum: tuple[StageConfig, ...] = ()
@@ -282,7 +303,7 @@ class PerplexityConfig(Section):
 
     @model_validator(mode="after")
     def _regular_expression(self) -> Self:
-        if problem := _pattern_problem(self.document_separator):
+        if problem := pattern_problem(self.document_separator):
             raise ValueError(problem)
         return self
 
@@ -499,8 +520,28 @@ class Config(Section):
 # --- Reading and writing -------------------------------------------------------------------------------------------
 
 
+_LONGEST = 1 << 18  # bytes of a config, which PyYAML reads in seconds
+_MOST_WRITTEN_OUT = 1 << 20  # characters of a config whose aliases are written out
+
+
 class _Loader(yaml.SafeLoader):
-    """As in YAML 1.2, 3e-4 is a float and 2025-01-31 is text; no duplicate keys."""
+    """As in YAML 1.2, 3e-4 is a float and 2025-01-31 is text; no duplicate keys, nothing that explodes."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None and _written_out(node, {}) > _MOST_WRITTEN_OUT:
+            raise yaml.composer.ComposerError(
+                None, None, "its aliases (*name) stand for far more than is written", node.start_mark
+            )
+        return node
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        value = super().construct_scalar(node)
+        if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+            raise yaml.constructor.ConstructorError(
+                None, None, "text with a NUL, or with half a surrogate pair", node.start_mark
+            )
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -512,6 +553,18 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _written_out(node: yaml.Node, known: dict[int, float]) -> float:
+    """Characters and values of a node in which every alias is replaced by what it stands for; infinite in a circle."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1 + len(node.value)
+    if id(node) not in known:
+        known[id(node)] = math.inf  # until its parts are counted, for one that holds itself
+        pairs = isinstance(node, yaml.MappingNode)
+        parts = itertools.chain.from_iterable(node.value) if pairs else node.value
+        known[id(node)] = 1 + sum(_written_out(part, known) for part in parts)
+    return known[id(node)]
 
 
 class _Dumper(yaml.SafeDumper):
@@ -538,7 +591,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_small(path, _LONGEST).decode()
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -591,7 +644,7 @@ def _parse_yaml(text: str, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         raise UserError(f"{where}:{line} is not valid YAML: {getattr(error, 'problem', error)}") from None
-    except (ValueError, TypeError, RecursionError) as error:
+    except Exception as error:  # whatever PyYAML makes of a value that is not what its tag says
         raise UserError(f"{where}: is not valid YAML: {error}") from None
 
 
@@ -657,7 +710,7 @@ def _explain(item: Mapping[str, Any], key: str) -> list[str]:
         return []  # its items were refused one by one
     expected = _EXPECTED.get(item["type"], item["msg"]).replace("Input should be", "should be")
     expected = expected.replace("Tuple", "list").replace(" after validation", "")  # what YAML calls it
-    return [f"{key}: found {found!r}; {expected[0].lower()}{expected[1:]}"]
+    return [f"{key}: found {shown(found)}; {expected[0].lower()}{expected[1:]}"]
 
 
 def _known_keys(location: Sequence[str | int]) -> list[str]:

@@ -17,8 +17,11 @@ class TrainingFailed(Exception):
     """A run that cannot go on (for example, too many non-finite steps). Printed without a traceback; exit code 1."""
 
 
-def run_command(main: Callable[[], None]) -> None:
-    """Runs a command's `main` and turns its errors into exit codes: 2 the user's, 1 ours, 130 interrupted."""
+def run_command(main: Callable[[], None], interrupted: str = "interrupted") -> None:
+    """Runs a command's `main` and turns its errors into exit codes: 2 the user's, 1 ours, 130 interrupted.
+
+    interrupted: what Ctrl-C makes it say, such as how to go on.
+    """
     try:
         main()
     except UserError as error:
@@ -28,5 +31,5 @@ def run_command(main: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         sys.exit(130)

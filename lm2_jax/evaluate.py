@@ -5,16 +5,19 @@ Each task is a module of evals/ with three functions: `evaluate` gives JSON, `ta
 
 from __future__ import annotations
 
-import argparse
+from lm2_jax.command_line import evaluate_arguments
+
+if __name__ == "__main__":
+    evaluate_arguments()  # answers --help and mistakes before the imports below, which take seconds
+
 import json
-from pathlib import Path
 
 from rich.console import Console
 
 from lm2_jax.errors import UserError, run_command
 from lm2_jax.evals import babilong, harness, mmlu, perplexity
 from lm2_jax.evals.loaded import load_for_evaluation
-from lm2_jax.reporting import write_atomically
+from lm2_jax.files import write_atomically
 from lm2_jax.sharding import use_mesh
 
 TASKS = {"perplexity": perplexity, "babilong": babilong, "mmlu": mmlu, "harness": harness}
@@ -22,25 +25,7 @@ TASKS = {"perplexity": perplexity, "babilong": babilong, "mmlu": mmlu, "harness"
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lm2_jax.evaluate",
-        description="Measure a model. With --output, finished work is kept, and the same command goes on from there.",
-        epilog="examples: --task perplexity --set 'eval.perplexity.path=books/*.txt'; "
-        "--task babilong --set eval.babilong.babi=en-10k --set 'eval.babilong.books=books/*.txt' "
-        "--set 'eval.babilong.lengths=[0k, 1k, 128k]'; --task mmlu --set eval.mmlu.path=mmlu; "
-        "--task harness --set 'eval.harness.tasks=[arc_easy, lambada_openai]' "
-        "(all settings: PerplexityConfig, BabilongConfig, MmluConfig and HarnessConfig in config.py)",
-    )
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="PATH",
-        help="a run directory, one of its checkpoints, or a converted one",
-    )
-    parser.add_argument("--task", required=True, choices=TASKS)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the result, and pictures beside it")
-    arguments = parser.parse_args()
+    arguments = evaluate_arguments()
     output = arguments.output
     if output is not None and (output.suffix != ".json" or not output.absolute().parent.is_dir()):
         raise UserError(f"--output: found {output}; give a file that ends in .json, in a directory that exists")
@@ -58,4 +43,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, interrupted="interrupted; with --output, the same command goes on from what is finished")

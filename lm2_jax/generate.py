@@ -5,6 +5,11 @@ A prompt may be a whole book: it streams through memory. Saved memory answers ma
 
 from __future__ import annotations
 
+from lm2_jax.command_line import generate_arguments
+
+if __name__ == "__main__":
+    generate_arguments()  # answers --help and mistakes before the imports below, which take seconds
+
 import argparse
 import functools
 import sys
@@ -24,7 +29,7 @@ __all__ = ["TextStream", "generate", "main"]
 
 def main() -> None:
     """The command."""
-    arguments = _parse()
+    arguments = generate_arguments()
     text = _prompt(arguments)
     if arguments.save_memory and not Path(arguments.save_memory).absolute().parent.is_dir():
         raise UserError(f"--save-memory: {arguments.save_memory} is in no directory that exists")
@@ -100,33 +105,6 @@ class TextStream:
         self._write(self._held[:ready])
         self._held = "" if places else self._held[ready:]
         return bool(places)
-
-
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m lm2_jax.generate",
-        description="Continue a text. A prompt of any length streams through memory, a segment at a time.",
-        epilog="example: python -m lm2_jax.generate --checkpoint runs/books --prompt-file book.txt --max-new-tokens 0 "
-        '--save-memory book.safetensors, then --load-memory book.safetensors --prompt "Who is Ahab?"',
-    )
-    parser.add_argument(
-        "--checkpoint", required=True, metavar="PATH", help="a run directory, a checkpoint, or a converted one"
-    )
-    prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT", help="what to continue")
-    prompt.add_argument("--prompt-file", metavar="FILE", help="the same, from a UTF-8 text file")
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default 128; 0: only read")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="default 0: the most likely token")
-    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K most likely tokens")
-    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that make up P")
-    parser.add_argument("--stop", action="append", default=[], metavar="STRING", help="end before it; repeatable")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws; default 0")
-    parser.add_argument("--save-memory", metavar="FILE", help="write what was read, and written, to a safetensors file")
-    parser.add_argument("--load-memory", metavar="FILE", help="go on from there; the prompt follows what was read")
-    arguments = parser.parse_args()
-    if "" in arguments.stop:
-        parser.error("argument --stop: an empty string is everywhere")
-    return arguments
 
 
 def _prompt(arguments: argparse.Namespace) -> str:

@@ -20,8 +20,10 @@ from lm2_jax import decoding
 from lm2_jax.checkpoint import array_checksums
 from lm2_jax.errors import UserError
 from lm2_jax.model.decoder import Decoder, Unfinished
+from lm2_jax.untrusted import shown
 
 _KEY = "lm2_jax.memory"  # of the metadata
+_LONGEST_OWNER = 1 << 20  # characters
 
 
 def save_state(path: str | Path, model: Decoder, params: Any, state: Unfinished) -> None:
@@ -45,15 +47,18 @@ def load_state(path: str | Path, model: Decoder, params: Any) -> Unfinished:
     try:
         with safetensors.safe_open(path, "flax") as file:
             saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            owner = json.loads((file.metadata() or {})[_KEY])
+            text = (file.metadata() or {})[_KEY]
+            if len(text) > _LONGEST_OWNER:
+                raise ValueError(f"metadata {_KEY} of {len(text):,} characters")
+            owner = json.loads(text)
             segment_length = owner.pop("segment_length")
-            if not isinstance(segment_length, int) or not 0 < segment_length < 2**31:
-                raise ValueError(f"segment_length {segment_length!r}")
+            if type(segment_length) is not int or not 0 < segment_length < 2**31:
+                raise ValueError(f"segment_length {shown(segment_length)}")
             if not all(isinstance(owner.get(section), dict) for section in ("model", "memory")):
                 raise ValueError("it does not say of which model")
     except KeyError:
         raise UserError(f"{path}: no memory of lm2_jax (metadata {_KEY} is missing)") from None
-    except (OSError, ValueError, TypeError, AttributeError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, safetensors.SafetensorError) as error:
         raise UserError(f"{path}: cannot be read as a memory file ({error})") from None
     problems = list(_differences(owner, _owner(model, params)))
     if problems:
@@ -96,7 +101,8 @@ def _differences(saved: dict[str, Any], own: dict[str, Any]) -> list[str]:
     for section in ("model", "memory"):
         found, right = saved.get(section, {}), own[section]
         keys = [key for key in sorted({*found, *right}) if found.get(key) != right.get(key)]
-        lines += [f"  {section}.{key}: {found.get(key)!r} in the file, {right.get(key)!r} in the model" for key in keys]
+        for key in keys:
+            lines.append(f"  {section}.{key}: {shown(found.get(key))} in the file, {right.get(key)!r} in the model")
     if not lines and saved.get("parameters") != own["parameters"]:
         lines.append("  the same sizes, but other parameters; take the checkpoint that it was saved with")
     return lines

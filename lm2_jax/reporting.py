@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -13,7 +14,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
-from tensorboardX import SummaryWriter
+
+from lm2_jax.errors import TrainingFailed
+from lm2_jax.files import write_atomically
 
 Record = dict[str, Any]
 
@@ -32,16 +35,6 @@ def drop_records_after(path: Path, step: int) -> None:
     write_atomically(path, "".join(kept))
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file that is there whole or not at all, whenever the process is killed."""
-    temporary = path.with_name(path.name + ".partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def read_records(path: Path) -> list[Record]:
     """The lines of a metrics.jsonl."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -51,9 +44,11 @@ class Reporter:
     """Writes one record per step; use as a context manager."""
 
     def __init__(self, run_dir: Path, first_step: int, last_step: int) -> None:
+        from lm2_jax.board import Board  # imports torch, where there is one, which takes seconds
+
         self.console = Console(highlight=False, soft_wrap=True)
         self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+        self._board = Board(run_dir / "tensorboard", first_step + 1)
         self._last = last_step
         self._stage, self._stage_first, self._stage_began = "", first_step, time.monotonic()
         self._bar = Progress(
@@ -67,23 +62,33 @@ class Reporter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-        self._file.close()
-        self._board.close()
+        if self.console.is_terminal:
+            self._bar.stop()
+        with contextlib.suppress(OSError):  # a full disk was reported when it was written to
+            self._board.close()
+            self._file.close()
 
-    def say(self, text: str) -> None:
-        """A line for people."""
+    def say(self, text: str | Table) -> None:
+        """A line for people, or a table."""
         self.console.print(text, markup=False)
 
     def record(self, records: Iterable[Record]) -> None:
-        """Appends records to metrics.jsonl, durably, and to TensorBoard. Numbers that are not finite become null."""
-        for record in records:
-            self._file.write(json.dumps({key: _finite(value) for key, value in record.items()}) + "\n")
-            for key, value in record.items():
-                if key not in ("step", "time") and isinstance(value, int | float):
-                    self._board.add_scalar(key, value, record["step"])
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Appends records to metrics.jsonl, durably, and to TensorBoard. Numbers that are not finite become null.
+
+        Raises TrainingFailed if they cannot be written.
+        """
+        try:
+            for record in records:
+                self._file.write(json.dumps({key: _finite(value) for key, value in record.items()}) + "\n")
+                self._board.add(record)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._board.flush()
+        except OSError as error:
+            raise TrainingFailed(
+                f"{self._file.name}: cannot be written ({error.strerror}). When the disk can be written to, the same "
+                "command goes on from the newest checkpoint"
+            ) from None
 
     def show(self, record: Record, stage: str) -> None:
         """The newest record as a line, with the time that is left if its stage, and its speed, are to last."""
@@ -101,6 +106,21 @@ class Reporter:
             self._bar.update(self._task, completed=step, note="  ".join(parts))
         else:
             self.say("  ".join(parts))
+
+
+class SilentReporter(contextlib.AbstractContextManager):
+    """What all processes of a run but the first report: nothing."""
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def say(self, text: str | Table) -> None:
+        """Nothing, as `record` and `show`."""
+
+    def record(self, records: Iterable[Record]) -> None:
+        """Nothing."""
+
+    def show(self, record: Record, stage: str) -> None:
+        """Nothing."""
 
 
 def clock(seconds: float) -> str:

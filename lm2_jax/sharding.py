@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -95,6 +96,27 @@ def memory_shardings(mesh: Mesh, memory: Any, lane_axis: int) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Lanes first: [B, ...] spread over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(LANES))
+
+
+def own_lanes(mesh: Mesh, num_lanes: int) -> list[int]:
+    """The lanes that this process's devices hold, in order; with one process all of them."""
+    slices = batch_sharding(mesh).addressable_devices_indices_map((num_lanes,)).values()
+    return sorted({lane for (lanes,) in slices for lane in range(*lanes.indices(num_lanes))})
+
+
+def to_devices(mesh: Mesh, num_lanes: int, own_rows: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Global arrays [B, ...] of a batch, from the rows of `own_lanes` that every process has of it."""
+    sharding = batch_sharding(mesh)
+    row = {lane: row for row, lane in enumerate(own_lanes(mesh, num_lanes))}
+
+    def spread(own: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            first, last, _ = index[0].indices(num_lanes)
+            return own[row[first] : row[last - 1] + 1]  # a device's lanes are neighbours, and so are their rows
+
+        return jax.make_array_from_callback((num_lanes, *own.shape[1:]), sharding, part)
+
+    return {name: spread(own) for name, own in own_rows.items()}
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

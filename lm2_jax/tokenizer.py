@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import hashlib
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
+import huggingface_hub
 import numpy as np
 import tokenizers
 from sentencepiece import SentencePieceProcessor
@@ -19,6 +21,10 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, proc
 from lm2_jax.config import Config, TokenizerConfig
 from lm2_jax.data.lexicon import StoriesTokenizer
 from lm2_jax.errors import UserError
+from lm2_jax.untrusted import read_small
+
+_LONGEST_FILE = 1 << 26  # bytes; the largest in use have half as many
+_MOST_IDS = 1 << 24
 
 
 class Tokenizer(Protocol):
@@ -62,19 +68,48 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
     if config.kind == "bytes":
         return BytesTokenizer()
     try:
-        data = Path(config.path).read_bytes()
+        data = read_small(Path(config.path), _LONGEST_FILE)
     except OSError as error:
         raise UserError(f"tokenizer.path: {config.path} cannot be read ({error.strerror})") from None
     try:
         if config.kind == "sentencepiece":
             return SentencePieceTokenizer(data)
         if config.kind == "tokenizers":
-            return HuggingFaceTokenizer(tokenizers.Tokenizer.from_buffer(data), _digest(b"tokenizers", data))
+            with _damage_found("be loaded"):
+                return HuggingFaceTokenizer(tokenizers.Tokenizer.from_buffer(data), _digest(b"tokenizers", data))
         return HuggingFaceTokenizer(convert_llama3(data), _digest(b"llama3", data))
-    except (ValueError, RuntimeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # ours, and whatever the libraries make of a file that is none of theirs
         likely = _likely_kind(data)
         hint = f"; it looks like tokenizer.kind {likely}" if likely not in (None, config.kind) else ""
         raise UserError(f"tokenizer.path: {config.path} is no {config.kind} model: {error}{hint}") from None
+
+
+def find_tokenizer(name: str) -> TokenizerConfig:
+    """Settings for the tokenizer that a user calls `name`: bytes, a file of any kind, or a repository of the hub.
+
+    Raises UserError if there is none of that name.
+    """
+    if name == "bytes":
+        return TokenizerConfig(kind="bytes")
+    path = Path(name)
+    if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        try:
+            path = Path(huggingface_hub.hf_hub_download(name, "tokenizer.json"))
+        except Exception as error:  # of the network, of the hub, of the cache
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise UserError(f"--tokenizer: {name} is no file, and the hub sends no tokenizer.json ({reason})") from None
+    try:
+        with path.open("rb") as file:
+            kind = _likely_kind(file.read(4096))
+    except OSError as error:
+        raise UserError(
+            f"--tokenizer: {name} cannot be read ({error.strerror}); name bytes, a file or a hub id"
+        ) from None
+    if kind is None:
+        raise UserError(f"--tokenizer: {name} is no tokenizer.json, sentencepiece model or Llama-3 tokenizer.model")
+    return TokenizerConfig(kind=kind, path=str(path))
 
 
 def load_text_tokenizer(config: Config, checkpoint: str | Path) -> Tokenizer:
@@ -89,6 +124,7 @@ def load_text_tokenizer(config: Config, checkpoint: str | Path) -> Tokenizer:
 
 
 _PIECE = 1 << 14  # characters
+_AROUND = 1 << 9  # characters on either side of a cut that are looked at
 _BETWEEN_WORDS = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
 
 
@@ -107,7 +143,7 @@ def encode_long(tokenizer: Tokenizer, text: str) -> np.ndarray:
         return np.array(tokenizer.encode(text[start:end]), np.int32)
 
     if len(cuts) > 2:
-        start, cut, end = cuts[:3]
+        start, cut, end = cuts[1] - _AROUND, cuts[1], cuts[1] + _AROUND
         if not np.array_equal(encode(start, end), np.concatenate([encode(start, cut), encode(cut, end)])):
             cuts = [0, len(text)]
     return np.concatenate([encode(start, end) for start, end in itertools.pairwise(cuts)])
@@ -165,6 +201,17 @@ class SentencePieceTokenizer:
         return self._fingerprint
 
 
+@contextlib.contextmanager
+def _damage_found(doing: str) -> Iterator[None]:
+    """Makes a panic of Rust, which is no Exception, and what a model cannot do for want of a part, a UserError."""
+    try:
+        yield
+    except (ValueError, MemoryError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise UserError(f"tokenizer.path: the model in the file is damaged, and cannot {doing} ({error})") from None
+
+
 class HuggingFaceTokenizer:
     """A `tokenizers` object; begin and end are found among its special tokens by their usual names."""
 
@@ -178,6 +225,8 @@ class HuggingFaceTokenizer:
         self._tokenizer = tokenizer
         self._fingerprint = fingerprint
         self.vocab_size = 1 + max(tokenizer.get_vocab().values(), default=-1)  # ids may have gaps
+        if self.vocab_size > _MOST_IDS:  # `tokenizers` lists the gaps when it is pickled
+            raise ValueError(f"it has a token of id {self.vocab_size - 1}; expected ids below {_MOST_IDS}")
         special = {token.content: id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         self.bos_id = next((special[name] for name in self._BOS_NAMES if name in special), None)
         self.eos_id = next((special[name] for name in self._EOS_NAMES if name in special), None)
@@ -192,7 +241,8 @@ class HuggingFaceTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """See `Tokenizer`."""
-        return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
+        with _damage_found("decode ids"):
+            return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
 
     def fingerprint(self) -> str:
         """See `Tokenizer`."""
@@ -203,7 +253,9 @@ class HuggingFaceTokenizer:
         return type(self), (self._tokenizer, self._fingerprint)
 
     def _encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        # A batch of one: only batches can do without the offsets of tokens, which take a quarter of the time.
+        with _damage_found("encode a text"):
+            return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     @functools.cached_property
     def _inside_control_name(self) -> re.Pattern[str]:
@@ -230,6 +282,7 @@ _LLAMA3_NAMED = {
     11: "image",
 }
 _LLAMA3_SPECIALS = 256
+_LLAMA3_LONGEST = 256  # bytes of a token, whose merging takes their square in time; Meta's longest has 128
 
 
 def convert_llama3(data: bytes) -> tokenizers.Tokenizer:
@@ -274,6 +327,8 @@ def _parse_ranks(data: bytes) -> dict[bytes, int]:
             token, rank = _parse_rank(line)
             if rank != len(ranks):
                 raise ValueError(f"has rank {rank}; expected {len(ranks)}, as ranks count up from 0")
+            if len(token) > _LLAMA3_LONGEST:
+                raise ValueError(f"has a token of {len(token)} bytes; expected {_LLAMA3_LONGEST} at most")
             if token in ranks:
                 raise ValueError(f"repeats the token of rank {ranks[token]}")
         except ValueError as error:

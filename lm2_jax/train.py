@@ -5,11 +5,13 @@ A run directory (train.run_dir) that holds a checkpoint is resumed, and goes on 
 
 from __future__ import annotations
 
-import argparse
+from lm2_jax.command_line import train_arguments
+
+if __name__ == "__main__":
+    train_arguments()  # answers --help and mistakes before the imports below, which take seconds
+
 import contextlib
-import fcntl
 import json
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +24,11 @@ from lm2_jax.config import Config, StageConfig, dump_config, load_config
 from lm2_jax.convert.engine import by_path
 from lm2_jax.data.lanes import make_iterator
 from lm2_jax.data.pipeline import Pipeline, check_vocabulary, with_vocabulary
+from lm2_jax.distributed import is_alone, is_first, joined, stop_signals
 from lm2_jax.errors import TrainingFailed, UserError, run_command
 from lm2_jax.evals.stories import Accuracy, accuracy_by_length
+from lm2_jax.files import lock_directory, write_atomically
+from lm2_jax.health import Health
 from lm2_jax.loss import zero_sums
 from lm2_jax.model import build_model
 from lm2_jax.model.decoder import Decoder
@@ -32,16 +37,17 @@ from lm2_jax.program.explain import explain_sharding
 from lm2_jax.reporting import (
     Record,
     Reporter,
+    SilentReporter,
     accuracy_table,
     drop_records_after,
     plot_run,
     read_records,
-    write_atomically,
 )
-from lm2_jax.sharding import batch_sharding, make_mesh, use_mesh
+from lm2_jax.sharding import make_mesh, own_lanes, to_devices, use_mesh
 from lm2_jax.state import TrainState, create_state
 from lm2_jax.step import make_eval_step, make_fresh_memory, make_train_step
 from lm2_jax.tokenizer import load_tokenizer
+from lm2_jax.verify import verify_run
 
 # Keys that may differ between a run directory and the command that resumes it: none of them changes what is learnt,
 # but for train.steps, which moves the learning rate's decay.
@@ -50,45 +56,43 @@ _MAY_CHANGE = ("train.run_dir", "train.steps", "train.max_skipped_steps", "data.
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lm2_jax.train",
-        description="Train a model. A run directory that holds a checkpoint is resumed.",
-        epilog="example: python -m lm2_jax.train --config configs/babilong_tiny.yaml --set memory.kind=none "
-        "--set train.run_dir=runs/none",
-    )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML config, for example from configs/")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
-    parser.add_argument("--explain-sharding", action="store_true", help="only show which array lies where")
-    arguments = parser.parse_args()
+    arguments = train_arguments()
+    if arguments.verify is not None:
+        verify(arguments.verify)
+        return
     config = load_config(arguments.config, arguments.set)
     if arguments.explain_sharding:
         print(explain_sharding(with_vocabulary(config), jax.devices()))
-    else:
+        return
+    with joined() if arguments.distributed else contextlib.nullcontext():
         train(config)
 
 
 def train(config: Config) -> dict[str, Any]:
     """Runs a config from the newest checkpoint of its run directory, or from the start, to its end.
 
-    Returns what it writes to summary.json. Raises UserError for what the user can mend, TrainingFailed where the run
-    cannot go on.
+    Returns what it writes to summary.json; of several processes only the first does, the others return nothing.
+    Raises UserError for what the user can mend, TrainingFailed where the run cannot go on.
     """
     # --- What to run: tokenizer, data, run directory -----------------------------------------------------------------
     tokenizer = None if config.data.source == "bin" else load_tokenizer(config.tokenizer)
     if tokenizer is not None:
         config = check_vocabulary(config, tokenizer)
     mesh = make_mesh(config)
-    pipeline = Pipeline(config, tokenizer)
+    own = own_lanes(mesh, config.data.batch_size)
+    pipeline = Pipeline(config, tokenizer, None if is_alone() else own)
     run_dir = _open_run_dir(config)
 
     with use_mesh(mesh), contextlib.ExitStack() as cleanup:
-        cleanup.enter_context(_lock(run_dir))
+        if is_first():
+            taken = f"{run_dir}: another process trains in it; wait, or give another train.run_dir"
+            cleanup.enter_context(lock_directory(run_dir, taken))
 
         # --- Model and state, made where they will live --------------------------------------------------------------
         model, optimizer = build_model(config), make_optimizer(config.optim)
         state, shardings = create_state(model, optimizer, mesh, config.data.batch_size, config.train.seed)
         train_step = make_train_step(model, optimizer, mesh, shardings)
-        validate = _Validation(config, pipeline, make_eval_step(model, mesh, shardings), model, shardings)
+        validate = _Validation(config, pipeline, model, mesh, shardings)
 
         # --- Resume --------------------------------------------------------------------------------------------------
         checkpoints = Checkpoints(run_dir, config.checkpoint)
@@ -102,10 +106,12 @@ def train(config: Config) -> dict[str, Any]:
             state = start_from(config.train.init_from, model, state, shardings)
         progress["data_fingerprint"] = pipeline.fingerprint()
         first_step = progress["step"]
-        drop_records_after(run_dir / "metrics.jsonl", first_step)
+        if is_first():
+            drop_records_after(run_dir / "metrics.jsonl", first_step)
 
         # --- The loop ------------------------------------------------------------------------------------------------
-        reporter = cleanup.enter_context(Reporter(run_dir, first_step, config.train.steps))
+        reporter = Reporter(run_dir, first_step, config.train.steps) if is_first() else SilentReporter()
+        cleanup.enter_context(reporter)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         reporter.say(f"{config.memory.kind}: {parameters:,} parameters, {_describe(mesh)}, run directory {run_dir}")
         if restored is not None:
@@ -114,16 +120,17 @@ def train(config: Config) -> dict[str, Any]:
             reporter.say(f"starting from the weights of {config.train.init_from}")
         log = _Log(reporter, progress, config.train.max_skipped_steps)
         stages, windows = config.stages, None
-        lanes_to_devices = batch_sharding(mesh)
+        stopped = False
 
-        with _stop_signals() as stop:
-            while progress["step"] < config.train.steps and not stop.requested:
+        with stop_signals() as asked_to_stop:
+            while progress["step"] < config.train.steps and not stopped:
                 if windows is None:  # a new stage, or a resumed one
                     stage = stages[progress["stage"]]
                     windows = make_iterator(pipeline.training(stage), config.data.prefetch)
+                    cleanup.callback(windows.close)  # its thread would outlive an error
                     if "data" in progress:
                         windows.set_state(progress["data"])
-                batch = jax.device_put(dict(next(windows)), lanes_to_devices)
+                batch = to_devices(mesh, config.data.batch_size, next(windows))
                 state, metrics = train_step(state, batch)
                 progress["step"] += 1
                 progress["data"] = windows.get_state()
@@ -148,10 +155,9 @@ def train(config: Config) -> dict[str, Any]:
                     progress |= {"correct": 0, "answers": 0}
                 if at_checkpoint or done:
                     checkpoints.save(state, progress, config)
+                stopped = asked_to_stop(step)
 
-        if windows is not None:
-            windows.close()
-        if stop.requested:
+        if stopped:
             log.flush("")
             checkpoints.save(state, progress, config)
             checkpoints.wait()
@@ -163,7 +169,9 @@ def train(config: Config) -> dict[str, Any]:
         table: list[Accuracy] = []
         if config.data.source == "stories":
             table = accuracy_by_length(config, model, pipeline, mesh, state, shardings, reporter.say)
-            reporter.console.print(accuracy_table(table, stages[-1].segments))
+            reporter.say(accuracy_table(table, stages[-1].segments))
+        if not is_first():
+            return {}
         records = read_records(run_dir / "metrics.jsonl")
         summary = {
             "step": progress["step"],
@@ -214,13 +222,24 @@ def _beyond_shapes(config: Config) -> dict[str, Any]:
     }
 
 
+def verify(run_dir: Path) -> None:
+    """Says what is sound in a run directory and what is not. Raises TrainingFailed if anything is not."""
+    unsound = 0
+    for finding in verify_run(run_dir):
+        print(f"{finding.part}: {finding.problem or f'sound ({finding.detail})'}", flush=True)
+        unsound += bool(finding.problem)
+    if unsound:
+        raise TrainingFailed(f"{run_dir}: {unsound} part(s) unsound")
+
+
 class _Log:
     """Metrics that are still on the devices, until `flush` fetches and writes them."""
 
-    def __init__(self, reporter: Reporter, progress: Progress, max_skipped: int) -> None:
+    def __init__(self, reporter: Reporter | SilentReporter, progress: Progress, max_skipped: int) -> None:
         self._reporter, self._progress, self._max_skipped = reporter, progress, max_skipped
         self._pending: list[tuple[Record, dict[str, jax.Array]]] = []
         self._since = time.monotonic()
+        self._health = Health()
 
     def add(self, metrics: dict[str, jax.Array], stage: StageConfig) -> None:
         """The metrics of the step that was just started."""
@@ -256,6 +275,9 @@ class _Log:
             records.append(record)
         self._pending, self._since = [], now
         self._reporter.record(records)
+        for record in records:
+            for warning in self._health.look(record):
+                self._reporter.say(f"warning: {warning}")
         self._reporter.show(records[-1], stage)
         if self._max_skipped and records[-1]["skipped_in_a_row"] >= self._max_skipped:
             raise TrainingFailed(
@@ -268,8 +290,11 @@ class _Log:
 class _Validation:
     """Loss on held-out documents, in a memory of its own: training's is never touched."""
 
-    def __init__(self, config: Config, pipeline: Pipeline, eval_step: Any, model: Any, shardings: TrainState) -> None:
-        self._config, self._pipeline, self._eval_step = config, pipeline, eval_step
+    def __init__(
+        self, config: Config, pipeline: Pipeline, model: Decoder, mesh: jax.sharding.Mesh, shardings: TrainState
+    ) -> None:
+        self._config, self._pipeline, self._mesh = config, pipeline, mesh
+        self._eval_step = make_eval_step(model, mesh, shardings)
         self._fresh = make_fresh_memory(model, shardings)
 
     def __call__(self, state: TrainState, stage: StageConfig) -> Record:
@@ -279,33 +304,13 @@ class _Validation:
             return {}
         sums, memory, windows = zero_sums(), self._fresh(state.params), iter(lanes)
         for _ in range(self._config.eval.windows):
-            here, memory = self._eval_step(state.params, memory, dict(next(windows)))
+            batch = to_devices(self._mesh, self._config.data.batch_size, next(windows))
+            here, memory = self._eval_step(state.params, memory, batch)
             sums = jax.tree.map(lambda a, b: a + b, sums, here)
         record = {"validation_loss": float(sums.nll) / max(int(sums.tokens), 1)}
         if int(sums.answers):
             record["validation_accuracy"] = int(sums.correct) / int(sums.answers)
         return record
-
-
-class _Stop:
-    requested = False
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[_Stop]:
-    """SIGINT and SIGTERM ask the loop to save and leave after the step it is in; a second one ends at once."""
-    stop = _Stop()
-
-    def ask(number: int, _: Any) -> None:
-        stop.requested = True
-        signal.signal(number, signal.default_int_handler)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _stage_is_over(stage: StageConfig, progress: Progress, at_log: bool) -> bool:
@@ -338,26 +343,14 @@ def _open_run_dir(config: Config) -> Path:
             raise UserError(
                 f"{run_dir} holds a run of another config; give this one another train.run_dir, or undo:\n"
                 + "\n".join(differences)
+                + f"\nWhat may change between runs: {', '.join(_MAY_CHANGE)}"
             )
     try:
-        write_atomically(run_dir / "config.yaml", dump_config(config))
+        if is_first():
+            write_atomically(run_dir / "config.yaml", dump_config(config))
     except OSError as error:
         raise UserError(f"train.run_dir: {run_dir} cannot be written to ({error.strerror})") from None
     return run_dir
-
-
-@contextlib.contextmanager
-def _lock(run_dir: Path) -> Iterator[None]:
-    """Keeps other processes out of the run directory; the lock ends with the process, however that ends.
-
-    Raises UserError if another one is in it.
-    """
-    with (run_dir / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{run_dir}: another process trains in it; wait, or give another train.run_dir") from None
-        yield
 
 
 def _check_data(progress: Progress, pipeline: Pipeline, run_dir: Path) -> None:
@@ -383,4 +376,4 @@ def _describe(mesh: jax.sharding.Mesh) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, interrupted="interrupted; the same command goes on")

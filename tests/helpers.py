@@ -198,11 +198,11 @@ import sys
 from lm2_jax.checkpoint import Checkpoints
 from lm2_jax.errors import run_command
 from lm2_jax.train import main
-restore = Checkpoints._restore
+restore = Checkpoints.restore
 def announce(self, step, *rest):
     print(f"restoring {step}", flush=True)
     return restore(self, step, *rest)
-Checkpoints._restore = announce
+Checkpoints.restore = announce
 run_command(main)
 """
 
@@ -210,9 +210,19 @@ run_command(main)
 class Run:
     """`python -m lm2_jax.train` in a process of its own. Its output goes to `log`."""
 
-    def __init__(self, config_file, run_dir, *, cache=None, announce_restore=False, fast_compile=False):
-        self.run_dir, self.log = Path(run_dir), Path(f"{run_dir}.log")
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    def __init__(
+        self,
+        config_file,
+        run_dir,
+        *arguments,
+        cache=None,
+        announce_restore=False,
+        fast_compile=False,
+        log=None,
+        environment=(),
+    ):
+        self.run_dir, self.log = Path(run_dir), Path(log or f"{run_dir}.log")
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **dict(environment)}
         if cache is not None:
             environment |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         if fast_compile:
@@ -221,7 +231,7 @@ class Run:
         self.started = time.time()
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, *entry, "--config", str(config_file)],
+                [sys.executable, *entry, "--config", str(config_file), *arguments],
                 cwd=REPOSITORY,
                 env=environment,
                 stdout=log,
@@ -241,10 +251,10 @@ class Run:
         self.process.kill()
         self.process.wait()
 
-    def finish(self, *, seconds=600):
+    def finish(self, *, seconds=600, code=0):
         """Waits for the process to end by itself, as it should."""
         try:
-            assert self.process.wait(seconds) == 0, self.output()
+            assert self.process.wait(seconds) == code, self.output()
         finally:
             self.kill()
 

@@ -207,6 +207,8 @@ def test_run_directory_of_another_config(fails):
         "error: other holds a run of another config; give this one another train.run_dir, or undo:",
         "  model.d_ff: 32 in the run directory, 16 now",
         "  train.seed: 7 in the run directory, 0 now",
+        "What may change between runs: train.run_dir, train.steps, train.max_skipped_steps, data.prefetch, checkpoint, "
+        "eval, mesh",
     ]
     assert Path("other/config.yaml").read_text() == saved
 
@@ -288,7 +290,7 @@ def test_help():
 def test_no_config_given():
     done = train_process()
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.splitlines()[-1].endswith("error: the following arguments are required: --config")
+    assert done.stderr.splitlines()[-1].endswith("error: one of the arguments --config --verify is required")
 
 
 def test_a_mistake_seen_from_the_shell():

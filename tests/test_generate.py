@@ -447,11 +447,6 @@ def test_token_ids_without_a_tokenizer(command, run_dir, tmp_path):
     assert code == 2 and err.startswith("error: bin: trained on token ids (data.source bin), and its config names no")
 
 
-def test_help(command):
-    code, out, _ = command("--help")
-    assert code == 0 and "example: python -m lm2_jax.generate --checkpoint" in out
-
-
 def test_seen_from_the_shell(command, run_dir):
     arguments = ("--prompt", PROMPT, "--max-new-tokens", "4")
     done = subprocess.run(

@@ -227,6 +227,53 @@ def test_the_number_of_segments_in_a_window_changes_nothing(boundaries):
     assert states[0] == states[1] == states[2]
 
 
+class OnlyOwn:
+    """Documents that may be read, of a source whose other documents belong to other processes."""
+
+    def __init__(self, documents):
+        self.documents, self.read = documents, set()
+
+    def __len__(self):
+        return len(self.documents)
+
+    def __getitem__(self, index):
+        self.read.add(index)
+        return self.documents[index]
+
+
+@pytest.mark.parametrize("boundaries", BOUNDARIES)
+@pytest.mark.parametrize("by_lengths", [True, False])
+def test_processes_lay_out_their_own_lanes_of_one_schedule(boundaries, by_lengths):
+    documents = random_documents(6, count=80)
+    lengths = np.array([len(document.tokens) for document in documents])
+    alone = make_iterator(lanes_of(documents, boundaries, lanes=4, segments=2, length=8, shuffle_seed=5), 0)
+    expected, own_lanes = take(alone, 20), ([0, 3], [1], [2])
+    read = []  # by each process
+    for own in own_lanes:
+        source = OnlyOwn(documents)
+        dataset = LaneDataset(
+            shuffled_documents(source, 5),
+            num_lanes=4,
+            segments=2,
+            segment_length=8,
+            boundaries=boundaries,
+            documents_per_epoch=len(documents),
+            lengths=shuffled_documents(lengths, 5) if by_lengths else None,
+            own_lanes=own,
+        )
+        iterator = make_iterator(dataset, 0)
+        first = take(iterator, 7)
+        resumed = make_iterator(dataset, 0)
+        resumed.set_state(iterator.get_state())
+        for window, whole in zip([*first, *take(resumed, 13)], expected, strict=True):
+            assert_same(window, {key: rows[own] for key, rows in whole.items()})
+        assert resumed.get_state() == alone.get_state()
+        read.append(source.read)
+    everything = set.union(*read)
+    for numbers in read:  # where lengths are known, documents of other lanes are not read
+        assert (numbers < everything) if by_lengths else (numbers == everything)
+
+
 @pytest.mark.parametrize("boundaries", BOUNDARIES)
 def test_every_document_is_read_once_an_epoch_and_in_order(boundaries):
     documents = random_documents(1, count=30)

@@ -220,9 +220,11 @@ def ten_moments(rng, steps):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("round", range(5))
 @pytest.mark.parametrize("kind", KINDS)
-def test_ten_kills(kind, tmp_path):
-    steps, rng = 60, random.Random(f"ten kills of {kind}")
+def test_ten_kills(kind, round, tmp_path):
+    """All of them: 200 kills, at moments drawn by lot."""
+    steps, rng = 60, random.Random(f"ten kills of {kind}, round {round}")
     (config_file, run_dir), (whole_config_file, whole_dir) = write_configs(tmp_path, kind, f"train.steps={steps}")
     cache = tmp_path / "cache"
     Run(whole_config_file, whole_dir, cache=cache).finish()

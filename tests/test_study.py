@@ -12,6 +12,7 @@ import pytest
 import reproduce_babilong as study
 
 from lm2_jax.config import parse_config
+from lm2_jax.model.sizes import memory_size, parameters
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,9 +50,9 @@ def test_models_are_of_one_size(preset):
     for phase in ("ablation", "comparison"):
         configs = {cell.labels["model"]: cell.config for cell in cells if cell.labels["phase"] == phase}
         model = next(iter(configs.values())).model
-        counts = [study.parameters(config) for config in configs.values()]
+        counts = [parameters(config) for config in configs.values()]
         assert max(counts) - min(counts) <= 3 * model.d_model * model.num_layers
-        sizes = {name: study.memory_size(config) for name, config in configs.items()}
+        sizes = {name: memory_size(config) for name, config in configs.items()}
         assert len({size for name, size in sizes.items() if name not in ("none", "full attention")}) == 1, sizes
 
 

@@ -25,9 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description="Compile every config for the topology that its comment names.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, metavar="DIRECTORY", help="where figures are kept")
-    parser.add_argument("--configs", type=Path, default=ROOT / "configs", metavar="DIRECTORY")
+    parser.add_argument("--configs", type=Path, default=ROOT / "configs", metavar="DIRECTORY", help="default configs/")
     arguments = parser.parse_args()
     configs = {path: topology_of(path) for path in sorted(arguments.configs.glob("*.yaml"))}
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def table(directory: Path) -> str:
     ]
     for path in sorted(directory.glob("*.json")):
         figures = json.loads(path.read_text())
-        step = figures["programs"].get("train", {"fits": False, "peak_bytes": None})
+        step = figures["programs"]["train"]
         slices = f" x {figures['slices']}" if figures["slices"] > 1 else ""
         where = f"| {path.stem} | {figures['topology']}{slices} "
         if not step["fits"]:

@@ -16,6 +16,7 @@ import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
@@ -23,10 +24,13 @@ from rich.console import Console
 from rich.progress import track
 
 import lm2_jax
-from lm2_jax.convert import directory, engine, huggingface, official
 from lm2_jax.errors import UserError, run_command
 
+if TYPE_CHECKING:
+    from lm2_jax.convert.engine import Checkpoint
+
 FORMATS = ("official", "huggingface", "lm2_jax")
+DTYPES = ("float32", "bfloat16")
 
 
 def main() -> None:
@@ -39,7 +43,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a directory that is not there yet")
     parser.add_argument(
-        "--dtype", choices=engine.DTYPES, default="float32", help="of what is written for others; lm2_jax is float32"
+        "--dtype", choices=DTYPES, default="float32", help="of what is written for others; lm2_jax is float32"
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="settings of the lm2_jax model; repeatable"
@@ -51,6 +55,8 @@ def main() -> None:
 
 def convert(source: str, target: str, path: Path, output: Path, dtype: str, overrides: list[str]) -> None:
     """Reads a checkpoint of one format and writes it in another. Raises UserError, and then writes nothing."""
+    from lm2_jax.convert import directory, huggingface, official  # jax takes seconds, which --help should not
+
     if not path.exists():
         raise UserError(f"--input: {path} is not there")
     with directory.new_directory(output) as partial:
@@ -71,8 +77,10 @@ def convert(source: str, target: str, path: Path, output: Path, dtype: str, over
     print(f"{output}: {count:,} parameters, memory {checkpoint.config.memory.kind}")
 
 
-def read_own(path: Path, overrides: list[str]) -> engine.Checkpoint:
+def read_own(path: Path, overrides: list[str]) -> Checkpoint:
     """A converted directory, tensor by tensor; or a run directory or a checkpoint, whole."""
+    from lm2_jax.convert import directory, engine
+
     if overrides:
         raise UserError("--set: an lm2_jax checkpoint has its settings; they cannot be changed by converting it")
     if directory.is_converted(path):
@@ -82,7 +90,8 @@ def read_own(path: Path, overrides: list[str]) -> engine.Checkpoint:
 
 
 def _track(items: Iterable, title: str) -> Iterable:
-    return track(list(items), title, console=Console(stderr=True))
+    console = Console(stderr=True)
+    return track(list(items), title, console=console, disable=not console.is_terminal)
 
 
 if __name__ == "__main__":

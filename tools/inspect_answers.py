@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 import jax
 import jax.numpy as jnp
 import numpy as np
-from inspect_memory import statement_starts
 
 import lm2_jax
 from lm2_jax.config import Config
@@ -28,6 +27,7 @@ from lm2_jax.data.babi import Story
 from lm2_jax.data.stories import Scatterer, is_held_out
 from lm2_jax.data.worlds import World, generate_story
 from lm2_jax.errors import UserError, run_command
+from lm2_jax.inspection.survival import statement_starts
 from lm2_jax.model.decoder import Decoder
 from lm2_jax.tokenizer import Tokenizer, load_tokenizer
 

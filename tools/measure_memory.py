@@ -15,16 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout that is not installed
 
-import jax
 import numpy as np
 
 from lm2_jax.config import Config, parse_config
 from lm2_jax.errors import run_command
-from lm2_jax.model import build_model
-from lm2_jax.optim import make_optimizer
-from lm2_jax.sharding import make_mesh, use_mesh
-from lm2_jax.state import create_state
-from lm2_jax.step import make_train_step
 
 EXAMPLE = (
     "model={vocab_size: 512, d_model: 128, num_layers: 16, num_heads: 4, num_kv_heads: 4, d_ff: 512}",
@@ -36,6 +30,14 @@ EXAMPLE = (
 
 def temporary_bytes(config: Config, segments: int) -> int:
     """Bytes of temporaries in the compiled training step for windows of `segments` segments."""
+    import jax  # takes seconds, which --help should not
+
+    from lm2_jax.model import build_model
+    from lm2_jax.optim import make_optimizer
+    from lm2_jax.sharding import make_mesh, use_mesh
+    from lm2_jax.state import create_state
+    from lm2_jax.step import make_train_step
+
     model, optimizer = build_model(config), make_optimizer(config.optim)
     mesh = make_mesh(config, jax.devices()[:1])
     B, T = config.data.batch_size, config.data.segment_length

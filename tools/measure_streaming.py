@@ -19,8 +19,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout that 
 
 import numpy as np
 
-from lm2_jax import decoding
-from lm2_jax.checkpoint import load
 from lm2_jax.errors import UserError, run_command
 from lm2_jax.tokenizer import encode_long, load_text_tokenizer
 
@@ -41,6 +39,10 @@ def main() -> None:
     parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text")
     parser.add_argument("--turns", type=int, default=100, metavar="N", help="blocks at either end; default 100")
     arguments = parser.parse_args()
+
+    from lm2_jax import decoding  # jax takes seconds, which --help should not
+    from lm2_jax.checkpoint import load
+
     try:
         text = Path(arguments.text).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -14,7 +14,6 @@ import argparse
 import concurrent.futures
 import dataclasses
 import fnmatch
-import functools
 import json
 import os
 import queue
@@ -28,15 +27,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
-import jax
-import jax.numpy as jnp
 from babilong_report import best_setting, write_report
 
-from lm2_jax.config import Config, MemoryConfig, ModelConfig, dump_config, load_config, parse_config, replace
-from lm2_jax.data.pipeline import check_vocabulary
+from lm2_jax.config import Config, dump_config, load_config, parse_config, replace
 from lm2_jax.errors import TrainingFailed, UserError, run_command
-from lm2_jax.model import build_model
-from lm2_jax.reporting import clock, read_records, write_atomically
+from lm2_jax.files import write_atomically
+from lm2_jax.reporting import clock, read_records
 from lm2_jax.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -190,6 +186,8 @@ class Plan:
     def __init__(self, preset: Preset, babi: Path | None) -> None:
         """babi: where bAbI's files are, to be asked about in the grid and the comparison."""
         self._preset, self._babi = preset, babi
+        from lm2_jax.data.pipeline import check_vocabulary  # takes a second, which --help should not
+
         config = load_config(ROOT / "configs" / preset.config)
         self._config = check_vocabulary(config, load_tokenizer(config.tokenizer))
 
@@ -223,6 +221,8 @@ class Plan:
         return dataclasses.replace(cell, config=with_questions(cell.config, self._babi))
 
     def _cell(self, labels: Mapping[str, Any], base: Changes, *changes: Changes) -> Cell:
+        from lm2_jax.model.sizes import parameters, with_parameters  # jax takes seconds, which --help should not
+
         standard = _changed(self._config, self._preset.base, base)
         config = _changed(self._config, self._preset.base, base, *changes, {"train": {"seed": labels["seed"]}})
         window = standard.stages[-1]
@@ -235,35 +235,6 @@ def _changed(config: Config, *changes: Changes) -> Config:
         for section, keys in change.items():
             merged.setdefault(section, {}).update(keys)
     return replace(config, **merged)
-
-
-def parameters(config: Config) -> int:
-    """How many a model has."""
-    return _parameters(config.model, config.memory)
-
-
-@functools.cache
-def _parameters(model_config: ModelConfig, memory_config: MemoryConfig) -> int:
-    model = build_model(Config(model=model_config, memory=memory_config))
-
-    def init(key: jax.Array) -> Any:
-        return model.init(key, jnp.zeros((1, 1), jnp.int32), model.init_memory(1))["params"]
-
-    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(init, jax.random.key(0))))
-
-
-def with_parameters(config: Config, count: int) -> Config:
-    """The config with the width of the feed-forward layers at which the model has nearest to `count` parameters."""
-    missing = count - parameters(config)
-    d_ff = config.model.d_ff + round(missing / (3 * config.model.d_model * config.model.num_layers))
-    if d_ff < 1:
-        raise ValueError(f"{parameters(config):,} parameters cannot be made {count:,} by narrower feed-forward layers")
-    return replace(config, model={"d_ff": d_ff})
-
-
-def memory_size(config: Config) -> int:
-    """Numbers that a lane's memory holds."""
-    return sum(leaf.size for leaf in jax.tree.leaves(build_model(config).init_memory(1)))
 
 
 # --- Running -------------------------------------------------------------------------------------------------------
@@ -335,6 +306,8 @@ class Runner:
 
 def read_result(cell: Cell, run_dir: Path, seconds: float) -> Result:
     """What is kept of a run: its config, its table, and its curves as some 60 means."""
+    from lm2_jax.model.sizes import memory_size
+
     summary = json.loads((run_dir / "summary.json").read_text())
     records = read_records(run_dir / "metrics.jsonl")
     validated = [r["validation_accuracy"] for r in records if r.get("validation_accuracy") is not None]

@@ -24,6 +24,7 @@ from lm2_jax.convert.tensors import open_tensors, write_tensors
 from lm2_jax.errors import UserError
 from lm2_jax.model import build_model
 from lm2_jax.tokenizer import load_tokenizer
+from lm2_jax.untrusted import beside
 
 _MEMORY = "memory.safetensors"
 _ORIGIN = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -40,11 +41,12 @@ def read(path: Path, track: Track | None = None) -> Checkpoint:
 
     track: also look at every number, with this progress.
     """
-    config = load_config(path / "config.yaml")
+    config = load_config(beside(path, "config.yaml"))
     if (name := config.tokenizer.path) is not None:
-        if Path(name).name != name:
-            raise UserError(f"{path / 'config.yaml'}: tokenizer.path: found {name!r}; expected the name of a file here")
-        config = replace(config, tokenizer={"path": str(path / name)})
+        try:
+            config = replace(config, tokenizer={"path": str(beside(path, name))})
+        except UserError as error:
+            raise UserError(f"{path / 'config.yaml'}: tokenizer.path: {error}") from None
     tensors = open_tensors(path, "params")
     wanted = [Entry(name, None, name, (), leaf.shape, False) for name, leaf in abstract_params(config).items()]
     check_names(wanted, tensors, Table({}), path)
@@ -54,14 +56,14 @@ def read(path: Path, track: Track | None = None) -> Checkpoint:
     if (path / _MEMORY).is_file():
         if not build_model(config).kind.bank_passes_through:
             raise UserError(f"{path / _MEMORY}: memory.kind {config.memory.kind} carries no start memory; remove it")
-        found, N = open_tensors(path / _MEMORY, "memory"), config.memory.num_slots
+        found, N = open_tensors(beside(path, _MEMORY), "memory"), config.memory.num_slots
         lanes = found["memory_bank"].shape[:1] if "memory_bank" in found else (1,)
         bank = [Entry("memory_bank", None, "memory_bank", (), (*lanes, N, N), False)]
         check_names(bank, found, Table({}), path / _MEMORY)
         check_values(bank, found, path / _MEMORY)
         memory = found["memory_bank"].read()
     origin = path / "origin"
-    return Checkpoint(config, tensors, memory, origin if origin.is_dir() else None)
+    return Checkpoint(config, tensors, memory, origin if origin.is_dir() and not origin.is_symlink() else None)
 
 
 def write(checkpoint: Checkpoint, directory: Path, track: Track) -> None:
@@ -81,7 +83,7 @@ def write(checkpoint: Checkpoint, directory: Path, track: Track) -> None:
     if checkpoint.origin is not None:
         (directory / "origin").mkdir()
         for name in filter(lambda name: (checkpoint.origin / name).is_file(), _ORIGIN):
-            shutil.copyfile(checkpoint.origin / name, directory / "origin" / name)
+            shutil.copyfile(beside(checkpoint.origin, name), directory / "origin" / name)
 
 
 @contextlib.contextmanager

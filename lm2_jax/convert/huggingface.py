@@ -38,6 +38,7 @@ from lm2_jax.convert.tensors import Tensor, open_tensors, read_json, write_tenso
 from lm2_jax.convert.tokenizer_files import special_ids, write_tokenizer
 from lm2_jax.errors import UserError
 from lm2_jax.model import build_model
+from lm2_jax.untrusted import beside, shown
 
 _CODE = Path(__file__).parent / "huggingface_model"
 _OURS = "lm2"  # the model_type of configuration_lm2.py, for every kind of memory
@@ -66,7 +67,8 @@ def read(path: Path, overrides: Sequence[str], track: Track) -> Checkpoint:
         return _read_llama(path, theirs, overrides, track)
     if theirs.get("model_type") == _OURS:
         return _read_lm2(path, theirs, overrides, track)
-    raise UserError(f"{path}/config.json: model_type: found {theirs.get('model_type')!r}; expected llama or {_OURS}")
+    found = shown(theirs.get("model_type"))
+    raise UserError(f"{path}/config.json: model_type: found {found}; expected llama or {_OURS}")
 
 
 def write(checkpoint: Checkpoint, directory: Path, dtype: str, track: Track) -> None:
@@ -92,7 +94,7 @@ def write(checkpoint: Checkpoint, directory: Path, dtype: str, track: Track) -> 
     write_tokenizer(config, directory)
     for name in _FILES:
         if checkpoint.origin is not None and (checkpoint.origin / name).is_file():
-            shutil.copyfile(checkpoint.origin / name, directory / name)
+            shutil.copyfile(beside(checkpoint.origin, name), directory / name)
 
 
 # --- Llama ---------------------------------------------------------------------------------------------------------
@@ -200,7 +202,7 @@ def _config(path: Path, values: dict[str, Any], overrides: Sequence[str], proble
     tokenizer = [("tokenizers", path / "tokenizer.json"), ("sentencepiece", path / "tokenizer.model")]
     for kind, file in tokenizer:
         if file.is_file():
-            values["tokenizer"] = {"kind": kind, "path": str(file)}
+            values["tokenizer"] = {"kind": kind, "path": str(beside(path, file.name))}
             values["data"] |= {"source": "text", "path": ["text/*.txt"]}
             break
     if problems:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from lm2_jax.config import Config
+from lm2_jax.config import LARGEST, Config
+from lm2_jax.untrusted import shown
 
 _SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _MUST_BE = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 _MOST = {"num_hidden_layers": 4096}  # bounds what a hostile config can make us do
-_MOST_OF_ANY = 2**31 - 1
 
 
 def from_llama(theirs: dict[str, Any], problems: list[str]) -> dict[str, Any]:
     """Sections `model` and `data` of a config; what is missing or not supported is added to `problems`."""
     for key, right in _MUST_BE.items():
         if theirs.get(key, right) != right:
-            problems.append(f"{key}: found {theirs[key]!r}; only {right!r} is supported")
+            problems.append(f"{key}: found {shown(theirs[key])}; only {right!r} is supported")
     tied = theirs.get("tie_word_embeddings", False)
     if not isinstance(tied, bool):
-        problems.append(f"tie_word_embeddings: found {tied!r}; expected true or false")
+        problems.append(f"tie_word_embeddings: found {shown(tied)}; expected true or false")
     heads = number(theirs, "num_attention_heads", problems)
     head_dim = number(theirs, "head_dim", problems, default=0)
     if not head_dim and heads:
@@ -65,11 +65,11 @@ def to_llama(config: Config) -> dict[str, Any]:
 
 def number(theirs: dict[str, Any], key: str, problems: list[str], default: float | None = None) -> Any:
     """A positive number of the config; without one, 1 and a problem."""
-    value, most = theirs.get(key), _MOST.get(key, _MOST_OF_ANY)
+    value, most = theirs.get(key), _MOST.get(key, LARGEST)
     value = default if value is None else value
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not (0 < value <= most or value == default):
-        problems.append(f"{key}: found {value!r}; expected a positive number up to {most:,}")
+        problems.append(f"{key}: found {shown(value)}; expected a positive number up to {most:,}")
         return 1
     return value
 
@@ -78,13 +78,13 @@ def _rope(theirs: dict[str, Any], problems: list[str]) -> tuple[float, dict[str,
     """theta and scaling, from rope_parameters (transformers 5) or rope_theta and rope_scaling (before it)."""
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        problems.append(f"rope_parameters: found {rope!r}; expected an object")
+        problems.append(f"rope_parameters: found {shown(rope)}; expected an object")
         return 10_000.0, None
     theta = number({**theirs, **rope}, "rope_theta", problems, default=10_000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
     if kind != "llama3":
-        problems.append(f"rope_parameters: found rope_type {kind!r}; only 'default' and 'llama3' are supported")
+        problems.append(f"rope_parameters: found rope_type {shown(kind)}; only 'default' and 'llama3' are supported")
         return theta, None
     return theta, {key: number(rope, key, problems) for key in _SCALING}

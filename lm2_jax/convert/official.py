@@ -30,6 +30,7 @@ from lm2_jax.convert.llama_config import from_llama, number, to_llama
 from lm2_jax.convert.tables import official
 from lm2_jax.convert.tensors import open_tensors, read_json, write_tensors
 from lm2_jax.errors import UserError
+from lm2_jax.untrusted import beside, shown
 
 _BANK = "memory_bank"
 _DROPOUT = 0.9  # is written into the official code, and not in its config
@@ -44,6 +45,7 @@ def read(path: Path, overrides: Sequence[str], track: Track) -> Checkpoint:
     file = path / "state_dict.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"{file}: no such file; expected the official state dict")
+    beside(directory, file.name)
     config = _config_of(directory / "config.json", overrides)
     tensors = open_tensors(file, "state_dict")
     shapes = abstract_params(config)
@@ -83,7 +85,7 @@ def _config_of(path: Path, overrides: Sequence[str]) -> Config:
     values = from_llama(theirs, problems)
     with_memory = theirs.get("use_memory", False)
     if not isinstance(with_memory, bool):
-        problems.append(f"use_memory: found {with_memory!r}; expected true or false")
+        problems.append(f"use_memory: found {shown(with_memory)}; expected true or false")
     slots = number(theirs, "memory_slots", problems, default=16)
     T = number(theirs, "seq_len", problems, default=slots if with_memory else 2048)
     values["data"] |= {"segment_length": T, "segments_per_window": number(theirs, "segments", problems, default=1)}

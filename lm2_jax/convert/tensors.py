@@ -9,6 +9,7 @@ import collections
 import contextlib
 import json
 import math
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,10 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lm2_jax.errors import UserError
+from lm2_jax.untrusted import beside, read_small
 
 SHARD_BYTES = 1 << 30
 _INDEX = ".safetensors.index.json"
-_LONGEST_HEADER = 100_000_000  # safetensors' own limit
+_LONGEST_JSON = 1 << 24  # bytes of a header, an index or a config, which become some 30 times as many when read
 _FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -61,12 +63,12 @@ def open_tensors(path: Path, stem: str) -> dict[str, Tensor]:
     if path.is_file():
         return _open_safetensors(path) if path.suffix == ".safetensors" else _open_torch(path)
     single, index = path / f"{stem}.safetensors", path / f"{stem}{_INDEX}"
+    if single.is_file() and index.is_file():
+        raise UserError(f"{path}: holds both {single.name} and {index.name}; remove the one that is not meant")
     if single.is_file():
-        if index.is_file():
-            raise UserError(f"{path}: holds both {single.name} and {index.name}; remove the one that is not meant")
-        return _open_safetensors(single)
+        return _open_safetensors(beside(path, single.name))
     if index.is_file():
-        return _open_shards(index)
+        return _open_shards(beside(path, index.name))
     raise UserError(f"{path}: holds neither {single.name} nor {index.name}")
 
 
@@ -105,9 +107,9 @@ def write_tensors(
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object of a file. Raises UserError if it is missing or holds none."""
+    """The JSON object of a file. Raises UserError if it is missing, a link to elsewhere, too long, or holds none."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_small(beside(path.parent, path.name), _LONGEST_JSON).decode())
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
@@ -140,8 +142,8 @@ def _refuse_doubles(path: Path) -> None:
     """Raises UserError for a header that names a tensor twice, of which safetensors would take the last."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        if size > _LONGEST_HEADER:
-            raise SafetensorError(f"a header of {size:,} bytes")
+        if size > _LONGEST_JSON:
+            raise SafetensorError(f"a header of {size:,} bytes; expected {_LONGEST_JSON:,} at most")
         header = file.read(size)
     doubles: set[str] = set()
 
@@ -159,14 +161,11 @@ def _open_shards(index: Path) -> dict[str, Tensor]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
         raise UserError(f"{index}: weight_map: expected the file of every tensor, {{name: file}}")
-    outside = sorted({file for file in weight_map.values() if Path(file).name != file})
-    if outside:
-        raise UserError(f"{index}: weight_map: {outside[0]!r} is not the name of a file beside it")
     tensors: dict[str, Tensor] = {}
     problems = []
     for file in sorted(set(weight_map.values())):
         try:
-            shard = _open_safetensors(index.parent / file)
+            shard = _open_safetensors(beside(index.parent, file))
         except UserError as error:
             problems.append(str(error))
             continue
@@ -186,6 +185,9 @@ def _open_torch(path: Path) -> dict[str, Tensor]:
     except ImportError:
         raise UserError(f"{path}: to read a PyTorch file, install torch; or give a .safetensors file") from None
     try:
+        with zipfile.ZipFile(path) as parts:
+            if any(part.file_size > part.compress_size for part in parts.infolist()):
+                raise ValueError("it is compressed")
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # whatever torch makes of a file that is none of its own, or that would run code
         first_line = str(error).strip().split("\n")[0][:200]
@@ -193,9 +195,15 @@ def _open_torch(path: Path) -> dict[str, Tensor]:
     state = loaded.get("model_state_dict", loaded) if isinstance(loaded, Mapping) else loaded
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path}: holds no state dict; expected named tensors, alone or under model_state_dict")
-    odd = [str(name) for name, t in state.items() if t.layout != torch.strided or t.device.type != "cpu"]
+
+    def is_plain(tensor: Any) -> bool:
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            return False
+        return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()  # else it repeats a few
+
+    odd = [str(name) for name, tensor in state.items() if not is_plain(tensor)]
     if odd:
-        raise UserError(f"{path}: sparse, or without numbers: {', '.join(odd)}; expected plain tensors")
+        raise UserError(f"{path}: sparse, or without numbers of their own: {', '.join(odd)}; expected plain tensors")
 
     names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 

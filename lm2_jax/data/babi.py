@@ -53,9 +53,9 @@ def read_babi(path: str | Path) -> list[Story]:
             continue
         where = f"{path}: line {number}: found {content[:60]!r}; "
         position, _, rest = content.strip().partition(" ")
-        if not (position.isdecimal() and rest):
+        if not (re.fullmatch("[0-9]{1,9}", position) and rest):
             raise UserError(where + "a bAbI line is a number, a space and a sentence: '1 Mary went to the kitchen.'")
-        if position == "1":
+        if int(position) == 1:
             stories.append([])
         expected = len(stories[-1]) + 1 if stories else 1
         if int(position) != expected:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import abc
-import codecs
 import dataclasses
-import itertools
 import json
-import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,8 +13,9 @@ from typing import Protocol
 import numpy as np
 
 from lm2_jax.data.paths import expand_paths
+from lm2_jax.data.texts import bom_size, cut_text, decode_text, json_text, tokenize
 from lm2_jax.errors import UserError
-from lm2_jax.tokenizer import Tokenizer, encode_long
+from lm2_jax.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +34,13 @@ class Document:
 
 
 class DocumentSource(Protocol):
-    """Documents by number. The same number gives the same document, always; `repr` says in a few words what it is."""
+    """Documents by number. The same number gives the same document, always; `repr` says in a few words what it is.
+
+    Attributes:
+      lengths: int [len(self)], the tokens of each document, where that is known without reading them; else None.
+    """
+
+    lengths: np.ndarray | None
 
     def __len__(self) -> int: ...
 
@@ -48,6 +52,8 @@ class _FileSource(abc.ABC):
 
     Raises UserError with the problems of all files, or if there is no document at all.
     """
+
+    lengths: np.ndarray | None = None
 
     def __init__(self, paths: Sequence[str | Path], key: str) -> None:
         self._paths = expand_paths(paths, key)
@@ -78,10 +84,20 @@ class _FileSource(abc.ABC):
         return len(self._spans)
 
     def __getitem__(self, index: int) -> Document:
+        """A document. Raises UserError if its file is gone, or no longer what it was at the start."""
         number, start, end = self._spans[index].tolist()
-        with self._paths[number].open("rb") as file:
-            file.seek(start)
-            tokens, text_bytes = self._parse(file.read(end - start))
+        path = self._paths[number]
+        try:
+            with path.open("rb") as file:
+                file.seek(start)
+                data = file.read(end - start)
+            if len(data) != end - start:
+                raise ValueError("it is shorter")
+            tokens, text_bytes = self._parse(data)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read any more ({error.strerror}); bring it back") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: has changed since it was opened ({error}); bring the old one back") from None
         return Document(tokens.astype(np.int32), np.zeros(len(tokens), bool), text_bytes)
 
     def __repr__(self) -> str:
@@ -111,17 +127,19 @@ class TextSource(_FileSource):
     def _find(self, path: Path) -> Iterator[tuple[int, int]]:
         _reject_compressed(path)
         data = path.read_bytes()
-        start = _bom_size(data)
-        text = _decode(data[start:], path, start)
-        cuts = (match.start() for match in re.finditer(self._separator, text, re.M)) if self._separator else ()
-        for first, last in itertools.pairwise((0, *cuts, len(text))):
-            end = start + len(text[first:last].encode())
-            if text[first:last].strip():
+        start = bom_size(data)
+        text = decode_text(data[start:], path, start)
+        for piece in cut_text(text, self._separator):
+            end = start + len(piece.encode())
+            if piece.strip():
                 yield start, end
             start = end
 
     def _parse(self, data: bytes) -> tuple[np.ndarray, int | None]:
-        return _tokenize(data.decode(), self._tokenizer), len(data)
+        return tokenize(data.decode(), self._tokenizer), len(data)
+
+
+_LONGEST_LINE = 1 << 25  # bytes: lists in lists take some 30 times as many once they are read
 
 
 class JsonLinesSource(_FileSource):
@@ -139,17 +157,19 @@ class JsonLinesSource(_FileSource):
     def _find(self, path: Path) -> Iterator[tuple[int, int]]:
         _reject_compressed(path)
         with path.open("rb") as file:
-            start = _bom_size(file.read(3))
+            start = bom_size(file.read(3))
             file.seek(start)
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE + 1), b""), start=1):
+                if len(line) > _LONGEST_LINE:
+                    raise UserError(f"{path}: line {number}: is longer than {_LONGEST_LINE:,} bytes; cut its text")
                 end = start + len(line)
-                if line.strip() and _json_text(_decode(line, path, start), f"{path}: line {number}").strip():
+                if line.strip() and json_text(decode_text(line, path, start), f"{path}: line {number}").strip():
                     yield start, end
                 start = end
 
     def _parse(self, data: bytes) -> tuple[np.ndarray, int | None]:
         text = json.loads(data.decode())["text"]
-        return _tokenize(text, self._tokenizer), len(text.encode())
+        return tokenize(text, self._tokenizer), len(text.encode())
 
 
 class BinSource(_FileSource):
@@ -164,7 +184,7 @@ class BinSource(_FileSource):
       key: the setting that `paths` come from, for messages.
     """
 
-    _MAGIC, _VERSION, _HEADER_BYTES = 20240801, 7, 1024
+    MAGIC, VERSION, HEADER_BYTES = 20240801, 7, 1024
     _CHUNK = 1 << 22  # tokens looked at together
 
     def __init__(
@@ -173,12 +193,13 @@ class BinSource(_FileSource):
         self._vocab_size = vocab_size
         self._bos_id = bos_id
         super().__init__(paths, key)
+        self.lengths = (self._spans[:, 2] - self._spans[:, 1]) // 4
 
     def _find(self, path: Path) -> Iterator[tuple[int, int]]:
         count = self._check_header(path)
         if not count:
             return
-        tokens = np.memmap(path, "<u4", mode="r", offset=self._HEADER_BYTES, shape=(count,))
+        tokens = np.memmap(path, "<u4", mode="r", offset=self.HEADER_BYTES, shape=(count,))
         document = 0
         for start in range(0, count, self._CHUNK):
             chunk = tokens[start : start + self._CHUNK]
@@ -197,11 +218,11 @@ class BinSource(_FileSource):
         """Number of tokens in a sound shard."""
         header = np.fromfile(path, "<i4", count=256)
         if len(header) < 256:
-            raise UserError(f"{path}: ends inside its header; a shard starts with {self._HEADER_BYTES} bytes of it")
+            raise UserError(f"{path}: ends inside its header; a shard starts with {self.HEADER_BYTES} bytes of it")
         magic, version, count = header[:3].tolist()
-        if (magic, version) != (self._MAGIC, self._VERSION):
+        if (magic, version) != (self.MAGIC, self.VERSION):
             raise UserError(
-                f"{path}: magic {magic}, version {version}; expected {self._MAGIC}, {self._VERSION} (uint32 tokens)"
+                f"{path}: magic {magic}, version {version}; expected {self.MAGIC}, {self.VERSION} (uint32 tokens)"
             )
         if (size := path.stat().st_size) != self._offset(count):
             raise UserError(
@@ -211,45 +232,10 @@ class BinSource(_FileSource):
         return count
 
     def _offset(self, token: int) -> int:
-        return self._HEADER_BYTES + 4 * token
+        return self.HEADER_BYTES + 4 * token
 
     def _parse(self, data: bytes) -> tuple[np.ndarray, int | None]:
         return np.frombuffer(data, "<u4"), None
-
-
-def _tokenize(text: str, tokenizer: Tokenizer) -> np.ndarray:
-    begin, end = (np.array([] if id is None else [id], np.int32) for id in (tokenizer.bos_id, tokenizer.eos_id))
-    return np.concatenate([begin, encode_long(tokenizer, text), end])
-
-
-def _bom_size(data: bytes) -> int:
-    return len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
-
-
-def _decode(data: bytes, path: Path, offset: int) -> str:
-    """Text of the bytes that stand at `offset` of a file."""
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text, byte {offset + error.start} is {data[error.start]:#04x}") from None
-
-
-def _json_text(line: str, where: str) -> str:
-    """The `text` of one JSON line."""
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f'{where}: holds {type(value).__name__}; expected an object, {{"text": "..."}}')
-    if "text" not in value:
-        raise UserError(f"{where}: has no 'text'; its keys are {', '.join(map(repr, value)) or 'none'}")
-    text = value["text"]
-    if not isinstance(text, str):
-        raise UserError(f"{where}: 'text' is {type(text).__name__}; expected a string")
-    if re.search("[\ud800-\udfff]", text):
-        raise UserError(f"{where}: 'text' holds half a surrogate pair (\\ud800-\\udfff), which is no character")
-    return text
 
 
 def _reject_compressed(path: Path) -> None:
@@ -270,6 +256,7 @@ class Subset:
     def __init__(self, source: DocumentSource, indices: np.ndarray) -> None:
         self._source = source
         self._indices = indices
+        self.lengths = None if source.lengths is None else source.lengths[indices]
 
     def __len__(self) -> int:
         return len(self._indices)

@@ -20,7 +20,8 @@ segments of 4 (a dot is padding; the model's memory is reset at a `^`):
 - `stream`: laid out like packed, but as one endless document: every number is 1 and nothing is reset.
 
 The rule looks at lengths only, so the segments are the same however many of them make a window, and a place in the
-stream is small: per lane its document and how far it is, and the next document to hand out.
+stream is small: per lane its document and how far it is, and the next document to hand out. Of several processes each
+follows all lanes, by lengths, and reads and lays out its own; the place is the same for all.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from __future__ import annotations
 import heapq
 import weakref
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict, TypeVar
 
 import grain
 import numpy as np
@@ -38,10 +39,11 @@ from lm2_jax.data.documents import Document
 from lm2_jax.errors import UserError
 
 Boundaries = Literal["segment", "packed", "stream"]
+Item = TypeVar("Item")
 
 
 class Window(TypedDict):
-    """S consecutive segments of every lane. Padding has token, target and document 0."""
+    """S consecutive segments of every lane of this process. Padding has token, target and document 0."""
 
     tokens_BST: np.ndarray  # int32, the inputs
     targets_BST: np.ndarray  # int32, the token after each input in its document
@@ -54,29 +56,30 @@ class Placement(NamedTuple):
     """A document and where it lies in its lane, counted in positions from the window's start."""
 
     ordinal: int
-    document: Document
+    document: Document | None  # None: in another process's lane
     start: int  # negative: so many positions were read in earlier windows
+    length: int  # tokens of the document
 
     @property
     def end(self) -> int:
         """One past its last position; beyond the window where later windows go on with it."""
-        return self.start + len(self.document.tokens) - 1
+        return self.start + self.length - 1
 
     def after(self, length: int) -> Placement | None:
         """As seen from a window that starts `length` positions later; None if it has ended by then."""
         return self._replace(start=self.start - length) if self.end > length else None
 
 
-def shuffled_documents(source: Sequence[Document], seed: int) -> grain.MapDataset[Document]:
-    """An endless dataset of documents by ordinal: position p of epoch e is ordinal e * len(source) + p.
+def shuffled_documents(source: Sequence[Item], seed: int) -> grain.MapDataset[Item]:
+    """An endless dataset of documents (or their lengths) by ordinal: position p of epoch e is e * len(source) + p.
 
-    Every epoch is another permutation of `source`, drawn from `seed` and the epoch alone.
+    Every epoch is another permutation of `source`, drawn from its length, `seed` and the epoch alone.
     """
     return grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
 
 
-def documents_in_order(source: Sequence[Document]) -> grain.MapDataset[Document]:
-    """An endless dataset of documents by ordinal: every epoch is `source` as it stands."""
+def documents_in_order(source: Sequence[Item]) -> grain.MapDataset[Item]:
+    """An endless dataset of documents (or their lengths) by ordinal: every epoch is `source` as it stands."""
     return grain.MapDataset.source(source).repeat(None)
 
 
@@ -97,10 +100,19 @@ class LaneDataset(grain.IterDataset[Window]):
         segment_length: int,
         boundaries: Boundaries,
         documents_per_epoch: int,
+        lengths: grain.MapDataset[int] | None = None,
+        own_lanes: Sequence[int] | None = None,
     ) -> None:
+        """Windows have a row for each of `own_lanes`, in their order; None stands for all `num_lanes`.
+
+        lengths: tokens of each document by ordinal, where they are known without reading it; other processes' documents
+          are then never read.
+        """
         super().__init__(documents)
         self.documents = documents
+        self.lengths = lengths
         self.num_lanes = num_lanes
+        self.rows = {lane: row for row, lane in enumerate(range(num_lanes) if own_lanes is None else own_lanes)}
         self.segments = segments
         self.segment_length = segment_length
         self.boundaries = boundaries
@@ -114,16 +126,20 @@ class LaneDataset(grain.IterDataset[Window]):
     def __iter__(self) -> LaneIterator:
         return LaneIterator(self)
 
-    def usable_document(self, ordinal: int) -> tuple[int, Document]:
-        """The first document at or after `ordinal` that has a target, and its ordinal.
+    def place(self, ordinal: int, lane: int, start: int) -> Placement:
+        """The document `ordinal` at `start` of a lane; it is read if the lane is this process's."""
+        if lane in self.rows or self.lengths is None:
+            document = self.documents[ordinal]
+            return Placement(ordinal, document if lane in self.rows else None, start, len(document.tokens))
+        return Placement(ordinal, None, start, int(self.lengths[ordinal]))
 
-        Raises UserError if a whole epoch has none.
-        """
+    def place_next(self, ordinal: int, lane: int, start: int) -> Placement:
+        """The first document at or after `ordinal` that has a target. Raises UserError if a whole epoch has none."""
         # Two epochs' worth of ordinals in a row contain one whole epoch, whatever the two shuffles.
         for candidate in range(ordinal, ordinal + 2 * self.documents_per_epoch):
-            document = self.documents[candidate]
-            if len(document.tokens) >= 2:
-                return candidate, document
+            placement = self.place(candidate, lane, start)
+            if placement.length >= 2:
+                return placement
         raise UserError(
             f"data: none of the {self.documents_per_epoch} documents has 2 tokens or more; "
             "a document needs an input and a target"
@@ -136,20 +152,22 @@ class LaneDataset(grain.IterDataset[Window]):
         return placement.end
 
     def lay_out(self, placements: Sequence[tuple[int, Placement]]) -> Window:
-        """The window of all (lane, placement) that reach into it."""
-        shape = (self.num_lanes, self.window_length)
+        """The window of all (lane, placement) that reach into it, in this process's lanes."""
+        shape = (len(self.rows), self.window_length)
         tokens, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         answers, filled, starts = np.zeros(shape, bool), np.zeros(shape, bool), np.zeros(shape, bool)
         for lane, placement in placements:
-            document, start = placement.document, placement.start
+            if lane not in self.rows:
+                continue
+            row, document, start = self.rows[lane], placement.document, placement.start
             begin, end = max(start, 0), min(placement.end, self.window_length)
-            tokens[lane, begin:end] = document.tokens[begin - start : end - start]
-            targets[lane, begin:end] = document.tokens[begin - start + 1 : end - start + 1]
-            answers[lane, begin:end] = document.answers[begin - start + 1 : end - start + 1]
-            filled[lane, begin:end] = True
-            starts[lane, begin] = start >= 0 and self.boundaries != "stream"
+            tokens[row, begin:end] = document.tokens[begin - start : end - start]
+            targets[row, begin:end] = document.tokens[begin - start + 1 : end - start + 1]
+            answers[row, begin:end] = document.answers[begin - start + 1 : end - start + 1]
+            filled[row, begin:end] = True
+            starts[row, begin] = start >= 0 and self.boundaries != "stream"
 
-        by_segment = (self.num_lanes, self.segments, self.segment_length)
+        by_segment = (len(self.rows), self.segments, self.segment_length)
         starts_BST = starts.reshape(by_segment)
         reset_BS = starts_BST[:, :, 0].copy()
         # Count the starts; a document that came from the lane's previous segment is number 1 without one.
@@ -181,8 +199,8 @@ class LaneIterator(grain.DatasetIterator[Window]):
         heapq.heapify(free)  # the lane that is free first on top; pairs compare, so ties go to the lowest lane
         while free[0][0] < length:
             start, lane = free[0]
-            ordinal, document = dataset.usable_document(next_ordinal)
-            placement, next_ordinal = Placement(ordinal, document, start), ordinal + 1
+            placement = dataset.place_next(next_ordinal, lane, start)
+            next_ordinal = placement.ordinal + 1
             placements.append((lane, placement))
             heapq.heapreplace(free, (dataset.free_at(placement), lane))
         window = dataset.lay_out(placements)
@@ -215,11 +233,11 @@ class LaneIterator(grain.DatasetIterator[Window]):
         reading: list[Placement | None] = [None] * dataset.num_lanes
         for lane, (ordinal, offset) in enumerate(zip(ordinals, offsets, strict=True)):
             if ordinal >= 0:
-                reading[lane] = placement = Placement(ordinal, dataset.documents[ordinal], -offset)
+                reading[lane] = placement = dataset.place(ordinal, lane, -offset)
                 if placement.end <= 0:
                     raise UserError(
-                        f"data: document {ordinal} has {len(placement.document.tokens)} tokens, but the saved data "
-                        f"position is {offset} tokens into it; resume with the data it was saved with"
+                        f"data: document {ordinal} has {placement.length} tokens, but the saved data position is "
+                        f"{offset} tokens into it; resume with the data it was saved with"
                     )
         self._reading, self._next = reading, state["next"]
 

@@ -143,6 +143,8 @@ class Scatterer:
 class _Documents:
     """Random-access documents, each a function of (seed, index): of given stories, or of made-up ones."""
 
+    lengths: np.ndarray | None = None
+
     def __init__(
         self,
         scatterer: Scatterer,

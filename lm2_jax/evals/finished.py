@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lm2_jax.errors import UserError
-from lm2_jax.reporting import write_atomically
+from lm2_jax.files import write_atomically
 
 Record = dict[str, Any]
 
@@ -39,7 +39,7 @@ class Finished:
             differences = [name for name in of if head.get(name) != of[name]]
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{path}: holds no finished samples ({error}); remove it, or give another --output"
             ) from None

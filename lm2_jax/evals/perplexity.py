@@ -25,7 +25,7 @@ from lm2_jax.config import Config
 from lm2_jax.data.documents import BinSource, DocumentSource, JsonLinesSource, TextSource
 from lm2_jax.data.lanes import LaneDataset, Placement, Window, documents_in_order
 from lm2_jax.data.paths import expand_paths
-from lm2_jax.data.pipeline import Pipeline
+from lm2_jax.data.pipeline import Pipeline, held_out_files
 from lm2_jax.errors import UserError
 from lm2_jax.evals.finished import Finished, finished_path
 from lm2_jax.evals.loaded import Loaded
@@ -132,7 +132,7 @@ def _held_out(config: Config, loaded: Loaded) -> tuple[DocumentSource, list[Path
     _, source = Pipeline(config, None if data.source == "bin" else loaded.tokenizer).sources(config.stages[-1])
     if source is None:
         raise UserError("eval.perplexity.path is missing, and the run held nothing out (data.validation_fraction 0)")
-    return source, expand_paths(data.validation_path or data.path, "data.path")
+    return source, held_out_files(data)
 
 
 def _text_bytes(placement: Placement, loaded: Loaded) -> int | None:
@@ -150,7 +150,7 @@ def _windows(
 
     Those of one token are left out: they have nothing to predict.
     """
-    following = (Placement(i, document, 0) for i in indices if len((document := source[i]).tokens) > 1)
+    following = (Placement(i, document, 0, n) for i in indices if (n := len((document := source[i]).tokens)) > 1)
     reading: list[Placement | None] = [None] * lanes.num_lanes
     while True:
         placements = [(lane, placement) for lane, placement in enumerate(reading) if placement is not None]

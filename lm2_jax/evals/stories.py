@@ -20,7 +20,7 @@ from lm2_jax.data.documents import Document, DocumentSource
 from lm2_jax.data.pipeline import Pipeline
 from lm2_jax.model.decoder import Decoder
 from lm2_jax.segments import run_window
-from lm2_jax.sharding import batch_sharding, replicated
+from lm2_jax.sharding import batch_sharding, own_lanes, replicated, to_devices
 from lm2_jax.state import TrainState
 from lm2_jax.step import make_fresh_memory
 
@@ -63,7 +63,7 @@ def accuracy_by_length(
             longest = segments * T or max(len(document.tokens) - 1 for document in source)
             window = _read_as(config, longest)
             correct = sum(
-                _ask(answer, state.params, fresh, documents, window, config.data.batch_size)
+                _ask(answer, state.params, fresh, documents, window, config.data.batch_size, mesh)
                 for documents in _groups(source, config.data.batch_size)
             )
             low, high = wilson_interval(correct, len(source))
@@ -120,11 +120,13 @@ def _ask(
     documents: Sequence[Document],
     shape: StageConfig,
     num_lanes: int,
+    mesh: Mesh,
 ) -> int:
     """How many of the documents' answers are exact."""
-    wrong_B = np.zeros(num_lanes, np.int64)
+    wrong_B, own = np.zeros(num_lanes, np.int64), own_lanes(mesh, num_lanes)
     for window in _windows(documents, shape, num_lanes):
-        wrong_here_B, memory = answer(params, memory, window)
+        own_rows = {name: array[own] for name, array in window.items()}
+        wrong_here_B, memory = answer(params, memory, to_devices(mesh, num_lanes, own_rows))
         wrong_B += np.asarray(wrong_here_B)
     return int(np.sum(wrong_B[: len(documents)] == 0))
 

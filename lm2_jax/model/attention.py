@@ -10,6 +10,7 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import PartitionSpec
@@ -44,6 +45,18 @@ def attention(
         if groups_BT is not None:
             mask = (groups_BT[:, :, None] == groups_BU[:, None, :])[:, None]
         return jax.nn.dot_product_attention(q_BTHK, k_BUGK, v_BUGK, mask=mask, is_causal=causal)
+
+
+def attention_shares(q_BTHK: jax.Array, k_BUGK: jax.Array, seen_BTU: jax.Array) -> jax.Array:
+    """softmax(q kᵀ / √K), mean over the heads, float32 [B,T,U]; to look at, as `attention` never holds it on TPUs.
+
+    seen_BTU: which keys a query sees; one that sees none attends to all alike.
+    """
+    H, G, K = q_BTHK.shape[2], *k_BUGK.shape[2:]
+    k_BUHK = jnp.repeat(k_BUGK, H // G, axis=2)
+    scores_BHTU = jnp.einsum("bthk,buhk->bhtu", q_BTHK, k_BUHK, preferred_element_type=jnp.float32) / math.sqrt(K)
+    scores_BHTU = jnp.where(seen_BTU[:, None], scores_BHTU, jnp.finfo(jnp.float32).min)
+    return jnp.mean(jax.nn.softmax(scores_BHTU, axis=-1), axis=1)
 
 
 def _on_tpu() -> bool:

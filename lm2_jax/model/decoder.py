@@ -14,12 +14,21 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from lm2_jax.config import Config
 from lm2_jax.model.kind import Memory, MemoryKind, Parameters
-from lm2_jax.model.layers import CausalConv, Layout, Past, RMSNorm, SelfAttention, SwiGLU, put, unbox
+from lm2_jax.model.layers import LOOKS, CausalConv, Layout, Past, RMSNorm, SelfAttention, SwiGLU, put, unbox
 from lm2_jax.model.placement import constrain, fetch, on_own_lanes, splits_lanes
+
+# What a block keeps for the backward pass, its input, waits in the host's memory.
+_INPUTS_ON_HOST = jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=["block_input"],
+    offload_src="device",
+    offload_dst="pinned_host",
+)
 
 
 class Block(nn.Module):
@@ -39,10 +48,12 @@ class Block(nn.Module):
         stands for it.
         """
         x_BSTD, passing_bank = carry
+        x_BSTD = checkpoint_name(x_BSTD, "block_input")
+        carry = x_BSTD, passing_bank
         if splits_lanes(x_BSTD.shape[0]) and layout.deterministic and not self.is_initializing():
             return self._on_own_lanes(carry, own_bank, layout, past)
         bank = own_bank if passing_bank is None else passing_bank
-        if self.config.train.remat == "full" and x_BSTD.shape[1] > 1:
+        if self.config.train.remat in ("full", "offload") and x_BSTD.shape[1] > 1:
             x_BSTD, bank = self._segment_by_segment(x_BSTD, bank, layout)
         else:
             x_BSTD, bank, past = self._window(x_BSTD, bank, layout, past)
@@ -113,8 +124,12 @@ def gate_name(path: tuple[Any, ...]) -> str:
 def _logical_axes(config: Config, kind: MemoryKind, stack: str) -> Any:
     """PartitionSpecs of logical axes of one layer of a stack of blocks."""
     model = Decoder(config, kind, parent=None)
-    tokens_BT = jnp.zeros((1, config.data.segment_length), jnp.int32)
-    boxed = jax.eval_shape(lambda: model.init_with_axes(jax.random.key(0), tokens_BT, model.init_memory(1)))
+
+    def init() -> Any:
+        tokens_BT = jnp.zeros((1, config.data.segment_length), jnp.int32)
+        return model.init_with_axes(jax.random.key(0), tokens_BT, model.init_memory(1))
+
+    boxed = jax.eval_shape(init)
     specs = nn.get_partition_spec(boxed["params"][stack])
     return jax.tree.map(lambda spec: PartitionSpec(*spec[1:]), specs)
 
@@ -161,10 +176,12 @@ class Decoder(nn.Module):
             self.head = self.param("head", table, (c.vocab_size, c.d_model))
 
     def _stack(self, length: int, with_bank: bool) -> nn.Module:
-        block = Block if self.config.train.remat == "none" else nn.remat(Block, prevent_cse=False)
+        remat = self.config.train.remat
+        policy = _INPUTS_ON_HOST if remat == "offload" else None
+        block = Block if remat == "none" else nn.remat(Block, prevent_cse=False, policy=policy)
         stack = nn.scan(
             block,
-            variable_axes={"params": 0, "gates": 0},
+            variable_axes={"params": 0, "gates": 0, LOOKS: 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast, 0),
             out_axes=0,

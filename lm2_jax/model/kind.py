@@ -108,6 +108,23 @@ class MemoryKind:
         """
         return memory
 
+    def slots(self, memory: Memory) -> jax.Array | None:
+        """The memory as slots, for people to look at, float32 [L,B,N,M]; L = 1 where it passes through all layers.
+
+        None: there is no memory.
+        """
+        return None
+
+    def shares(self, looks: Mapping[str, Any]) -> tuple[jax.Array, jax.Array | None]:
+        """How a segment's tokens read the slots [L,B,T,N] and the slots the tokens [L,B,N,T], mean over heads, float32.
+
+        What is missing to 1 in a row of the first goes elsewhere; the second is None where slots do not ask tokens.
+        Not called where `slots` gives None.
+
+        looks: what the blocks sowed into `layers.LOOKS` while they read the segment, by stack, module and name.
+        """
+        raise NotImplementedError
+
     def init_memory(self, batch_size: int, parameters: Parameters | None) -> Memory:
         """The memory of `batch_size` lanes, all at a document's start."""
 

@@ -17,9 +17,11 @@ import jax.numpy as jnp
 from flax import struct
 
 from lm2_jax.config import ModelConfig, RopeScaling
-from lm2_jax.model.attention import attention
+from lm2_jax.model.attention import attention, attention_shares
 
 Initializer = Callable[..., jax.Array]
+
+LOOKS = "looks"  # a collection for what people look at (`MemoryKind.shares`); modules sow into it only if it is mutable
 
 
 @struct.dataclass
@@ -157,6 +159,9 @@ class SelfAttention(nn.Module):
         q_NTHK = rotate(dense(x_NTD, w_q).reshape(B * S, T, H, K), position_NT, frequencies_K)
         k_NTGK = rotate(dense(x_NTD, w_k).reshape(B * S, T, G, K), position_NT, frequencies_K)
         v_NTGK = dense(x_NTD, w_v).reshape(B * S, T, G, K)
+        if self.is_mutable_collection(LOOKS):
+            seen_NTT = jnp.tril(document_NT[:, :, None] == document_NT[:, None])
+            self.sow(LOOKS, "shares", attention_shares(q_NTHK, k_NTGK, seen_NTT))
         if past is None:
             attended_NTHK = attention(q_NTHK, k_NTGK, v_NTGK, causal=True, groups_BT=document_NT, groups_BU=document_NT)
         else:

@@ -9,7 +9,8 @@ Axes: B lanes, S segments, T tokens, D model width, N memory slots, M slot width
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,9 +18,9 @@ import jax.numpy as jnp
 
 from lm2_jax.config import Config, MemoryConfig
 from lm2_jax.model import layers
-from lm2_jax.model.attention import attention
+from lm2_jax.model.attention import attention, attention_shares
 from lm2_jax.model.kind import Memory, MemoryKind, Parameters
-from lm2_jax.model.layers import Initializer, Layout, linear_init, rms_norm, vector
+from lm2_jax.model.layers import LOOKS, Initializer, Layout, linear_init, rms_norm, vector
 from lm2_jax.model.placement import constrain
 
 ReadKeys = tuple[jax.Array, jax.Array]  # keys and values
@@ -45,18 +46,20 @@ def dense(x: jax.Array, weight: jax.Array) -> jax.Array:
     return constrain(y, *[None] * y.ndim)
 
 
+def split(x: jax.Array, num_heads: int) -> jax.Array:
+    """The last axis as heads [..,H,K]."""
+    return x.reshape(*x.shape[:-1], num_heads, -1)
+
+
 def attend(
     q_BQM: jax.Array, k_BKM: jax.Array, v_BKM: jax.Array, num_heads: int, seen_BK: jax.Array | None = None
 ) -> jax.Array:
     """Multi-head attention without projections. seen_BK: which keys may be seen. [B,Q,M]."""
-
-    def split(x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:-1], num_heads, -1)
-
     groups = {}
     if seen_BK is not None:
         groups = {"groups_BT": jnp.ones(q_BQM.shape[:2], jnp.int32), "groups_BU": seen_BK.astype(jnp.int32)}
-    return attention(split(q_BQM), split(k_BKM), split(v_BKM), **groups).reshape(q_BQM.shape)
+    q, k, v = (split(x, num_heads) for x in (q_BQM, k_BKM, v_BKM))
+    return attention(q, k, v, **groups).reshape(q_BQM.shape)
 
 
 def read_keys(p: Parameters, eps: float, bank: jax.Array, dtype: jnp.dtype) -> ReadKeys:
@@ -186,6 +189,16 @@ class BankMemory(nn.Module):
         found_BNM = merge(jnp.moveaxis(found_SBNM, 0, 1))
         gated_BTD, g_out_BTD = read(p, memory, merge(x_BSTD), keys(found_BNM), *packing)
 
+        if self.is_mutable_collection(LOOKS):
+            slots_BNM, tokens_BTD = rms_norm(found_BNM, p["bank_norm"], eps), merge(x_BSTD)
+            token_BT = merge(layout.document_BST) > 0
+            for name, asking, answering, seen_B1K in (
+                ("read", tokens_BTD, slots_BNM, jnp.ones((B * S, 1, N), bool)),
+                ("write", slots_BNM, tokens_BTD, token_BT[:, None]),
+            ):
+                q = split(asking @ p[f"{name}_query"], memory.num_heads)
+                k = split(answering @ p[f"{name}_key"], memory.num_heads)
+                self.sow(LOOKS, name, attention_shares(q, k, seen_B1K))
         for name, value in (("input", g_in_S), ("forget", g_f_S), ("output", g_out_BTD)):
             self.sow("gates", name, jnp.mean(value.astype(jnp.float32)))
         return gated_BTD.reshape(x_BSTD.shape), bank_BNM
@@ -255,3 +268,12 @@ class LM2(MemoryKind):
             return write(p, config, eps, x_BTD, bank_BNM, token_BT)[0]
 
         return jax.lax.map(layer, (block_parameters, inputs_LBTD, memory))
+
+    def slots(self, memory: Memory) -> jax.Array:
+        """A bank for every block that has one."""
+        return memory
+
+    def shares(self, looks: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+        """Of every bank."""
+        sown = looks["bank_blocks"]["memory"]
+        return sown["read"][0], sown["write"][0]

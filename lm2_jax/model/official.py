@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 
 from lm2_jax.config import Config
 from lm2_jax.model.kind import Memory, MemoryKind, Parameters
-from lm2_jax.model.layers import Initializer, Layout, dense, vector
+from lm2_jax.model.layers import LOOKS, Initializer, Layout, dense, vector
 
 LAYER_NORM_EPS = 1e-5
 
@@ -39,6 +40,21 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
     return centred * jax.lax.rsqrt(variance + LAYER_NORM_EPS) * scale + bias
 
 
+def heads(p: Parameters, name: str, num_heads: int, x: jax.Array) -> jax.Array:
+    """A projection of x [B,T,N] (query, key or value), [B,T,H,N/H]."""
+    projected = dense(x, p[name]) + p[f"{name}_bias"].astype(x.dtype)
+    return projected.reshape(*x.shape[:2], num_heads, -1)
+
+
+def attention_shares(p: Parameters, num_heads: int, a_BTN: jax.Array, bank_BNN: jax.Array) -> jax.Array:
+    """How much of each slot a token is given, float32 [B,H,T,N]; token t sees slots 0..t."""
+    _, T, N = a_BTN.shape
+    q_BTHK, k_BNHK = heads(p, "query", num_heads, a_BTN), heads(p, "key", num_heads, bank_BNN.astype(a_BTN.dtype))
+    scores_BHTN = jnp.einsum("bthk,bnhk->bhtn", q_BTHK, k_BNHK, preferred_element_type=jnp.float32)
+    scores_BHTN = scores_BHTN / math.sqrt(N // num_heads)
+    return jax.nn.softmax(jnp.where(jnp.tril(jnp.ones((T, N), bool)), scores_BHTN, -jnp.inf), axis=-1)
+
+
 def attend(
     p: Parameters, num_heads: int, a_BTN: jax.Array, bank_BNN: jax.Array, dropout_BHTN: jax.Array | None
 ) -> jax.Array:
@@ -46,21 +62,11 @@ def attend(
 
     dropout_BHTN: factors of the attention probabilities (0, or 1 / share kept); None: no dropout.
     """
-    B, T, N = a_BTN.shape
-
-    def heads(x: jax.Array, name: str) -> jax.Array:
-        projected = dense(x, p[name]) + p[f"{name}_bias"].astype(x.dtype)
-        return projected.reshape(B, -1, num_heads, N // num_heads)
-
-    bank_BNN = bank_BNN.astype(a_BTN.dtype)
-    q_BTHK, k_BNHK, v_BNHK = heads(a_BTN, "query"), heads(bank_BNN, "key"), heads(bank_BNN, "value")
-    scores_BHTN = jnp.einsum("bthk,bnhk->bhtn", q_BTHK, k_BNHK, preferred_element_type=jnp.float32)
-    scores_BHTN = scores_BHTN / math.sqrt(N // num_heads)
-    scores_BHTN = jnp.where(jnp.tril(jnp.ones((T, N), bool)), scores_BHTN, -jnp.inf)
-    shares_BHTN = jax.nn.softmax(scores_BHTN, axis=-1)
+    shares_BHTN = attention_shares(p, num_heads, a_BTN, bank_BNN)
     if dropout_BHTN is not None:
         shares_BHTN *= dropout_BHTN
-    return jnp.einsum("bhtn,bnhk->bthk", shares_BHTN.astype(a_BTN.dtype), v_BNHK).reshape(B, T, N)
+    v_BNHK = heads(p, "value", num_heads, bank_BNN.astype(a_BTN.dtype))
+    return jnp.einsum("bhtn,bnhk->bthk", shares_BHTN.astype(a_BTN.dtype), v_BNHK).reshape(a_BTN.shape)
 
 
 def gates(p: Parameters, a_BTN: jax.Array, bank_BNN: jax.Array, token_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -124,6 +130,9 @@ class OfficialMemory(nn.Module):
             dropout_BHTN = jax.random.bernoulli(self.make_rng("dropout"), keep, shape) / keep
         new_BNN, g_in_BNN, g_f_BNN = update(p, memory.num_heads, a_BSTD[:, 0], bank_BNN, token_BT, dropout_BHTN)
         new_BNN = jnp.where(jnp.any(token_BT, axis=1)[:, None, None], new_BNN, bank_BNN)
+        if self.is_mutable_collection(LOOKS):
+            shares_BHTN = attention_shares(p, memory.num_heads, a_BSTD[:, 0], bank_BNN)
+            self.sow(LOOKS, "read", jnp.mean(shares_BHTN, axis=1))
         for name, value in (("input", g_in_BNN), ("forget", g_f_BNN)):
             self.sow("gates", name, jnp.mean(value))
         return new_BNN[:, None].astype(x_BSTD.dtype), new_BNN
@@ -188,3 +197,11 @@ class Official(MemoryKind):
             raise ValueError(f"official reads one whole segment of {N} tokens at a time, not [S,T] = {[S, T]}")
         memory = self.choose_lanes(layout.reset_BS[:, 0], self.init_memory(B, parameters), memory)
         return x_BSTD, layout, jax.lax.stop_gradient(memory)
+
+    def slots(self, memory: Memory) -> jax.Array:
+        """The one bank."""
+        return memory[None]
+
+    def shares(self, looks: Mapping[str, Any]) -> tuple[jax.Array, None]:
+        """Every block reads the bank; its slots ask no tokens."""
+        return looks["bank_blocks"]["memory"]["read"][0], None

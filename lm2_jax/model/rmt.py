@@ -6,6 +6,9 @@ of the back memory tokens is the memory that both ends of the next segment start
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -70,3 +73,13 @@ class RMT(MemoryKind):
     ) -> Memory:
         """The back memory tokens, as in `leave`."""
         return ends_BmD.astype(jnp.float32)
+
+    def slots(self, memory: Memory) -> jax.Array:
+        """The memory tokens."""
+        return memory[None]
+
+    def shares(self, looks: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+        """Tokens read the front memory tokens; the back ones, which become the memory, read the tokens."""
+        m = self.num_memory_tokens
+        shares_LBUU = looks["blocks"]["attention"]["shares"][0]
+        return shares_LBUU[:, :, m:-m, :m], shares_LBUU[:, :, -m:, m:-m]

@@ -1,0 +1,32 @@
+"""A run's TensorBoard file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
+
+
+class Board(EventsWriter):
+    """A TensorBoard file, written by this thread: SummaryWriter's own ends on a full disk, and the next write waits."""
+
+    def __init__(self, directory: Path, first_step: int) -> None:
+        directory.mkdir(exist_ok=True)
+        super().__init__(str(directory / "events"))
+        # what an earlier process wrote of this step and later ones is void
+        self.write_event(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """The numbers of a record, at its step and time."""
+        values = [
+            scalar(key, value).value[0]
+            for key, value in record.items()
+            if key not in ("step", "time") and isinstance(value, int | float)
+        ]
+        event = Event(step=record["step"], wall_time=record["time"])
+        event.summary.value.extend(values)
+        self.write_event(event)

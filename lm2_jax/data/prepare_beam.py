@@ -1,0 +1,51 @@
+"""Preparing data on Apache Beam: the steps of `prepare.py` as a pipeline, for more machines than one.
+
+Groups of inputs are read beside each other, their chunks spread over all workers and tokenised, and the results of a
+shard brought together and written. Inputs and output must be paths that every worker sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lm2_jax.data.inputs import Input
+from lm2_jax.data.prepare import Runner, Settings, finish_shard, read_tasks, run_task
+from lm2_jax.errors import UserError
+
+
+def run_on_beam(options: Sequence[str] = ()) -> Runner:
+    """A runner on Beam; options are those of its command line, by default for this machine.
+
+    Raises UserError if Beam is not installed or does not know the options.
+    """
+    try:
+        import apache_beam as beam
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError:
+        raise UserError("--runner beam needs apache-beam; pip install apache-beam") from None
+    pipeline_options = PipelineOptions(list(options) or ["--runner=FnApiRunner"])
+
+    def run(groups: Sequence[tuple[Input, ...]], settings: Settings, done: set[str], vocab_size: int) -> None:
+        with beam.Pipeline(options=pipeline_options) as pipeline:
+            tasks = (
+                pipeline
+                | "groups" >> beam.Create(list(enumerate(groups)))
+                | "beside each other" >> beam.Reshuffle()
+                | "read" >> beam.FlatMap(lambda group: read_tasks(*group, settings.shard_bytes))
+                | "what is left" >> beam.Filter(lambda task: task.shard not in done)
+            )
+            results = (
+                tasks
+                | "over all workers" >> beam.Reshuffle()
+                | "tokenise" >> beam.Map(lambda task: (task.shard, (task.order, run_task(task, settings))))
+            )
+            shards = results | "of a shard" >> beam.GroupByKey()
+
+            def write(shard: tuple) -> None:
+                name, numbered = shard
+                in_order = [result for _, result in sorted(numbered, key=lambda pair: pair[0])]
+                finish_shard(name, in_order, settings, vocab_size)
+
+            _ = shards | "write" >> beam.Map(write)
+
+    return run

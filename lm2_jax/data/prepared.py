@@ -1,0 +1,341 @@
+"""Prepared data: a directory of token shards with a manifest; how it is written, read and checked.
+
+    manifest.json              what it was made of, with what, and every shard with its size and checksum
+    00000-00000.arrayrecord    a record a document: CRC-32 (4 bytes), then its ids as little-endian uint16 or uint32
+    00000-00000.index.npy      int32 [documents, 2]: tokens of each document, bytes of its text (-1: not known)
+    tokenizer.json             a copy of the tokenizer's file (tokenizer.model for sentencepiece and llama3)
+
+The manifest is written last, so a directory with one is whole; files that it does not name are never read. The order in
+which lanes read documents follows from the index alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import os
+import struct
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pydantic
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from pydantic import BaseModel, ConfigDict, Field
+
+from lm2_jax.config import TokenizerConfig
+from lm2_jax.data.documents import BinSource, Document
+from lm2_jax.errors import UserError
+
+Format = Literal["arrayrecord", "bin"]
+MANIFEST = "manifest.json"
+_VERSION = 1
+_UNCOMPRESSED = "group_size:1,uncompressed"  # a document can be read without its neighbours
+_RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
+_OPEN_SHARDS = 512  # of a source at a time; a process may often have no more than 1,024 files open
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Shard(_Record):
+    """One file of documents, and the index beside it."""
+
+    name: str = Field(pattern="^[A-Za-z0-9_-]+$")  # without endings; never a way out of the directory
+    documents: int
+    tokens: int
+    text_bytes: int
+    bytes: int
+    sha256: str
+    index_sha256: str
+
+
+class TokenizerRecord(_Record):
+    """The tokenizer that the ids are of."""
+
+    kind: str
+    file: Literal["tokenizer.json", "tokenizer.model"] | None  # its copy in the directory
+    fingerprint: str
+    vocab_size: int
+
+
+class Manifest(_Record):
+    """What a directory of prepared data holds. `settings`, `sources` and `problems` are there to be looked up."""
+
+    version: int
+    format: Format
+    tokenizer: TokenizerRecord
+    documents: int
+    tokens: int
+    text_bytes: int
+    empty: int  # documents of white space alone, left out
+    skipped: int  # documents left out because something was wrong with them
+    problems: tuple[str, ...]  # what it was, for the first of them
+    settings: dict[str, Any]
+    sources: tuple[dict[str, Any], ...]
+    shards: tuple[Shard, ...]
+
+
+def id_dtype(vocab_size: int) -> np.dtype:
+    """The smallest type of two or four bytes that ids below `vocab_size` fit in."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def read_manifest(directory: str | Path, key: str = "data.path") -> Manifest:
+    """The manifest of a directory. Raises UserError if it is not there, damaged, or of another version."""
+    path = Path(directory) / MANIFEST
+    try:
+        manifest = Manifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(
+            f"{key}: {directory} has no {MANIFEST}; name a directory that tools/prepare_data.py has finished (it goes "
+            "on where it stopped when it is called again)"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: is damaged ({f'{place}: ' if place else ''}{first['msg']}); prepare again") from None
+    if manifest.version != _VERSION:
+        raise UserError(f"{path}: version {manifest.version}; this code reads version {_VERSION}, prepare again")
+    return manifest
+
+
+def make_manifest(**values: Any) -> str:
+    """A manifest as JSON text; its version and sums are filled in."""
+    shards = values["shards"]
+    sums = {name: sum(getattr(shard, name) for shard in shards) for name in ("documents", "tokens", "text_bytes")}
+    return Manifest(version=_VERSION, **sums, **values).model_dump_json(indent=1) + "\n"
+
+
+def read_index(directory: str | Path, manifest: Manifest) -> np.ndarray:
+    """Tokens and bytes of text of every document, int32 [documents, 2]; -1 where the bytes are not known."""
+    return np.concatenate([np.load(index_path(Path(directory), shard.name)) for shard in manifest.shards])
+
+
+# --- Writing -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """Consecutive documents, tokenised.
+
+    Attributes:
+      tokens: int32 [sum of tokens], one document after the other.
+      index: int32 [documents, 2], tokens of each and bytes of its text (-1: not known).
+    """
+
+    tokens: np.ndarray
+    index: np.ndarray
+
+    def documents(self) -> list[np.ndarray]:
+        """The tokens of each."""
+        return np.split(self.tokens, np.cumsum(self.index[:-1, 0])) if len(self.index) else []
+
+
+def write_shard(
+    directory: Path, scratch: Path, name: str, format: Format, parts: Iterable[Encoded], vocab_size: int
+) -> Shard:
+    """Writes the documents as one shard; its files appear in `directory` once they are whole and on the disk.
+
+    A shard without a document has no files.
+    """
+    scratch.mkdir(parents=True, exist_ok=True)
+    data, index_file = scratch / f"{name}.partial", scratch / f"{name}.index.partial"
+    indices = [np.zeros((0, 2), np.int32)]
+
+    def documents() -> Iterator[np.ndarray]:
+        for part in parts:
+            indices.append(part.index)
+            yield from part.documents()
+
+    _WRITERS[format](data, documents(), id_dtype(vocab_size))
+    index = np.concatenate(indices)
+    with index_file.open("wb") as file:
+        np.save(file, index)
+    shard = Shard(
+        name=name,
+        documents=len(index),
+        tokens=int(index[:, 0].sum(dtype=np.int64)),
+        text_bytes=int(index[:, 1].clip(0).sum(dtype=np.int64)),
+        bytes=data.stat().st_size,
+        sha256=_sha256(data),
+        index_sha256=_sha256(index_file),
+    )
+    for file, target in ((data, data_file(directory, name, format)), (index_file, index_path(directory, name))):
+        if len(index):
+            _sync(file)
+            file.replace(target)
+        else:
+            file.unlink()
+    return shard
+
+
+def data_file(directory: Path, name: str, format: Format) -> Path:
+    """Where a shard's documents are."""
+    return directory / f"{name}.{format}"
+
+
+def index_path(directory: Path, name: str) -> Path:
+    """Where a shard's index is."""
+    return directory / f"{name}.index.npy"
+
+
+def _write_array_record(path: Path, documents: Iterable[np.ndarray], dtype: np.dtype) -> None:
+    writer = ArrayRecordWriter(str(path), _UNCOMPRESSED)
+    for tokens in documents:
+        data = tokens.astype(dtype).tobytes()
+        writer.write(struct.pack("<I", zlib.crc32(data)) + data)
+    writer.close()
+
+
+def _write_bin(path: Path, documents: Iterable[np.ndarray], dtype: np.dtype) -> None:
+    """The official layout; see `documents.BinSource`."""
+    header, count = np.zeros(BinSource.HEADER_BYTES // 4, "<i4"), 0
+    with path.open("wb") as file:
+        file.write(header.tobytes())
+        for tokens in documents:
+            count += len(tokens)
+            file.write(tokens.astype("<u4").tobytes())
+        header[:3] = BinSource.MAGIC, BinSource.VERSION, count
+        file.seek(0)
+        file.write(header.tobytes())
+
+
+_WRITERS = {"arrayrecord": _write_array_record, "bin": _write_bin}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+# --- Reading -------------------------------------------------------------------------------------------------------
+
+
+class PreparedSource:
+    """The documents of directories of prepared data, in their order.
+
+    Sizes and indices are checked at the start, a document's own checksum when it is read.
+
+    Args:
+      directories: what tools/prepare_data.py has written.
+      fingerprint: of the tokenizer that the ids should be of; None: any.
+      key: the setting that `directories` come from, for messages.
+
+    Attributes:
+      lengths: int32 [documents], tokens of each.
+
+    Raises UserError, with the problems of all directories, for manifests that are missing, damaged or of another
+    tokenizer, and files that are missing, cut short or damaged.
+    """
+
+    def __init__(
+        self, directories: Sequence[str | Path], fingerprint: str | None = None, key: str = "data.path"
+    ) -> None:
+        self._arguments = (directories, fingerprint, key)
+        self._shards: list[tuple[Path, Shard, np.dtype]] = []
+        indices, problems = [], []
+        for directory in directories:
+            try:
+                manifest = _check(Path(directory), fingerprint, key)
+            except UserError as error:
+                problems.append(str(error))
+                continue
+            dtype = id_dtype(manifest.tokenizer.vocab_size)
+            self._shards += [(data_file(Path(directory), s.name, "arrayrecord"), s, dtype) for s in manifest.shards]
+            indices.append(read_index(directory, manifest))
+        if problems:
+            raise UserError("\n".join(problems))
+        self.lengths, self._text_bytes = np.concatenate(indices).T
+        self._starts = np.cumsum([0, *(shard.documents for _, shard, _ in self._shards)])  # of each shard's documents
+        self._reader = functools.lru_cache(_OPEN_SHARDS)(_open_reader)  # of its own: a file may be replaced
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Document:
+        """A document. Raises UserError if it is damaged."""
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        path, _, dtype = self._shards[number]
+        record = int(index - self._starts[number])
+        try:
+            (data,) = self._reader(path).read([record])
+        except (RuntimeError, ValueError, IndexError) as error:
+            reason = str(error).splitlines()[0].split("; ")[0]
+            raise UserError(f"{path}: record {record} is damaged ({reason}); {_REMEDY}") from None
+        length, text_bytes = int(self.lengths[index]), int(self._text_bytes[index])
+        if len(data) != 4 + length * dtype.itemsize or zlib.crc32(data[4:]) != struct.unpack_from("<I", data)[0]:
+            raise UserError(f"{path}: record {record} is damaged (its CRC-32 is another); {_REMEDY}")
+        tokens = np.frombuffer(data, dtype, offset=4).astype(np.int32)
+        return Document(tokens, np.zeros(length, bool), None if text_bytes < 0 else text_bytes)
+
+    def verify(self) -> None:
+        """Reads every byte. Raises UserError that names each shard which is not what the manifest says."""
+        problems = [
+            f"{path}: is damaged (its SHA-256 is not the manifest's); {_REMEDY}"
+            for path, shard, _ in self._shards
+            if _sha256(path) != shard.sha256
+        ]
+        if problems:
+            raise UserError("\n".join(problems))
+
+    def __repr__(self) -> str:
+        directories, *_ = self._arguments
+        return f"PreparedSource({', '.join(map(str, directories))}, documents={len(self)})"
+
+    def __reduce__(self) -> tuple:
+        return type(self), self._arguments  # readers cannot be pickled
+
+
+_REMEDY = "copy it again, or prepare again"
+
+
+def _open_reader(path: Path) -> ArrayRecordReader:
+    return ArrayRecordReader(str(path), _RANDOM_ACCESS)
+
+
+def _check(directory: Path, fingerprint: str | None, key: str) -> Manifest:
+    """The manifest of a directory to train on, whose files are there."""
+    manifest = read_manifest(directory, key)
+    made_with = manifest.tokenizer
+    if fingerprint not in (None, made_with.fingerprint):
+        right = f"path: {directory / made_with.file}" if made_with.file else ""
+        raise UserError(
+            f"{directory / MANIFEST}: made with another tokenizer ({made_with.kind}, {made_with.vocab_size} ids, "
+            f"fingerprint {made_with.fingerprint}; this run's is {fingerprint}); set tokenizer to "
+            f"{{kind: {made_with.kind}{', ' if right else ''}{right}}}, or prepare again"
+        )
+    if manifest.format != "arrayrecord":
+        raise UserError(f"{key}: {directory} holds .bin shards; data.source bin reads them")
+    problems = [problem for shard in manifest.shards if (problem := _problem(directory, shard))]
+    if problems:
+        raise UserError("\n".join(problems))
+    return manifest
+
+
+def _problem(directory: Path, shard: Shard) -> str | None:
+    data, index = data_file(directory, shard.name, "arrayrecord"), index_path(directory, shard.name)
+    if missing := [str(path) for path in (data, index) if not path.is_file()]:
+        return f"{', '.join(missing)}: missing, though the manifest names it; {_REMEDY}"
+    if (size := data.stat().st_size) != shard.bytes:
+        return f"{data}: {size} bytes, the manifest says {shard.bytes}; {_REMEDY}"
+    if _sha256(index) != shard.index_sha256:
+        return f"{index}: is damaged (its SHA-256 is not the manifest's); {_REMEDY}"
+    return None
+
+
+def tokenizer_of(directory: str | Path, manifest: Manifest) -> TokenizerConfig:
+    """The settings of the tokenizer that a directory was prepared with; its file is the copy beside the manifest."""
+    file = manifest.tokenizer.file
+    return TokenizerConfig(kind=manifest.tokenizer.kind, path=str(Path(directory) / file) if file else None)

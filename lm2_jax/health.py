@@ -1,0 +1,91 @@
+"""Watches a run's records for what ends badly: a loss that jumps, a bank that grows without bound, a dead memory.
+
+Each finding is said once, with what to change.
+"""
+
+from __future__ import annotations
+
+import collections
+import statistics
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_WARM_UP = 20  # records before the gates are judged: they open while the first facts are learnt
+_PATIENCE = 5  # records in a row, so that one odd window says nothing
+_GROWTH = 30.0  # times the norm that slots began with
+_HISTORY = 50  # records that a loss is compared with
+_JUMP = 2.0  # times their median, and a nat more
+
+# A gate that stays below this is closed: (gate, share, what it means, what to change)
+_CLOSED = (
+    (
+        "gate_output",
+        0.01,
+        "memory is hardly read",
+        "raise optim.learning_rate, or train on texts (data.source, windows of more segments) that need what was read "
+        "before",
+    ),
+    (
+        "gate_input",
+        0.001,
+        "memory is hardly written",
+        "lower memory.forget_bias (gates convex), or raise memory.input_bias (independent)",
+    ),
+    ("gate_forget", 0.01, "memory keeps nothing", "raise memory.forget_bias"),
+)
+
+
+class Health:
+    """What was seen of one run so far."""
+
+    def __init__(self) -> None:
+        self._losses: collections.deque[float] = collections.deque(maxlen=_HISTORY)
+        self._first_norms: list[float] = []
+        self._in_a_row: collections.Counter[str] = collections.Counter()
+        self._said: set[str] = set()
+        self._records = 0
+
+    def look(self, record: Mapping[str, Any]) -> Iterator[str]:
+        """Warnings about a record of metrics.jsonl; records come in the order of their steps."""
+        self._records += 1
+        yield from self._jump(record)
+        yield from self._growth(record)
+        if self._records > _WARM_UP:
+            for gate, share, meaning, remedy in _CLOSED:
+                if gate in record and self._lasts(gate, record[gate] < share):
+                    yield (
+                        f"step {record['step']}: {meaning}: {gate} was below {share} for {_PATIENCE} records in a row "
+                        f"(now {record[gate]:.2g}); {remedy}"
+                    )
+
+    def _jump(self, record: Mapping[str, Any]) -> Iterator[str]:
+        loss, usual = record["loss"], statistics.median(self._losses) if len(self._losses) == _HISTORY else None
+        self._losses.append(loss)
+        if usual is not None and loss > _JUMP * usual + 1:
+            self._losses.clear()  # the next jump is one from here
+            yield (
+                f"step {record['step']}: the loss jumped to {loss:.3g}, from a median of {usual:.3g} over {_HISTORY} "
+                "records; if it does not come back, start another run with a lower optim.learning_rate"
+            )
+
+    def _growth(self, record: Mapping[str, Any]) -> Iterator[str]:
+        norm = record.get("memory_norm_max")
+        if norm is None:
+            return
+        if len(self._first_norms) < _PATIENCE:
+            self._first_norms.append(norm)
+            return
+        usual = statistics.median(self._first_norms)
+        if self._lasts("growth", norm > _GROWTH * usual):
+            yield (
+                f"step {record['step']}: the memory grows without bound: its largest slot has norm {norm:.3g}, and had "
+                f"{usual:.3g} at the start; set memory.gates to convex, which bounds it, or lower optim.learning_rate"
+            )
+
+    def _lasts(self, what: str, here: bool) -> bool:
+        """Whether it has been so for long enough, and was not said before."""
+        self._in_a_row[what] = self._in_a_row[what] + 1 if here else 0
+        if self._in_a_row[what] < _PATIENCE or what in self._said:
+            return False
+        self._said.add(what)
+        return True

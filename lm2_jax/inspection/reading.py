@@ -1,0 +1,180 @@
+"""What a model does with its memory while it reads a text, segment by segment.
+
+Axes: B lanes, S segments, T tokens, K tokens at the end, N slots, M slot width, F numbers of a sketch; L blocks that
+read, or banks (one, where a memory passes through all blocks).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import defaultdict
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from lm2_jax.errors import UserError
+from lm2_jax.model.decoder import Decoder, gate_name
+from lm2_jax.model.kind import Memory
+from lm2_jax.model.layers import LOOKS
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """One text, read. Shares are means over heads.
+
+    Attributes:
+      num_tokens: of the text.
+      segment_length: T.
+      last_ids_K: the last tokens.
+      read_LKN: attention of the last tokens to the slots; what is missing to 1 goes elsewhere.
+      written_LK: attention that the last tokens got when memory was written, mean over slots, times the segment's
+        tokens: 1 is an even share. None where slots do not ask tokens.
+      read_LSN: attention of a segment's tokens to the slots, mean over its tokens.
+      change_LSN: |slot after the segment - before| / |before|.
+      norm_LSN: |slot| after the segment.
+      gates: input, forget, output: mean of each gate in a segment, [L,S]; empty without gates.
+      slots_LNM: the memory at the end.
+      traces_SF: the memory after every segment (see `sketch`).
+    """
+
+    num_tokens: int
+    segment_length: int
+    last_ids_K: np.ndarray
+    read_LKN: np.ndarray
+    written_LK: np.ndarray | None
+    read_LSN: np.ndarray
+    change_LSN: np.ndarray
+    norm_LSN: np.ndarray
+    gates: dict[str, np.ndarray]
+    slots_LNM: np.ndarray
+    traces_SF: np.ndarray
+
+    @property
+    def segment_starts(self) -> list[int]:
+        """Which of the last K tokens begin a segment."""
+        first = self.num_tokens - len(self.last_ids_K)  # how many tokens stand before them
+        return [k for k in range(len(self.last_ids_K)) if (first + k) % self.segment_length == 0]
+
+
+@struct.dataclass
+class Look:
+    """What one segment shows, for B lanes.
+
+    Attributes:
+      read_LBTN: attention of the tokens to the slots.
+      written_LBT: attention that the tokens got when memory was written, mean over slots; None: slots ask no tokens.
+      change_LBN: |slot after - before| / |before|.
+      norm_LBN: |slot| after.
+      gates: mean of each gate [L], by name.
+      logits_BTV: of the next tokens.
+    """
+
+    read_LBTN: jax.Array
+    written_LBT: jax.Array | None
+    change_LBN: jax.Array
+    norm_LBN: jax.Array
+    gates: dict[str, jax.Array]
+    logits_BTV: jax.Array
+
+
+def check_memory(model: Decoder) -> None:
+    """Raises UserError if the model has no memory."""
+    if model.kind.slots(model.init_memory(1)) is None:
+        raise UserError(
+            f"memory.kind {model.config.memory.kind}: there is no memory to look into; give a run of another kind"
+        )
+
+
+def read_text(model: Decoder, params: Any, ids_n: np.ndarray, last: int = 48) -> Reading:
+    """Reads a text from a fresh memory, in segments of the length the model was trained with.
+
+    Args:
+      ids_n: token ids; any number of them.
+      last: K, how many tokens at the end are looked at one by one; fewer if the text is shorter.
+
+    Raises UserError if the text holds no token, or the model has no memory.
+    """
+    check_memory(model)
+    if not len(ids_n):
+        raise UserError("the text holds no token; give one that does")
+    T = model.config.trained_segment_length
+    S, K = -(-len(ids_n) // T), min(last, len(ids_n))
+    tokens_ST, document_ST = np.zeros((S, T), np.int32), np.zeros((S, T), np.int32)
+    tokens_ST.flat[: len(ids_n)], document_ST.flat[: len(ids_n)] = ids_n, 1
+
+    memory, by_segment, by_token = model.init_memory(1, params), defaultdict(list), defaultdict(list)
+    for s in range(S):
+        memory, look = look_at_segment(model, params, tokens_ST[s : s + 1], memory, document_ST[s : s + 1])
+        count = int(document_ST[s].sum())
+        read_LtN = look.read_LBTN[:, 0, :count]
+        by_segment["read"].append(read_LtN.mean(1))
+        by_segment["change"].append(look.change_LBN[:, 0])
+        by_segment["norm"].append(look.norm_LBN[:, 0])
+        by_segment["trace"].append(sketch(np.asarray(model.kind.slots(memory))))
+        for name, gate_L in look.gates.items():
+            by_segment[f"{name} gate"].append(gate_L)
+        if s * T + count > len(ids_n) - K:
+            by_token["read"].append(read_LtN)
+            if look.written_LBT is not None:
+                by_token["written"].append(count * look.written_LBT[:, 0, :count])
+    return Reading(
+        num_tokens=len(ids_n),
+        segment_length=T,
+        last_ids_K=np.asarray(ids_n[-K:]),
+        read_LKN=np.concatenate(by_token["read"], axis=1)[:, -K:],
+        written_LK=np.concatenate(by_token["written"], axis=1)[:, -K:] if by_token["written"] else None,
+        read_LSN=np.stack(by_segment["read"], axis=1),
+        change_LSN=np.stack(by_segment["change"], axis=1),
+        norm_LSN=np.stack(by_segment["norm"], axis=1),
+        gates={
+            name.removesuffix(" gate"): np.stack(gates, axis=1)
+            for name, gates in by_segment.items()
+            if name.endswith(" gate")
+        },
+        slots_LNM=np.asarray(model.kind.slots(memory)[:, 0]),
+        traces_SF=np.stack(by_segment["trace"]),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def look_at_segment(
+    model: Decoder, params: Any, tokens_BT: jax.Array, memory: Memory, document_BT: jax.Array | None = None
+) -> tuple[Memory, Look]:
+    """Reads one segment; the memory after it, and what there is to see. The model must have a memory."""
+    (logits_BTV, after), sown = model.apply(
+        {"params": params}, tokens_BT, memory, document_BT=document_BT, mutable=["gates", LOOKS]
+    )
+    read_LBTN, write_LBNT = model.kind.shares(sown[LOOKS])
+    before_LBNM, slots_LBNM = model.kind.slots(memory), model.kind.slots(after)
+    before_LBN = jnp.linalg.norm(before_LBNM, axis=-1)
+    look = Look(
+        read_LBTN=read_LBTN,
+        written_LBT=None if write_LBNT is None else write_LBNT.mean(2),
+        change_LBN=jnp.linalg.norm(slots_LBNM - before_LBNM, axis=-1) / jnp.maximum(before_LBN, 1e-9),
+        norm_LBN=jnp.linalg.norm(slots_LBNM, axis=-1),
+        gates={gate_name(path): g_L for path, g_L in jax.tree_util.tree_leaves_with_path(sown.get("gates", {}))},
+        logits_BTV=logits_BTV,
+    )
+    return after, look
+
+
+def sketch(slots: np.ndarray, size: int = 4096) -> np.ndarray:
+    """A memory as at most `size` numbers [F], whose inner products are about those of the memories.
+
+    A count sketch: every number, with a random sign of its own, is added to a random place, the same ones every time.
+    """
+    flat = slots.ravel()
+    if len(flat) <= size:
+        return flat
+    place, sign = _places(len(flat), size)
+    return np.bincount(place, weights=sign * flat, minlength=size)
+
+
+@functools.lru_cache(maxsize=1)
+def _places(count: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return rng.integers(size, size=count), rng.choice(np.array([-1, 1], np.int8), size=count)

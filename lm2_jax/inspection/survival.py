@@ -1,0 +1,229 @@
+"""How long a memory keeps what was read: answers by the age of a fact, and a linear probe for any text.
+
+Axes: B contexts, S segments, T tokens, L banks, F numbers of a memory's trace, E numbers of a segment's signature.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import numpy as np
+
+from lm2_jax.config import Config
+from lm2_jax.data.babi import Statement, Story
+from lm2_jax.data.stories import Scatterer, is_held_out
+from lm2_jax.data.worlds import generate_story
+from lm2_jax.errors import UserError
+from lm2_jax.evals.stories import wilson_interval
+from lm2_jax.inspection.reading import look_at_segment
+from lm2_jax.model.decoder import Decoder
+from lm2_jax.tokenizer import Tokenizer
+
+CANDIDATES = 8  # segments among which a probe has to find the right one
+FEWEST_SEGMENTS = 64  # of a text, for a probe
+
+
+@dataclasses.dataclass(frozen=True)
+class Survival:
+    """Accuracy by age, as segments read since.
+
+    Attributes:
+      title: what was right.
+      ages: middles of the ranges of age.
+      accuracy: at each.
+      low, high: 95% interval.
+      chance: accuracy of guessing.
+      control: accuracy, at each age, of the same probe on the newest segment's words instead of the memory; or None.
+    """
+
+    title: str
+    ages: np.ndarray
+    accuracy: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    chance: float
+    control: np.ndarray | None = None
+
+
+# --- Stories: is the question answered? ----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Contexts:
+    """Held-out qa1 stories ("where is someone?"), with one question, at the end.
+
+    Attributes:
+      tokens_BST, target_B: what is read; the answer's id.
+      asked_B: place of the token whose prediction is the answer, in its last segment.
+      fact_BST: tokens of statements.
+      age_B: segments between the fact that answers and the question.
+    """
+
+    tokens_BST: np.ndarray
+    target_B: np.ndarray
+    asked_B: np.ndarray
+    fact_BST: np.ndarray
+    age_B: np.ndarray
+
+
+def make_contexts(config: Config, tokenizer: Tokenizer, segments: int, count: int, seed: int = 0) -> Contexts:
+    """`count` contexts of `segments` segments. Raises UserError if they are too short for the longest story."""
+    T = config.trained_segment_length
+    low, high = config.data.stories.facts
+    needed = 8 * (high + 1)  # of tokens, at most: a line has up to 8
+    if segments * T < needed:
+        raise UserError(
+            f"--segments {segments}: {high} facts and a question need {needed} tokens, {-(-needed // T)} segments"
+        )
+    scatterer = Scatterer(tokenizer, segments * T, segment_length=T)
+    columns: list[tuple[Any, ...]] = []
+    rng = np.random.default_rng((seed, 1))
+    while len(columns) < count:
+        story = generate_story("qa1", rng, int(rng.integers(low, high + 1)), 0, 1)
+        if not is_held_out(story):
+            continue
+        document = scatterer.scatter(story, rng)
+        asked = int(np.flatnonzero(document.answers)[0]) - 1
+        fact, age = _facts(document.tokens, story, tokenizer, asked, T)
+        shape = segments, T
+        columns.append(
+            (document.tokens[:-1].reshape(shape), document.tokens[asked + 1], asked % T, fact[:-1].reshape(shape), age)
+        )
+    return Contexts(*(np.array(column) for column in zip(*columns, strict=True)))
+
+
+def statement_starts(tokens: np.ndarray, story: Story, tokenizer: Tokenizer) -> list[int]:
+    """Where each statement of a story begins in its document."""
+    starts, start = [], 0
+    for line in story:
+        if isinstance(line, Statement):
+            ids = tokenizer.encode(" " + line.text)
+            start = next(i for i in range(start, len(tokens)) if tokens[i : i + len(ids)].tolist() == ids)
+            starts.append(start)
+            start += len(ids)
+    return starts
+
+
+def _facts(tokens: np.ndarray, story: Story, tokenizer: Tokenizer, asked: int, T: int) -> tuple[np.ndarray, int]:
+    """Which tokens belong to statements; segments between the last one about the asked person and the question."""
+    person = story[-1].text.split()[-1].removesuffix("?")
+    statements = [line.text for line in story if isinstance(line, Statement)]
+    fact, last = np.zeros(len(tokens), bool), 0
+    for text, start in zip(statements, statement_starts(tokens, story, tokenizer), strict=True):
+        fact[start : start + len(tokenizer.encode(" " + text))] = True
+        if text.startswith(person):
+            last = start
+    return fact, asked // T - last // T
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What happened while contexts were read.
+
+    Attributes:
+      contexts: that were read.
+      right_B: whether the answer came out.
+      change_LBS: mean over slots of |slot after the segment - before| / |before|.
+      written_LBST: attention that each token got when memory was written; None where slots do not ask tokens.
+    """
+
+    contexts: Contexts
+    right_B: np.ndarray
+    change_LBS: np.ndarray
+    written_LBST: np.ndarray | None
+
+
+def answer(model: Decoder, params: Any, contexts: Contexts) -> Answers:
+    """Reads the contexts and answers their questions. The model must have a memory and not look ahead."""
+    B, S, _ = contexts.tokens_BST.shape
+    memory, changes, written = model.init_memory(B, params), [], []
+    for s in range(S):
+        memory, look = look_at_segment(model, params, contexts.tokens_BST[:, s], memory)
+        changes.append(np.asarray(look.change_LBN.mean(-1)))
+        written.append(look.written_LBT)
+    asked_V = np.asarray(look.logits_BTV)[np.arange(B), contexts.asked_B]
+    return Answers(
+        contexts=contexts,
+        right_B=asked_V.argmax(-1) == contexts.target_B,
+        change_LBS=np.stack(changes, axis=-1),
+        written_LBST=None if written[0] is None else np.stack(written, axis=2),
+    )
+
+
+def answers_by_age(answers: Answers) -> Survival:
+    """Share of right answers by the age of the fact, in up to 8 ranges of age."""
+    contexts, cells = answers.contexts, []
+    S = contexts.tokens_BST.shape[1]
+    for first, end in itertools.pairwise(np.unique(np.round(np.linspace(0, S, 9)).astype(int)).tolist()):
+        right_b = answers.right_B[(contexts.age_B >= first) & (contexts.age_B < end)]
+        if len(right_b):
+            cells.append(((first + end - 1) / 2, right_b.mean(), *wilson_interval(int(right_b.sum()), len(right_b))))
+    ages, accuracy, low, high = np.array(cells).T
+    return Survival("questions answered", ages, accuracy, low, high, chance=1 / 6)  # the world has 6 places
+
+
+# --- Any text: can the segment of a given age be told from the memory? ----------------------------------------------
+
+
+def probe(traces_SF: np.ndarray, ids_n: np.ndarray, segment_length: int) -> Survival | None:
+    """How well a ridge regression tells, from the memory, which words stood in the segment of a given age.
+
+    Trained on the first half of the text, asked on the second: of 8 segments, the right one and 7 random ones of that
+    half, which has the words told? Neighbouring segments share their subject, so the control says how far the newest
+    segment's own words lead.
+
+    Args:
+      traces_SF: the memory after each segment.
+
+    Returns None for a text under 64 segments.
+    """
+    S = len(ids_n) // segment_length
+    if S < FEWEST_SEGMENTS:
+        return None
+    signature_SE = _signatures(ids_n[: S * segment_length].reshape(S, segment_length))
+    cells = []
+    for age in _ages(S // 8):
+        told, control = (_probe(x_SF[:S], signature_SE, age) for x_SF in (traces_SF, signature_SE))
+        cells.append((age, told.mean(), *wilson_interval(int(told.sum()), len(told)), control.mean()))
+    ages, accuracy, low, high, control = np.array(cells).T
+    return Survival(
+        f"right segment of {CANDIDATES} told by a linear probe", ages, accuracy, low, high, 1 / CANDIDATES, control
+    )
+
+
+def _ages(most: int) -> list[int]:
+    """0, 1, 2, 4, ... up to `most`."""
+    return [0, *(2**power for power in range(most.bit_length()) if 2**power <= most)]
+
+
+def _signatures(ids_ST: np.ndarray, size: int = 128) -> np.ndarray:
+    """Of each segment: a random vector for each of its different words, added up, rare words weighing more. [S,E]."""
+    S = len(ids_ST)
+    words, index_ST = np.unique(ids_ST, return_inverse=True)
+    held_SW = np.zeros((S, len(words)), bool)
+    held_SW[np.arange(S)[:, None], index_ST.reshape(ids_ST.shape)] = True
+    weight_W = np.log(S / held_SW.sum(0))
+    vectors_WE = np.random.default_rng(0).standard_normal((len(words), size))
+    return (held_SW * weight_W) @ vectors_WE / np.sqrt(size)
+
+
+def _probe(x_SF: np.ndarray, y_SE: np.ndarray, age: int) -> np.ndarray:
+    """For the segments of the second half: whether the one of that age is told among `CANDIDATES`."""
+    x_SF, y_SE = x_SF[age:], y_SE[: len(y_SE) - age]
+    half = len(x_SF) // 2
+    x_mean_F, y_mean_E = x_SF[:half].mean(0), y_SE[:half].mean(0)
+    x_SF = (x_SF - x_mean_F) / (x_SF[:half].std(0) + 1e-6)
+    y_SE = y_SE - y_mean_E
+    train_SF, asked_SF = x_SF[:half], x_SF[half:]
+    gram_SS = train_SF @ train_SF.T
+    ridge = 0.1 * np.trace(gram_SS) / half + 1e-6
+    told_SE = asked_SF @ train_SF.T @ np.linalg.solve(gram_SS + ridge * np.eye(half), y_SE[:half])
+    true_SE = y_SE[half:]
+    norms_S = np.linalg.norm(true_SE, axis=-1) + 1e-9
+    scores_SS = told_SE @ true_SE.T / norms_S
+    rng = np.random.default_rng(age)
+    n = len(true_SE)
+    others_SC = (np.arange(n)[:, None] + rng.integers(1, n, size=(n, CANDIDATES - 1))) % n
+    return np.diag(scores_SS) > np.take_along_axis(scores_SS, others_SC, axis=1).max(axis=1)

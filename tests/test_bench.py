@@ -1,0 +1,61 @@
+"""The benchmark races what it says it races, and writes what it measured."""
+
+import json
+import sys
+
+import pytest
+from helpers import TINY
+
+from lm2_jax import bench
+from lm2_jax.config import parse_config
+from lm2_jax.errors import UserError
+
+SMALL = ("model.vocab_size=32", "data.batch_size=8", "train.curriculum=[]", "mesh.data=-1", "mesh.fsdp=1")
+
+
+def run(monkeypatch, tmp_path, *arguments):
+    (tmp_path / "config.yaml").write_text(TINY)
+    overrides = [part for key in SMALL for part in ("--set", key)]
+    monkeypatch.setattr(sys, "argv", ["bench", "--config", str(tmp_path / "config.yaml"), *overrides, *arguments])
+    bench.main()
+
+
+def test_races_are_at_equal_parameters_and_equal_tokens():
+    races = {race.title: race for race in bench.races(parse_config(TINY, SMALL))}
+    kinds = races["Training, by kind of memory (equal parameters, equal tokens)"].entrants
+    assert list(kinds) == ["none", "lm2", "rmt"]
+    counts = [bench.parameters(config) for config in kinds.values()]
+    assert max(counts) - min(counts) <= 3 * kinds["lm2"].model.d_model
+    assert len({(c.stages[-1].segments, c.stages[-1].segment_length, c.data.batch_size) for c in kinds.values()}) == 1
+    contexts = races["Training, by context: segments with memory, and full attention"].entrants
+    assert [c.stages[-1].segments * c.stages[-1].segment_length for c in contexts.values()] == [32, 64, 128] * 2
+    assert {c.stages[-1].segments for name, c in contexts.items() if name.startswith("none")} == {1}
+
+
+@pytest.mark.parametrize(
+    ("title", "names"), [("schedule", ["segment", "layer"]), ("Decoding a segment, by s", ["N 4", "N 8", "N 16"])]
+)
+def test_what_is_measured_is_written_and_shown(monkeypatch, tmp_path, capsys, title, names):
+    monkeypatch.setattr(bench, "_LEAST_SECONDS", 0.0)
+    run(monkeypatch, tmp_path, "--only", title, "--rounds", "2", "--output", str(tmp_path / "bench.json"))
+    (rows,) = json.loads((tmp_path / "bench.json").read_text())["races"].values()
+    assert [row["name"] for row in rows] == names
+    assert rows[0]["time_per_token_ratio"] == 1
+    for row in rows:
+        assert 0 < row["seconds"][0] <= row["seconds"][1] <= row["seconds"][2]
+        assert row["ratio_range"][0] <= row["time_per_token_ratio"] <= row["ratio_range"][1]
+        assert row["name"] in capsys.readouterr().out or row is not rows[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--rounds", "0"), "--rounds: found 0"),
+        (("--only", "nothing like it"), "--only: found 'nothing like it'"),
+        (("--set", "memory.kind=none"), "memory.kind: found none"),
+        (("--output", "nowhere/at/all.json"), "--output: found nowhere"),
+    ],
+)
+def test_errors_name_the_flag(monkeypatch, tmp_path, arguments, message):
+    with pytest.raises(UserError, match=message):
+        run(monkeypatch, tmp_path, *arguments)

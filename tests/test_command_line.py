@@ -1,0 +1,68 @@
+"""Every command answers --help at once, with examples, and mistakes before it imports what takes seconds."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from lm2_jax import evaluate
+from lm2_jax.command_line import EVALUATION_TASKS
+
+ROOT = Path(__file__).parents[1]
+_FILES = [path for folder in ("lm2_jax", "tools") for path in sorted((ROOT / folder).glob("*.py"))]
+COMMANDS = [
+    f"lm2_jax.{path.stem}" if path.parent.name == "lm2_jax" else f"tools/{path.name}"
+    for path in _FILES
+    if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8")
+]
+
+# Runs commands by their names with some arguments; prints what each wrote, how it ended, and the slow imports so far.
+_RUN = """
+import contextlib, io, json, runpy, sys
+sys.path.append("tools")  # as for a script in it
+arguments, *commands = json.loads(sys.argv[1])
+told = {}
+for command in commands:
+    sys.argv, written, code = [command, *arguments], io.StringIO(), 0
+    with contextlib.redirect_stdout(written), contextlib.redirect_stderr(written):
+        try:
+            (runpy.run_path if command.endswith(".py") else runpy.run_module)(command, run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+    slow = sorted({"jax", "flax", "torch", "matplotlib"} & set(sys.modules))
+    told[command] = [written.getvalue(), code, slow]
+print(json.dumps(told))
+"""
+
+
+def run_all(*arguments):
+    """What every command does with these arguments, in one process."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", _RUN, json.dumps([arguments, *COMMANDS])],
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "100"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_help():
+    told = run_all("--help")
+    assert {"lm2_jax.train", "lm2_jax.evaluate", "tools/inspect_memory.py", "tools/plot_run.py"} <= set(told)
+    for command, (text, code, slow) in told.items():
+        program = f"python -m {command}" if command.startswith("lm2_jax") else f"python {command}"
+        assert code == 0, command
+        assert text.count(program) > (1 if command.startswith("lm2_jax") else 0), f"{command}: no example"
+        assert not slow, f"{command} --help imports {slow}"
+
+
+def test_mistakes_come_before_slow_imports():
+    for command, (text, code, slow) in run_all("--no-such-flag").items():
+        assert code == 2 and "usage: " in text and not slow, command
+
+
+def test_tasks_are_those_of_the_command_line():
+    assert tuple(evaluate.TASKS) == EVALUATION_TASKS

@@ -1,0 +1,45 @@
+"""Curves are drawn of what runs have, and of runs that are going on."""
+
+import json
+
+import pytest
+from plot_run import main
+
+from lm2_jax.curves import plot_runs, read_runs
+from lm2_jax.errors import UserError
+
+
+def write_run(path, steps=300, gates=True, finished=True):
+    path.mkdir(parents=True)
+    records = [
+        {"step": s, "tokens": 10 * s, "time": 5.0 + s, "loss": 1 / s, "lr": 1e-3, "tokens_per_second": 100.0}
+        | {"grad_norm": None if s == 3 else 1.0, "accuracy": None, "segments": 2, "segment_length": 8}
+        | ({"memory_norm": 1.0, "gate_forget": 0.9, "gate_input": 0.1} if gates else {})
+        for s in range(1, steps + 1)
+    ]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    if finished:
+        cell = {"questions": "qa1", "accuracy": 0.5, "low": 0.4, "high": 0.6}
+        table = [cell | {"segments": segments, "tokens": 8 * segments} for segments in (1, 2, 4)]
+        (path / "summary.json").write_text(json.dumps({"accuracy_by_length": table}))
+    return path
+
+
+def test_runs_are_drawn(tmp_path, monkeypatch, capsys, recwarn):
+    runs = [write_run(tmp_path / "a" / "lm2"), write_run(tmp_path / "b" / "lm2", gates=False, finished=False)]
+    assert [run.name for run in read_runs(runs)] == ["a/lm2", "b/lm2"]
+    assert [run.name for run in read_runs(runs[:1])] == ["lm2"]
+    output = tmp_path / "runs.png"
+    monkeypatch.setattr("sys.argv", ["plot_run.py", *map(str, runs), "--output", str(output), "--x", "time"])
+    main()
+    assert output.stat().st_size > 20_000 and capsys.readouterr().out == f"written: {output}\n"
+    assert not recwarn.list
+
+
+def test_mistakes(tmp_path):
+    going_on = write_run(tmp_path / "going_on", finished=False, gates=False)
+    with pytest.raises(UserError, match="nothing for the panels length, gates"):
+        plot_runs(tmp_path / "x.png", read_runs([going_on]), ["length", "gates"])
+    empty = write_run(tmp_path / "empty", steps=0)
+    with pytest.raises(UserError, match=r"not_there: no run directory(.|\n)*empty: metrics.jsonl holds no step"):
+        read_runs([tmp_path / "not_there", empty, going_on])
