@@ -124,11 +124,6 @@ def test_a_disk_that_fills_up(tmp_path):
 # --- The run directory ----------------------------------------------------------------------------------------------
 
 
-def test_another_config_says_what_may_change(run_dir):
-    with pytest.raises(UserError, match=r"optim\.learning_rate(.|\n)*What may change between runs: .*train\.steps"):
-        train(config_of(run_dir, "optim.learning_rate=1e-5"))
-
-
 def test_clocks_may_jump(tmp_path, monkeypatch, whole):
     """Back and on, over and over: it is seen in the records' times, and nowhere else. Orbax bears minutes, no hours."""
     jumps, now = itertools.cycle([0, -120, 120, 5]), time.time
