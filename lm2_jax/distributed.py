@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -70,9 +71,11 @@ def joined() -> Iterator[None]:
         watch.leave(str(error), 2)
     except TrainingFailed as error:
         watch.leave(str(error), 1)
-    except jax.errors.JaxRuntimeError:
-        time.sleep(_SILENCE_SECONDS + 3 * _BEAT_SECONDS)  # most likely another process is gone: the watch will say so
-        raise
+    except Exception as error:
+        if isinstance(error, jax.errors.JaxRuntimeError):  # most likely another process is gone: the watch will say so
+            time.sleep(_SILENCE_SECONDS + 3 * _BEAT_SECONDS)
+        traceback.print_exc()
+        watch.leave(f"{type(error).__name__} (its traceback is where it happened)", 1)
     finally:
         watch.stop()
         jax.distributed.shutdown()

@@ -17,6 +17,19 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line's."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True, metavar="DIR", help="run directory or checkpoint of a model of stories")
+    parser.add_argument("--segments", type=int, nargs="+", metavar="S", help="lengths of contexts; default 1 window")
+    parser.add_argument("--count", type=int, default=512, metavar="B", help="questions at each length")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_arguments()  # answers --help and mistakes before the imports below, which take seconds
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -151,11 +164,7 @@ def table(questions: Questions, guess_B: np.ndarray) -> str:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, metavar="DIR", help="run directory or checkpoint of a model of stories")
-    parser.add_argument("--segments", type=int, nargs="+", metavar="S", help="lengths of contexts; default 1 window")
-    parser.add_argument("--count", type=int, default=512, metavar="B", help="questions at each length")
-    arguments = parser.parse_args()
+    arguments = parse_arguments()
     model, params = lm2_jax.load(arguments.run)
     config = model.config
     if config.tokenizer.kind != "stories":
