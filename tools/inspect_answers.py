@@ -9,7 +9,6 @@ where it is. Any memory kind can be asked. Axes: B contexts, S segments, T token
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from pathlib import Path
@@ -17,18 +16,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
-
-def parse_arguments() -> argparse.Namespace:
-    """The command line's."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, metavar="DIR", help="run directory or checkpoint of a model of stories")
-    parser.add_argument("--segments", type=int, nargs="+", metavar="S", help="lengths of contexts; default 1 window")
-    parser.add_argument("--count", type=int, default=512, metavar="B", help="questions at each length")
-    return parser.parse_args()
-
+from lm2_jax.command_line import inspect_answers_arguments
 
 if __name__ == "__main__":
-    parse_arguments()  # answers --help and mistakes before the imports below, which take seconds
+    inspect_answers_arguments(__doc__)  # answers --help and mistakes before the imports below, which take seconds
 
 import jax
 import jax.numpy as jnp
@@ -164,7 +155,7 @@ def table(questions: Questions, guess_B: np.ndarray) -> str:
 
 def main() -> None:
     """The command."""
-    arguments = parse_arguments()
+    arguments = inspect_answers_arguments(__doc__)
     model, params = lm2_jax.load(arguments.run)
     config = model.config
     if config.tokenizer.kind != "stories":
