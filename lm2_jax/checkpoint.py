@@ -63,11 +63,11 @@ class Checkpoints:
             enable_async_checkpointing=True,
             read_only=self._read_only,
         )
-        try:
-            if not self._read_only:
+        if not self._read_only:
+            try:
                 self.directory.mkdir(exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{self.directory} is no directory to save checkpoints in ({error.strerror})") from None
+            except OSError as error:
+                raise UserError(f"{self.directory} is no directory to save checkpoints in ({error.strerror})") from None
         return ocp.CheckpointManager(self.directory, options=options)
 
     def save(self, state: TrainState, progress: Progress, config: Config) -> None:
@@ -79,6 +79,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         params, training = _split(state)
+        checksums = _checksums(params, training, progress)
         with self._writing():
             needed = 2**20 + sum(leaf.nbytes for leaf in jax.tree.leaves((params, training)))
             free = shutil.disk_usage(self.directory).free
@@ -89,7 +90,7 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     params=ocp.args.StandardSave(params),
                     training=ocp.args.StandardSave(training),
-                    progress=ocp.args.JsonSave({**progress, "checksums": _checksums(params, training, progress)}),
+                    progress=ocp.args.JsonSave({**progress, "checksums": checksums}),
                     config=ocp.args.JsonSave(config.model_dump(mode="json")),
                 ),
             )
@@ -136,6 +137,8 @@ class Checkpoints:
     def _writing(self) -> Iterator[None]:
         try:
             yield
+        except jax.errors.JaxRuntimeError:  # of the devices or of another process, not of the disk
+            raise
         except Exception as error:  # whatever Orbax or TensorStore make of a full or failing disk
             left = f"the newest whole one is {max(self.steps())}" if self.steps() else "there is none yet"
             raise TrainingFailed(

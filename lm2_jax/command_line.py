@@ -148,12 +148,3 @@ def bench_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of every program; default 5")
     parser.add_argument("--only", default="", metavar="TEXT", help="only the tables whose title has this text in it")
     return parser.parse_args()
-
-
-def inspect_answers_arguments(description: str) -> argparse.Namespace:
-    """Of tools/inspect_answers.py."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, metavar="DIR", help="run directory or checkpoint of a model of stories")
-    parser.add_argument("--segments", type=int, nargs="+", metavar="S", help="lengths of contexts; default 1 window")
-    parser.add_argument("--count", type=int, default=512, metavar="B", help="questions at each length")
-    return parser.parse_args()

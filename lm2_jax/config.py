@@ -274,6 +274,11 @@ class TrainConfig(Section):
     max_skipped_steps: NonNegativeInt = 20  # non-finite steps in a row before the run stops; 0: never
     curriculum: tuple[StageConfig, ...] = ()
 
+    @property
+    def recomputes_segments(self) -> bool:
+        """Whether `remat` recomputes each segment of a window by itself."""
+        return self.remat in ("full", "offload")
+
     @model_validator(mode="after")
     def _stages_end(self) -> Self:
         for number, stage in enumerate(self.curriculum[:-1]):

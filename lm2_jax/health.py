@@ -1,11 +1,12 @@
 """Watches a run's records for what ends badly: a loss that jumps, a bank that grows without bound, a dead memory.
 
-Each finding is said once, with what to change.
+Each finding says what to change. What lasts is said once; a jump of the loss each time.
 """
 
 from __future__ import annotations
 
 import collections
+import math
 import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -40,6 +41,7 @@ class Health:
 
     def __init__(self) -> None:
         self._losses: collections.deque[float] = collections.deque(maxlen=_HISTORY)
+        self._stage: int | None = None  # of the losses
         self._first_norms: list[float] = []
         self._in_a_row: collections.Counter[str] = collections.Counter()
         self._said: set[str] = set()
@@ -59,7 +61,12 @@ class Health:
                     )
 
     def _jump(self, record: Mapping[str, Any]) -> Iterator[str]:
+        if record.get("stage") != self._stage:  # longer windows may well be harder
+            self._losses.clear()
+            self._stage = record.get("stage")
         loss, usual = record["loss"], statistics.median(self._losses) if len(self._losses) == _HISTORY else None
+        if not math.isfinite(loss):  # such steps are left out, counted and limited
+            return
         self._losses.append(loss)
         if usual is not None and loss > _JUMP * usual + 1:
             self._losses.clear()  # the next jump is one from here
@@ -79,7 +86,7 @@ class Health:
         if self._lasts("growth", norm > _GROWTH * usual):
             yield (
                 f"step {record['step']}: the memory grows without bound: its largest slot has norm {norm:.3g}, and had "
-                f"{usual:.3g} at the start; set memory.gates to convex, which bounds it, or lower optim.learning_rate"
+                f"{usual:.3g} at first; set memory.gates to convex, which bounds it, or lower optim.learning_rate"
             )
 
     def _lasts(self, what: str, here: bool) -> bool:

@@ -99,9 +99,7 @@ def run_window(
     if choose_schedule(model, schedule) == "layer":
         hidden_BSTD, memory, gates = window(tokens_BST, memory, document_BST, reset_BS, dropout_key)
     else:
-        body = (
-            jax.checkpoint(segment, prevent_cse=False) if model.config.train.remat in ("full", "offload") else segment
-        )
+        body = jax.checkpoint(segment, prevent_cse=False) if model.config.train.recomputes_segments else segment
         arrays = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (tokens_BST, document_BST, reset_BS))
         keys_S = None if dropout_key is None else jax.random.split(dropout_key, tokens_BST.shape[1])
         memory, (hidden_SBTD, gates) = jax.lax.scan(body, memory, (arrays, keys_S))

@@ -47,7 +47,7 @@ from lm2_jax.sharding import make_mesh, own_lanes, to_devices, use_mesh
 from lm2_jax.state import TrainState, create_state
 from lm2_jax.step import make_eval_step, make_fresh_memory, make_train_step
 from lm2_jax.tokenizer import load_tokenizer
-from lm2_jax.verify import verify_run
+from lm2_jax.verify import verify
 
 # Keys that may differ between a run directory and the command that resumes it: none of them changes what is learnt,
 # but for train.steps, which moves the learning rate's decay.
@@ -220,16 +220,6 @@ def _beyond_shapes(config: Config) -> dict[str, Any]:
         if config.num_memory_layers
         else None,
     }
-
-
-def verify(run_dir: Path) -> None:
-    """Says what is sound in a run directory and what is not. Raises TrainingFailed if anything is not."""
-    unsound = 0
-    for finding in verify_run(run_dir):
-        print(f"{finding.part}: {finding.problem or f'sound ({finding.detail})'}", flush=True)
-        unsound += bool(finding.problem)
-    if unsound:
-        raise TrainingFailed(f"{run_dir}: {unsound} part(s) unsound")
 
 
 class _Log:

@@ -12,7 +12,7 @@ import jax
 
 from lm2_jax.checkpoint import Checkpoints, DamagedError, read_run_config
 from lm2_jax.config import replace
-from lm2_jax.errors import UserError
+from lm2_jax.errors import TrainingFailed, UserError
 from lm2_jax.model import build_model
 from lm2_jax.optim import make_optimizer
 from lm2_jax.sharding import make_mesh, use_mesh
@@ -26,6 +26,16 @@ class Finding:
     part: str
     problem: str
     detail: str = ""
+
+
+def verify(run_dir: Path) -> None:
+    """Says what is sound in a run directory and what is not. Raises TrainingFailed if anything is not."""
+    unsound = 0
+    for finding in verify_run(run_dir):
+        print(f"{finding.part}: {finding.problem or f'sound ({finding.detail})'}", flush=True)
+        unsound += bool(finding.problem)
+    if unsound:
+        raise TrainingFailed(f"{run_dir}: {unsound} part(s) unsound")
 
 
 def verify_run(run_dir: Path) -> Iterator[Finding]:

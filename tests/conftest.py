@@ -1,6 +1,7 @@
 """Eight fake devices on the CPU for every test, and the --runslow flag."""
 
 import os
+import shutil
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tiny programs: compiling takes the time, not running
@@ -21,3 +22,22 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="slow; run with --runslow"))
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """The directory of an uninterrupted run of `helpers.short_config`."""
+    from helpers import quick_training, short_config
+
+    from lm2_jax.train import train
+
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    with quick_training():
+        train(short_config(run_dir))
+    return run_dir
+
+
+@pytest.fixture
+def run_dir(whole, tmp_path):
+    """A copy of it: complete, with checkpoints 8 and 12."""
+    return shutil.copytree(whole, tmp_path / "run")

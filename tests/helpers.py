@@ -47,6 +47,19 @@ def tiny_config(run_dir, *overrides):
     return parse_config(TINY, [f"train.run_dir={run_dir}", "train.steps=20", *overrides], where="tests")
 
 
+def short_config(run_dir, *overrides):
+    """A run of one stage and 12 steps that ends with checkpoints 8 and 12; fixture `whole` has it done."""
+    return tiny_config(
+        run_dir,
+        "train.curriculum=[]",
+        "data.segments_per_window=1",
+        "train.steps=12",
+        "checkpoint.every_steps=4",
+        "train.max_skipped_steps=6",
+        *overrides,
+    )
+
+
 def text_overrides(path, boundaries):
     """Overrides for a text that is written to `path`: documents of uneven length, some longer than a window."""
     rng = np.random.default_rng(0)

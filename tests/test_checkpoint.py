@@ -14,7 +14,7 @@ from helpers import (
     newest_checkpoint,
     quick_training,
     read_arrays,
-    tiny_config,
+    short_config,
 )
 
 import lm2_jax
@@ -39,33 +39,6 @@ KEEP = 2
 def quick():
     with quick_training():
         yield
-
-
-def config_of(run_dir, *overrides):
-    return tiny_config(
-        run_dir,
-        "train.curriculum=[]",
-        "data.segments_per_window=1",
-        f"checkpoint.keep={KEEP}",
-        "train.steps=12",
-        "checkpoint.every_steps=4",
-        "train.max_skipped_steps=6",
-        *overrides,
-    )
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, quick):
-    """The directory of an uninterrupted run."""
-    run_dir = tmp_path_factory.mktemp("whole") / "run"
-    train(config_of(run_dir))
-    return run_dir
-
-
-@pytest.fixture
-def run_dir(whole, tmp_path):
-    """A copy of the uninterrupted run: complete, with checkpoints 8 and 12."""
-    return shutil.copytree(whole, tmp_path / "run")
 
 
 # --- Damage ---------------------------------------------------------------------------------------------------------
@@ -132,7 +105,7 @@ HARMLESS = {  # Orbax does without, and the checksums vouch for what it reads
 def test_damaged_newest_is_passed_over(damage, run_dir, whole, capfd):
     DAMAGE[damage](newest_checkpoint(run_dir))
     (run_dir / "summary.json").unlink()
-    train(config_of(run_dir))
+    train(short_config(run_dir))
     captured = capfd.readouterr()
     assert "warning: checkpoint 12 is damaged" in captured.err
     assert str(run_dir / "damaged_checkpoints" / "12") in captured.err
@@ -145,7 +118,7 @@ def test_damaged_newest_is_passed_over(damage, run_dir, whole, capfd):
 @pytest.mark.parametrize("damage", HARMLESS)
 def test_what_can_be_missed(damage, run_dir, whole, capfd):
     HARMLESS[damage](newest_checkpoint(run_dir))
-    train(config_of(run_dir))
+    train(short_config(run_dir))
     assert "resuming after step 12" in capfd.readouterr().out
     assert (run_dir / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     assert not (run_dir / "damaged_checkpoints").exists()
@@ -154,7 +127,7 @@ def test_what_can_be_missed(damage, run_dir, whole, capfd):
 def test_damaged_twice_keeps_both(run_dir, whole):
     for _ in range(2):
         DAMAGE["no progress"](newest_checkpoint(run_dir))
-        train(config_of(run_dir))
+        train(short_config(run_dir))
     assert sorted(path.name for path in (run_dir / "damaged_checkpoints").iterdir()) == ["12", "12.1"]
     assert_same_run(run_dir, whole)
 
@@ -164,10 +137,10 @@ def test_all_damaged(run_dir, whole):
         DAMAGE["truncated parameters"](run_dir / "checkpoints" / str(step))
     records = (run_dir / "metrics.jsonl").read_bytes()
     with pytest.raises(UserError, match="all 2 checkpoints were damaged and moved aside"):
-        train(config_of(run_dir))
+        train(short_config(run_dir))
     assert (run_dir / "metrics.jsonl").read_bytes() == records
     assert sorted(path.name for path in (run_dir / "damaged_checkpoints").iterdir()) == ["12", "8"]
-    train(config_of(run_dir))  # as the message says: once more starts afresh
+    train(short_config(run_dir))  # as the message says: once more starts afresh
     assert_same_run(run_dir, whole)
 
 
@@ -179,7 +152,7 @@ def test_retention(whole):
 
 
 def test_another_config_is_refused(run_dir):
-    other = config_of(run_dir, "optim.learning_rate=0.01", "memory.num_slots=8", "train.steps=16")
+    other = short_config(run_dir, "optim.learning_rate=0.01", "memory.num_slots=8", "train.steps=16")
     before = (run_dir / "config.yaml").read_bytes()
     with pytest.raises(UserError) as caught:
         train(other)
@@ -195,7 +168,7 @@ def test_another_config_is_refused(run_dir):
 
 def test_steps_may_change(run_dir):
     records = read_records(run_dir / "metrics.jsonl")
-    train(config_of(run_dir, "train.steps=14"))
+    train(short_config(run_dir, "train.steps=14"))
     longer = read_records(run_dir / "metrics.jsonl")
     assert longer[:12] == records
     assert [record["step"] for record in longer] == list(range(1, 15))
@@ -225,7 +198,7 @@ def test_load_what_is_no_checkpoint(tmp_path):
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "notes.txt").write_text("nothing")
     (tmp_path / "unsaved").mkdir()
-    save_config(config_of(tmp_path / "unsaved"), tmp_path / "unsaved" / "config.yaml")
+    save_config(short_config(tmp_path / "unsaved"), tmp_path / "unsaved" / "config.yaml")
     for name, message in (
         ("missing", "no such directory"),
         ("foreign", "neither"),
@@ -250,7 +223,7 @@ def test_load_damaged(damage, run_dir):
 
 
 def test_one_device_to_eight_and_back(tmp_path):
-    config = config_of(tmp_path, "mesh={data: 2, fsdp: 2, tensor: 2}")
+    config = short_config(tmp_path, "mesh={data: 2, fsdp: 2, tensor: 2}")
     config = check_vocabulary(config, load_tokenizer(config.tokenizer))
     model, optimizer = build_model(config), make_optimizer(config.optim)
     one = make_mesh(replace(config, mesh={"data": 1, "fsdp": 1, "tensor": 1}), jax.devices()[:1])
@@ -285,7 +258,7 @@ def test_one_device_to_eight_and_back(tmp_path):
 
 @pytest.mark.parametrize("kind", ["lm2", "rmt"])
 def test_non_finite_step_is_skipped(kind, tmp_path):
-    config = config_of(tmp_path, f"memory.kind={kind}")
+    config = short_config(tmp_path, f"memory.kind={kind}")
     tokenizer = load_tokenizer(config.tokenizer)
     config = check_vocabulary(config, tokenizer)
     model, optimizer = build_model(config), make_optimizer(config.optim)
@@ -346,7 +319,7 @@ def test_too_many_skipped_steps_end_the_run(tmp_path, monkeypatch, capsys):
         return state.replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params)), shardings
 
     monkeypatch.setattr(train_module, "create_state", create_broken)
-    config = config_of(tmp_path / "run")
+    config = short_config(tmp_path / "run")
     with pytest.raises(TrainingFailed, match=r"6 steps in a row up to step 6 .* train.max_skipped_steps"):
         train(config)
     records = read_records(Path(config.train.run_dir) / "metrics.jsonl")

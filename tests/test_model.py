@@ -161,6 +161,7 @@ OTHER_SIZES = ("memory.width=24", "memory.num_layers=1", "memory.gates=independe
         ("block", True, ()),
         ("full", False, OTHER_SIZES),
         ("full", True, ()),
+        ("offload", True, ()),
     ],
 )
 def test_schedules_agree(remat, packed, overrides):

@@ -2,169 +2,39 @@
 
     python tools/inspect_answers.py --run runs/babilong_study --segments 4 16
 
-Contexts are held-out qa2 stories of the generator with one question at the end, "Where is the milk?". It takes two
-statements to answer: who took the milk last or put it down, and the move that brought this person, and the milk, to
-where it is. Any memory kind can be asked. Axes: B contexts, S segments, T tokens, V vocabulary.
+Held-out qa2 stories of the generator with one question at the end, "Where is the milk?"; any memory kind can be asked.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
-from lm2_jax.command_line import inspect_answers_arguments
-
-if __name__ == "__main__":
-    inspect_answers_arguments(__doc__)  # answers --help and mistakes before the imports below, which take seconds
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-import lm2_jax
-from lm2_jax.config import Config
-from lm2_jax.data.babi import Story
-from lm2_jax.data.stories import Scatterer, is_held_out
-from lm2_jax.data.worlds import World, generate_story
 from lm2_jax.errors import UserError, run_command
-from lm2_jax.inspection.survival import statement_starts
-from lm2_jax.model.decoder import Decoder
-from lm2_jax.tokenizer import Tokenizer, load_tokenizer
-
-FATES = ("taken, the holder stays", "taken and carried on", "put down, the person stays", "put down, the person leaves")
-
-
-@dataclasses.dataclass(frozen=True)
-class TwoHops:
-    """What a qa2 question asks for.
-
-    Attributes:
-      fate: one of FATES: the last that happened to the thing, and whether the person moved afterwards.
-      handled: number of the statement that names the thing last.
-      moved: number of the statement that brought it to where it is.
-      person_now: where that person is: a wrong answer if the thing was left behind.
-    """
-
-    fate: str
-    handled: int
-    moved: int
-    person_now: str
-
-
-def two_hops(story: Story) -> TwoHops | None:
-    """Of a qa2 story with one question; None where no move of the person tells where the thing is."""
-    texts = [line.text for line in story[:-1]]
-    thing = story[-1].text.split()[-1].removesuffix("?")
-    world = World()
-    for text in texts:
-        world.tell(text)
-    handled = max(i for i, text in enumerate(texts) if f" the {thing}" in text)
-    person = texts[handled].split()[0]
-    taken = world.holder[thing] == person
-    moves = [i for i, text in enumerate(texts) if text.startswith(f"{person} ") and " to the " in text]
-    telling = [i for i in moves if taken or i < handled]
-    if not telling:
-        return None
-    fate = FATES[2 * (not taken) + (moves[-1] > handled)]
-    return TwoHops(fate, handled, telling[-1], world.place[person])
-
-
-@dataclasses.dataclass(frozen=True)
-class Questions:
-    """B contexts of S segments, with one question each.
-
-    Attributes:
-      tokens_BST: what is read.
-      asked_B: place of the token whose prediction is the answer, in its last segment.
-      target_B: the answer's id.
-      lure_B: id of the place where the person is.
-      fate_B: as in TwoHops.
-      age_B: segments between the later of the two statements and the question.
-      apart_B: segments between the two.
-    """
-
-    tokens_BST: np.ndarray
-    asked_B: np.ndarray
-    target_B: np.ndarray
-    lure_B: np.ndarray
-    fate_B: np.ndarray
-    age_B: np.ndarray
-    apart_B: np.ndarray
-
-
-def make_questions(config: Config, tokenizer: Tokenizer, segments: int, count: int, seed: int = 0) -> Questions:
-    """Held-out qa2 stories in contexts of `segments` segments."""
-    T = config.trained_segment_length
-    scatterer = Scatterer(tokenizer, segments * T, segment_length=T)
-    rows: list[tuple[Any, ...]] = []
-    rng = np.random.default_rng((seed, 2))
-    low, high = config.data.stories.facts
-    while len(rows) < count:
-        story = generate_story("qa2", rng, int(rng.integers(low, high + 1)), 0, 1)
-        hops = two_hops(story)
-        if hops is None or not is_held_out(story) or scatterer.length(story) > scatterer.room:
-            continue
-        document = scatterer.scatter(story, rng)
-        starts = statement_starts(document.tokens, story, tokenizer)
-        earlier, later = sorted(starts[i] // T for i in (hops.handled, hops.moved))
-        answer = int(np.flatnonzero(document.answers)[0])
-        (lure,) = tokenizer.encode(f" {hops.person_now}")
-        tokens_ST, age = document.tokens[:-1].reshape(segments, T), segments - 1 - later
-        rows.append((tokens_ST, (answer - 1) % T, document.tokens[answer], lure, hops.fate, age, later - earlier))
-    return Questions(*(np.array(column) for column in zip(*rows, strict=True)))
-
-
-def ask(model: Decoder, params: Any, questions: Questions) -> np.ndarray:
-    """The id that comes out for each question, [B]."""
-
-    @jax.jit
-    def read(tokens_BT: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
-        logits_BTV, memory = model.apply({"params": params}, tokens_BT, memory)
-        return jnp.argmax(logits_BTV, axis=-1), memory
-
-    B, S, _ = questions.tokens_BST.shape
-    memory = model.init_memory(B, params)
-    for s in range(S):
-        guess_BT, memory = read(questions.tokens_BST[:, s], memory)
-    return np.asarray(guess_BT)[np.arange(B), questions.asked_B]
-
-
-def table(questions: Questions, guess_B: np.ndarray) -> str:
-    """Answers right by fate, by the age of the later statement, and by the distance between the two."""
-    groups = {"all": np.full(len(guess_B), True)}
-    groups |= {fate: questions.fate_B == fate for fate in FATES}
-    for title, segments_B in (
-        ("segments since the later statement", questions.age_B),
-        ("segments between the two", questions.apart_B),
-    ):
-        groups |= {f"{title}: {segments}": segments_B == segments for segments in range(3)}
-        groups[f"{title}: 3 or more"] = segments_B >= 3
-    right_B = guess_B == questions.target_B
-    lured_B = (guess_B == questions.lure_B) & ~right_B
-    lines = ["| qa2 | asked | right | the person's present place instead |", "| --- | --- | --- | --- |"]
-    for name, among_B in groups.items():
-        if among_B.any():
-            shares = f"{right_B[among_B].mean():.1%} | {lured_B[among_B].mean():.1%}"
-            lines.append(f"| {name} | {among_B.sum()} | {shares} |")
-    return "\n".join(lines)
 
 
 def main() -> None:
     """The command."""
-    arguments = inspect_answers_arguments(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True, metavar="DIR", help="run directory or checkpoint of a model of stories")
+    parser.add_argument("--segments", type=int, nargs="+", metavar="S", help="lengths of contexts; default 1 window")
+    parser.add_argument("--count", type=int, default=512, metavar="B", help="questions at each length")
+    arguments = parser.parse_args()
+
+    import lm2_jax  # jax takes seconds, which --help should not
+    from lm2_jax.inspection.two_hops import ask, make_questions, table
+    from lm2_jax.tokenizer import load_tokenizer
+
     model, params = lm2_jax.load(arguments.run)
     config = model.config
     if config.tokenizer.kind != "stories":
         raise UserError(f"{arguments.run}: no model trained on stories; its questions are theirs")
     lengths = arguments.segments or [config.stages[-1].segments]
-    if arguments.count < 1 or min(lengths) * config.trained_segment_length < 64:
-        raise UserError(
-            f"--count {arguments.count}, --segments {min(lengths)}: at least 1 question, after 64 tokens or more"
-        )
+    if arguments.count < 1 or min(lengths) < 1:
+        raise UserError(f"--count {arguments.count}, --segments {min(lengths)}: expected 1 or more of each")
     tokenizer = load_tokenizer(config.tokenizer)
     for segments in lengths:
         questions = make_questions(config, tokenizer, segments, arguments.count)

@@ -53,7 +53,7 @@ class Block(nn.Module):
         if splits_lanes(x_BSTD.shape[0]) and layout.deterministic and not self.is_initializing():
             return self._on_own_lanes(carry, own_bank, layout, past)
         bank = own_bank if passing_bank is None else passing_bank
-        if self.config.train.remat in ("full", "offload") and x_BSTD.shape[1] > 1:
+        if self.config.train.recomputes_segments and x_BSTD.shape[1] > 1:
             x_BSTD, bank = self._segment_by_segment(x_BSTD, bank, layout)
         else:
             x_BSTD, bank, past = self._window(x_BSTD, bank, layout, past)

@@ -83,3 +83,55 @@ def _places(node):
         yield node, key
         if isinstance(value, dict | list):
             yield from _places(value)
+
+
+YAML_WORDS = (
+    *(b"&a ", b"*a", b"<<: ", b"!!int ", b"!!float ", b"!!bool ", b"!!binary ", b"!!timestamp ", b"!!set ", b"!!omap "),
+    *(b"!!pairs ", b"!!str ", b"!!null ", b"!!map ", b"!!seq ", b"!!merge ", b"!!python/object/apply:os.system "),
+    *(
+        b"? ",
+        b"- ",
+        b": ",
+        b"{",
+        b"}",
+        b"[",
+        b"]",
+        b",",
+        b"\n",
+        b"  ",
+        b"'",
+        b'"',
+        b"#",
+        b"|\n",
+        b">\n",
+        b"---\n",
+        b"%YAML ",
+    ),
+    *(
+        b"1:1:1",
+        b".inf",
+        b".nan",
+        b"1e999",
+        b"0x" + b"f" * 5000,
+        b"9" * 5000,
+        b"0o7",
+        b"0b1",
+        b"1_0",
+        b"_",
+        b"\x00",
+        b"\xc3",
+    ),
+    *(
+        b"yes",
+        b"2025-01-01",
+        b"=",
+        b"~",
+        b"null",
+        b"[" * 300,
+        b"{a: " * 100,
+        b"- " * 300,
+        b"(a{9999}){9999}",
+        b"(?P<",
+        b"\\",
+    ),
+)

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from helpers import Run, assert_same_run, checkpoint_steps, quick_training, text_overrides, tiny_config
+from helpers import Run, assert_same_run, checkpoint_steps, quick_training, short_config, text_overrides
 
 from lm2_jax import board
 from lm2_jax import checkpoint as checkpoint_module
@@ -17,30 +17,14 @@ from lm2_jax import train as train_module
 from lm2_jax.config import save_config
 from lm2_jax.errors import TrainingFailed, UserError
 from lm2_jax.reporting import read_records
-from lm2_jax.train import train, verify
+from lm2_jax.train import train
+from lm2_jax.verify import verify
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
     with quick_training():
         yield
-
-
-def config_of(run_dir, *overrides):
-    return tiny_config(run_dir, "train.curriculum=[]", "train.steps=12", "checkpoint.every_steps=4", *overrides)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, quick):
-    """The directory of an uninterrupted run, with checkpoints 8 and 12."""
-    run_dir = tmp_path_factory.mktemp("whole") / "run"
-    train(config_of(run_dir))
-    return run_dir
-
-
-@pytest.fixture
-def run_dir(whole, tmp_path):
-    return shutil.copytree(whole, tmp_path / "run")
 
 
 # --- Disks ----------------------------------------------------------------------------------------------------------
@@ -65,7 +49,7 @@ def read_only_disk(monkeypatch):
 def test_a_save_that_fails_ends_the_run_which_goes_on_when_the_disk_is_well(
     tmp_path, monkeypatch, whole, fault, reason
 ):
-    config = config_of(tmp_path / "run")
+    config = short_config(tmp_path / "run")
     with monkeypatch.context() as patched:
         save = checkpoint_module.Checkpoints.save
 
@@ -84,7 +68,7 @@ def test_a_save_that_fails_ends_the_run_which_goes_on_when_the_disk_is_well(
 
 
 def test_metrics_that_cannot_be_written_end_the_run(tmp_path, monkeypatch, whole):
-    config = config_of(tmp_path / "run")
+    config = short_config(tmp_path / "run")
     with monkeypatch.context() as patched:
 
         def fail(*_):
@@ -107,7 +91,7 @@ def test_a_disk_that_fills_up(tmp_path):
         pytest.skip("a small disk can be mounted by root alone")
     try:
         overrides = ("checkpoint.keep=1000", "train.steps=2000", "eval.every_steps=0")
-        save_config(config_of(disk / "run", *overrides), tmp_path / "config.yaml")
+        save_config(short_config(disk / "run", *overrides), tmp_path / "config.yaml")
         run = Run(tmp_path / "config.yaml", disk / "run", log=tmp_path / "log")
         run.finish(code=1)
         assert "cannot be written" in run.output() or "a checkpoint could not be saved" in run.output()
@@ -128,7 +112,7 @@ def test_clocks_may_jump(tmp_path, monkeypatch, whole):
     """Back and on, over and over: it is seen in the records' times, and nowhere else. Orbax bears minutes, no hours."""
     jumps, now = itertools.cycle([0, -120, 120, 5]), time.time
     monkeypatch.setattr(time, "time", lambda: now() + next(jumps))
-    train(config_of(tmp_path / "run"))
+    train(short_config(tmp_path / "run"))
     assert_same_run(tmp_path / "run", whole)
 
 
@@ -155,10 +139,10 @@ def test_a_text_that_is_lost_ends_the_run_which_goes_on_when_it_is_back(tmp_path
 
     with monkeypatch.context() as patched, pytest.raises(UserError, match=r"text\.txt: " + message):
         patched.setattr(checkpoint_module.Checkpoints, "save", save_and_lose)
-        train(config_of(tmp_path / "run", *text, "train.steps=200"))
+        train(short_config(tmp_path / "run", *text, "train.steps=200"))
     path.write_bytes(before)
     assert checkpoint_steps(tmp_path / "run") == [4]
-    train(config_of(tmp_path / "run", *text))
+    train(short_config(tmp_path / "run", *text))
     assert checkpoint_steps(tmp_path / "run") == [8, 12]
 
 

@@ -19,9 +19,9 @@ def test_parsers_take_any_input_or_refuse_it():
 
 
 _BROKEN = """
-import os, fuzz, fuzz_parsers
+import os, fuzz, fuzz_parser
 def read(directory, value): {}
-fuzz.SECONDS, fuzz.PARSERS = 1, {{"x": fuzz_parsers.Parser(lambda random: b"", read)}}
+fuzz.SECONDS, fuzz.PARSERS = 1, {{"x": fuzz_parser.Parser(lambda random: b"", read)}}
 fuzz.main()
 """
 

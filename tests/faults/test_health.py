@@ -20,6 +20,8 @@ def warnings(records):
 def test_a_run_that_is_well():
     assert warnings([WELL | {"loss": 8 * 0.99**step, "memory_norm_max": 1 + step / 100} for step in range(600)]) == []
     assert warnings([{"loss": 2.0}] * 100) == []  # no memory
+    assert warnings([WELL | {"stage": 0}] * 100 + [WELL | {"stage": 1, "loss": 9.0}] * 100) == []  # longer windows
+    assert warnings(([WELL] * 59 + [WELL | {"loss": float("nan")}]) * 5) == []  # steps that were left out
 
 
 @pytest.mark.parametrize(
@@ -28,7 +30,10 @@ def test_a_run_that_is_well():
         ({"gate_output": 0.001}, "step 105: memory is hardly read: gate_output was below 0.01 for 5 records in a row"),
         ({"gate_input": 1e-5}, "step 105: memory is hardly written: .*lower memory.forget_bias"),
         ({"gate_forget": 0.0}, "step 105: memory keeps nothing: .*raise memory.forget_bias"),
-        ({"memory_norm_max": 50.0}, "step 105: the memory grows without bound: .* norm 50, and had 1.2 at the start"),
+        (
+            {"memory_norm_max": 50.0},
+            "step 105: the memory grows without bound: .* norm 50, and had 1.2 at first",
+        ),
         ({"loss": 9.0}, "step 101: the loss jumped to 9, from a median of 2 over 50 records"),
     ],
 )

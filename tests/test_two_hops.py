@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from inspect_answers import FATES, ask, make_questions, table, two_hops
 
 from lm2_jax.config import parse_config
 from lm2_jax.data.babi import Question, Statement
+from lm2_jax.errors import UserError
+from lm2_jax.inspection.two_hops import FATES, ask, make_questions, table, two_hops
 from lm2_jax.model import build_model
 from lm2_jax.segments import run_segments
 from lm2_jax.tokenizer import load_tokenizer
@@ -65,3 +66,9 @@ def test_table():
     report = table(questions, questions.lure_B)
     assert f"| all | {count} | {1 - lured / count:.1%} | {lured / count:.1%} |" in report
     assert f"| {FATES[0]} | {sum(questions.fate_B == FATES[0])} | 100.0% | 0.0% |" in report
+
+
+def test_contexts_that_are_too_short_for_a_story():
+    config = parse_config(CONFIG, ["data.stories.facts=[8, 20]"])
+    with pytest.raises(UserError, match=r"--segments 2: 8 facts and a question need 72 tokens, 3 segments"):
+        make_questions(config, load_tokenizer(config.tokenizer), 2, B)

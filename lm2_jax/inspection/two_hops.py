@@ -1,0 +1,149 @@
+"""Which two-hop questions a trained model answers: by what became of the thing, and by how long ago it was told.
+
+Contexts are held-out qa2 stories of the generator with one question at the end, "Where is the milk?". It takes two
+statements to answer: who took the milk last or put it down, and the move that brought this person, and the milk, to
+where it is. Any memory kind can be asked. Axes: B contexts, S segments, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm2_jax.config import Config
+from lm2_jax.data.babi import Story
+from lm2_jax.data.stories import Scatterer, is_held_out
+from lm2_jax.data.worlds import World, generate_story
+from lm2_jax.errors import UserError
+from lm2_jax.inspection.survival import statement_starts
+from lm2_jax.model.decoder import Decoder
+from lm2_jax.tokenizer import Tokenizer
+
+FATES = ("taken, the holder stays", "taken and carried on", "put down, the person stays", "put down, the person leaves")
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoHops:
+    """What a qa2 question asks for.
+
+    Attributes:
+      fate: one of FATES: the last that happened to the thing, and whether the person moved afterwards.
+      handled: number of the statement that names the thing last.
+      moved: number of the statement that brought it to where it is.
+      person_now: where that person is: a wrong answer if the thing was left behind.
+    """
+
+    fate: str
+    handled: int
+    moved: int
+    person_now: str
+
+
+def two_hops(story: Story) -> TwoHops | None:
+    """Of a qa2 story with one question; None where no move of the person tells where the thing is."""
+    texts = [line.text for line in story[:-1]]
+    thing = story[-1].text.split()[-1].removesuffix("?")
+    world = World()
+    for text in texts:
+        world.tell(text)
+    handled = max(i for i, text in enumerate(texts) if f" the {thing}" in text)
+    person = texts[handled].split()[0]
+    taken = world.holder[thing] == person
+    moves = [i for i, text in enumerate(texts) if text.startswith(f"{person} ") and " to the " in text]
+    telling = [i for i in moves if taken or i < handled]
+    if not telling:
+        return None
+    fate = FATES[2 * (not taken) + (moves[-1] > handled)]
+    return TwoHops(fate, handled, telling[-1], world.place[person])
+
+
+@dataclasses.dataclass(frozen=True)
+class Questions:
+    """B contexts of S segments, with one question each.
+
+    Attributes:
+      tokens_BST: what is read.
+      asked_B: place of the token whose prediction is the answer, in its last segment.
+      target_B: the answer's id.
+      lure_B: id of the place where the person is.
+      fate_B: as in TwoHops.
+      age_B: segments between the later of the two statements and the question.
+      apart_B: segments between the two.
+    """
+
+    tokens_BST: np.ndarray
+    asked_B: np.ndarray
+    target_B: np.ndarray
+    lure_B: np.ndarray
+    fate_B: np.ndarray
+    age_B: np.ndarray
+    apart_B: np.ndarray
+
+
+def make_questions(config: Config, tokenizer: Tokenizer, segments: int, count: int, seed: int = 0) -> Questions:
+    """Held-out qa2 stories in contexts of `segments` segments, of the stories that fit.
+
+    Raises UserError if the shortest story might not fit.
+    """
+    T = config.trained_segment_length
+    low, high = config.data.stories.facts
+    needed = 8 * (low + 1)  # of tokens, at most: a line has up to 8
+    if segments * T < needed:
+        raise UserError(
+            f"--segments {segments}: {low} facts and a question need {needed} tokens, {-(-needed // T)} segments"
+        )
+    scatterer = Scatterer(tokenizer, segments * T, segment_length=T)
+    rows: list[tuple[Any, ...]] = []
+    rng = np.random.default_rng((seed, 2))
+    while len(rows) < count:
+        story = generate_story("qa2", rng, int(rng.integers(low, high + 1)), 0, 1)
+        hops = two_hops(story)
+        if hops is None or not is_held_out(story) or scatterer.length(story) > scatterer.room:
+            continue
+        document = scatterer.scatter(story, rng)
+        starts = statement_starts(document.tokens, story, tokenizer)
+        earlier, later = sorted(starts[i] // T for i in (hops.handled, hops.moved))
+        answer = int(np.flatnonzero(document.answers)[0])
+        (lure,) = tokenizer.encode(f" {hops.person_now}")
+        tokens_ST, age = document.tokens[:-1].reshape(segments, T), segments - 1 - later
+        rows.append((tokens_ST, (answer - 1) % T, document.tokens[answer], lure, hops.fate, age, later - earlier))
+    return Questions(*(np.array(column) for column in zip(*rows, strict=True)))
+
+
+def ask(model: Decoder, params: Any, questions: Questions) -> np.ndarray:
+    """The id that comes out for each question, [B]."""
+
+    @jax.jit
+    def read(tokens_BT: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
+        logits_BTV, memory = model.apply({"params": params}, tokens_BT, memory)
+        return jnp.argmax(logits_BTV, axis=-1), memory
+
+    B, S, _ = questions.tokens_BST.shape
+    memory = model.init_memory(B, params)
+    for s in range(S):
+        guess_BT, memory = read(questions.tokens_BST[:, s], memory)
+    return np.asarray(guess_BT)[np.arange(B), questions.asked_B]
+
+
+def table(questions: Questions, guess_B: np.ndarray) -> str:
+    """Answers right by fate, by the age of the later statement, and by the distance between the two."""
+    groups = {"all": np.full(len(guess_B), True)}
+    groups |= {fate: questions.fate_B == fate for fate in FATES}
+    for title, segments_B in (
+        ("segments since the later statement", questions.age_B),
+        ("segments between the two", questions.apart_B),
+    ):
+        groups |= {f"{title}: {segments}": segments_B == segments for segments in range(3)}
+        groups[f"{title}: 3 or more"] = segments_B >= 3
+    right_B = guess_B == questions.target_B
+    lured_B = (guess_B == questions.lure_B) & ~right_B
+    lines = ["| qa2 | asked | right | the person's present place instead |", "| --- | --- | --- | --- |"]
+    for name, among_B in groups.items():
+        if among_B.any():
+            shares = f"{right_B[among_B].mean():.1%} | {lured_B[among_B].mean():.1%}"
+            lines.append(f"| {name} | {among_B.sum()} | {shares} |")
+    return "\n".join(lines)
