@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,8 @@ from lm2_jax.errors import UserError
 from lm2_jax.reporting import Record, read_records
 
 _SMOOTHED = 200  # points: of longer runs, neighbours are averaged
-_STYLES = ("-", "--", ":")
+_STYLES = ("-", "--", ":", "-.")
+_MARKS = ("o", "s", "^", "D", "v")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +83,7 @@ class Panel:
     def is_empty(self, runs: Sequence[Run]) -> bool:
         """Whether no run has anything for it."""
         if not self.lines:
-            return not any(run.accuracy for run in runs)
+            return not any(_in_context(run) for run in runs)
         return not any(_is_number(record, key) for run in runs for record in run.records for key in self.lines)
 
 
@@ -156,18 +158,25 @@ def _draw_lines(axis: Any, values: Mapping[str, str], runs: Sequence[Run], x: st
 
 
 def _draw_accuracy(axis: Any, runs: Sequence[Run]) -> None:
-    """Accuracy by context length, with 95% intervals; a line style for each set of questions."""
+    """Accuracy by context length, with 95% intervals; a line style and a mark for each set of questions."""
     ticks: set[int] = set()
+    sets = dict.fromkeys(cell["questions"] for run in runs for cell in _in_context(run))
+    looks = dict(zip(sets, itertools.product(_MARKS, _STYLES), strict=False))
     for number, run in enumerate(runs):
-        for name, style in zip(dict.fromkeys(cell["questions"] for cell in run.accuracy), _STYLES, strict=False):
-            cells = [cell for cell in run.accuracy if cell["questions"] == name and cell["segments"]]
-            tokens, middle, low, high = zip(
-                *((cell["tokens"], cell["accuracy"], cell["low"], cell["high"]) for cell in cells), strict=True
-            )
-            label = run.name if style == _STYLES[0] else None
-            axis.plot(tokens, middle, style, marker="o", markersize=4, color=f"C{number}", label=label)
+        label: str | None = run.name
+        for name, (mark, style) in looks.items():
+            cells = [cell for cell in _in_context(run) if cell["questions"] == name]
+            if not cells:
+                continue
+            columns = ([cell[key] for cell in cells] for key in ("tokens", "accuracy", "low", "high"))
+            tokens, middle, low, high = columns
+            axis.plot(tokens, middle, style, marker=mark, markersize=4, color=f"C{number}", label=label)
             axis.fill_between(tokens, low, high, color=f"C{number}", alpha=0.2)
             ticks |= set(tokens)
+            label = None
+    if len(looks) > 1:
+        for name, (mark, style) in looks.items():
+            axis.plot([], [], style, marker=mark, markersize=4, color="grey", label=name)
     trained = {max(r["segments"] * r["segment_length"] for r in run.records) for run in runs if run.accuracy}
     if len(trained) == 1:
         axis.axvline(*trained, color="grey", linestyle=":", label="longest in training")
@@ -175,6 +184,11 @@ def _draw_accuracy(axis: Any, runs: Sequence[Run]) -> None:
     axis.set_xticks(sorted(ticks), [f"{tick:,}" for tick in sorted(ticks)])
     axis.minorticks_off()
     axis.set_xlabel("tokens of context")
+
+
+def _in_context(run: Run) -> list[Mapping[str, Any]]:
+    """The accuracies at lengths above 0, where questions stand alone."""
+    return [cell for cell in run.accuracy if cell["segments"]]
 
 
 def _is_number(record: Record, key: str) -> bool:

@@ -36,8 +36,12 @@ def drop_records_after(path: Path, step: int) -> None:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The lines of a metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """The lines of a metrics.jsonl; one that is being written, without its end, is left out.
+
+    Raises OSError, or ValueError for what is no metrics.jsonl.
+    """
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 class Reporter:
@@ -148,53 +152,5 @@ def accuracy_table(table: Sequence[Mapping[str, Any]], trained_segments: int) ->
     return shown
 
 
-def plot_run(path: Path, records: Sequence[Record], table: Sequence[Mapping[str, Any]], trained_segments: int) -> None:
-    """A picture of the run: loss and training accuracy by step, and accuracy by context length where there is one."""
-    import matplotlib  # slow to import; wanted only at the end of a run
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2 if table else 1, figsize=(12 if table else 7, 4.2), squeeze=False)
-    steps = [r["step"] for r in records]
-    left = axes[0, 0]
-    left.plot(steps, [_or_nan(r["loss"]) for r in records], color="tab:blue", linewidth=1, label="loss")
-    validated = [r for r in records if r.get("validation_loss") is not None]
-    validation = [r["step"] for r in validated], [r["validation_loss"] for r in validated]
-    left.plot(*validation, "o-", color="tab:orange", markersize=3, label="validation loss (nats a token)")
-    left.set(xlabel="step", ylabel="loss", yscale="log", title="Training")
-    if any(r.get("accuracy") is not None for r in records):
-        right = left.twinx()
-        right.plot(steps, [_or_nan(r.get("accuracy")) for r in records], color="tab:green", linewidth=0.8, alpha=0.6)
-        right.set(ylabel="share of answers right (green)", ylim=(0, 1.02))
-    left.legend(loc="lower left", fontsize=8)
-    if table:
-        plot_accuracy(axes[0, 1], table, trained_segments)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def plot_accuracy(axis: Any, table: Sequence[Mapping[str, Any]], trained_segments: int) -> None:
-    """Accuracy against context length with 95% intervals, on a matplotlib axis."""
-    lengths = sorted({cell["segments"] for cell in table})
-    for name in dict.fromkeys(cell["questions"] for cell in table):
-        cells = [cell for cell in table if cell["questions"] == name]
-        x = [lengths.index(cell["segments"]) for cell in cells]
-        axis.plot(x, [cell["accuracy"] for cell in cells], "o-", markersize=4, label=name)
-        axis.fill_between(x, [cell["low"] for cell in cells], [cell["high"] for cell in cells], alpha=0.2)
-    if trained_segments in lengths:
-        axis.axvline(lengths.index(trained_segments), color="grey", linestyle=":", label="longest in training")
-    axis.set_xticks(range(len(lengths)), [str(length) for length in lengths])
-    axis.set(xlabel="context length, segments", ylabel="accuracy (exact match)", ylim=(0, 1.02))
-    axis.set_title("Accuracy by context length")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-
-
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _or_nan(value: float | None) -> float:
-    return math.nan if value is None else value

@@ -22,6 +22,7 @@ import jax
 from lm2_jax.checkpoint import Checkpoints, Progress, load, load_memory, read_run_config
 from lm2_jax.config import Config, StageConfig, dump_config, load_config
 from lm2_jax.convert.engine import by_path
+from lm2_jax.curves import Run, plot_runs
 from lm2_jax.data.lanes import make_iterator
 from lm2_jax.data.pipeline import Pipeline, check_vocabulary, with_vocabulary
 from lm2_jax.distributed import is_alone, is_first, joined, stop_signals
@@ -40,7 +41,6 @@ from lm2_jax.reporting import (
     SilentReporter,
     accuracy_table,
     drop_records_after,
-    plot_run,
     read_records,
 )
 from lm2_jax.sharding import make_mesh, own_lanes, to_devices, use_mesh
@@ -182,7 +182,7 @@ def train(config: Config) -> dict[str, Any]:
             "accuracy_by_length": table,
         }
         write_atomically(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
-        plot_run(run_dir / "training.png", records, table, stages[-1].segments)
+        plot_runs(run_dir / "training.png", [Run(run_dir.name, records, table)], ("loss", "answers", "length"))
         reporter.say(f"written: {run_dir / 'summary.json'} and {run_dir / 'training.png'}")
     return summary
 

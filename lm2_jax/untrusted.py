@@ -35,7 +35,7 @@ def beside(directory: Path, name: str) -> Path:
         raise UserError(f"{directory}: {shown(name)} cannot be read ({error.strerror})") from None
     if not is_file:
         raise UserError(f"{path}: is missing, or no plain file")
-    blobs = [home.parent.parent / "blobs"] if home.parent.name == "snapshots" else []
+    blobs = [parent.parent / "blobs" for parent in home.parents if parent.name == "snapshots"]
     if not any(real.is_relative_to(place) for place in (home, *blobs)):
         raise UserError(f"{path}: is a link to a file outside of its directory; put the file itself there")
     return path

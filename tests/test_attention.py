@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
 from lm2_jax.model import attention as module
-from lm2_jax.model.attention import attention
+from lm2_jax.model.attention import attention, attention_shares
 
 B, T, U, K = 2, 256, 128, 64
 
@@ -62,3 +62,15 @@ def test_what_has_no_tiles_is_computed_plainly(on_tpu, queries, keys, width):
     shapes = ((1, queries, 1, width), (1, keys, 1, width), (1, keys, 1, width))
     out = attention(*(jnp.ones(shape) for shape in shapes))
     np.testing.assert_allclose(out, 1.0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("H", "G"), [(4, 4), (4, 2)])
+def test_shares_are_what_attention_mixes_by(H, G):
+    """Of keys whose values are one-hot, attention gives the shares themselves."""
+    q_BTHK, k_BUGK, _ = arrays(H, G, K)
+    one_hot_BUGU = jnp.broadcast_to(jnp.eye(K)[:, None], (B, K, G, K))
+    seen_BU = jnp.arange(K) < jnp.array([[K], [10]])
+    groups = {"groups_BT": jnp.ones((B, T), jnp.int32), "groups_BU": seen_BU.astype(jnp.int32)}
+    mixed_BTHU = attention(q_BTHK, k_BUGK, one_hot_BUGU, **groups)
+    shares_BTU = attention_shares(q_BTHK, k_BUGK, seen_BU[:, None])
+    np.testing.assert_allclose(shares_BTU, mixed_BTHU.mean(2), atol=1e-5)

@@ -1,7 +1,9 @@
 """Curves are drawn of what runs have, and of runs that are going on."""
 
+import dataclasses
 import json
 
+import matplotlib.figure
 import pytest
 from plot_run import main
 
@@ -34,6 +36,41 @@ def test_runs_are_drawn(tmp_path, monkeypatch, capsys, recwarn):
     main()
     assert output.stat().st_size > 20_000 and capsys.readouterr().out == f"written: {output}\n"
     assert not recwarn.list
+
+
+def axes_of(monkeypatch, path, runs, panels):
+    figures = []
+    make = matplotlib.figure.Figure
+    monkeypatch.setattr(matplotlib.figure, "Figure", lambda *a, **k: figures.append(make(*a, **k)) or figures[0])
+    plot_runs(path, runs, panels)
+    return [axis for axis in figures[0].axes if axis.axison]
+
+
+def test_every_set_of_questions_is_drawn_and_named(tmp_path, monkeypatch):
+    cell = {"accuracy": 0.5, "low": 0.4, "high": 0.6}
+    sets = [f"qa{number}" for number in range(1, 7)]
+    table = [cell | {"questions": q, "segments": s, "tokens": 8 * s or 5} for q in sets for s in (0, 1, 2)]
+    (run,) = read_runs([write_run(tmp_path / "run")])
+    (axis,) = axes_of(monkeypatch, tmp_path / "x.png", [dataclasses.replace(run, accuracy=table)], ["length"])
+    named = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert named == ["run", *sets, "longest in training"]
+    curves = [line for line in axis.lines if list(line.get_xdata()) == [8, 16]]
+    assert len({(line.get_linestyle(), line.get_marker()) for line in curves}) == len(sets)
+
+
+def test_questions_without_a_context_have_no_panel(tmp_path, monkeypatch):
+    (run,) = read_runs([write_run(tmp_path / "run")])
+    alone = [dict(run.accuracy[0]) | {"segments": 0, "tokens": 5}]
+    (axis,) = axes_of(monkeypatch, tmp_path / "x.png", [dataclasses.replace(run, accuracy=alone)], ["loss", "length"])
+    assert axis.get_title() == "Loss"
+
+
+def test_a_record_that_is_being_written_waits(tmp_path):
+    path = write_run(tmp_path / "run", finished=False)
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 301, "lo')
+    (run,) = read_runs([path])
+    assert run.records[-1]["step"] == 300
 
 
 def test_mistakes(tmp_path):

@@ -64,8 +64,8 @@ def test_reading(overrides):
     np.testing.assert_allclose(reading.change_LSN[:, -1], change_LN, rtol=1e-3)
 
 
-def test_shares_are_those_of_the_model():
-    """A slot that is attended to alone is what all tokens read; padding is not written."""
+def test_shares_add_up():
+    """To one; padding is not written."""
     model, params = make()
     tokens_BT, document_BT = np.arange(2 * T).reshape(2, T), np.ones((2, T), np.int32)
     document_BT[:, 20:] = 0

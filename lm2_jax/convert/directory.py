@@ -63,7 +63,9 @@ def read(path: Path, track: Track | None = None) -> Checkpoint:
         check_values(bank, found, path / _MEMORY)
         memory = found["memory_bank"].read()
     origin = path / "origin"
-    return Checkpoint(config, tensors, memory, origin if origin.is_dir() and not origin.is_symlink() else None)
+    if origin.is_symlink():
+        raise UserError(f"{origin}: is a link to elsewhere; put the directory itself there")
+    return Checkpoint(config, tensors, memory, origin if origin.is_dir() else None)
 
 
 def write(checkpoint: Checkpoint, directory: Path, track: Track) -> None:

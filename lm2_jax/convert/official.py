@@ -45,7 +45,8 @@ def read(path: Path, overrides: Sequence[str], track: Track) -> Checkpoint:
     file = path / "state_dict.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"{file}: no such file; expected the official state dict")
-    beside(directory, file.name)
+    if path.is_dir():  # a file that the user names may lie anywhere
+        beside(directory, file.name)
     config = _config_of(directory / "config.json", overrides)
     tensors = open_tensors(file, "state_dict")
     shapes = abstract_params(config)

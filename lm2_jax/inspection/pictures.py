@@ -240,7 +240,7 @@ def _ticks(slots: Sequence[int], most: int) -> tuple[list[int], list[str]]:
 
 
 def _short(word: str) -> str:
-    word = word.strip(" ").replace("\n", "\\n").replace("$", r"\$")
+    word = "".join(c if c.isprintable() else repr(c)[1:-1] for c in word.strip(" ")).replace("$", r"\$")
     return word if len(word) <= 12 else word[:11] + "…"
 
 

@@ -66,6 +66,9 @@ def test_a_snapshot_of_the_hub_links_to_its_blobs(tmp_path):
     (snapshot / "config.json").symlink_to("../../blobs/5e")
     (snapshot / "other.json").symlink_to("../../secret")
     assert read_json(snapshot / "config.json") == {}
+    (snapshot / "checkpoint-10").mkdir()
+    (snapshot / "checkpoint-10" / "config.json").symlink_to("../../../blobs/5e")
+    assert read_json(snapshot / "checkpoint-10" / "config.json") == {}
     assert "outside of its directory" in refused(read_json, snapshot / "other.json")
 
 
@@ -91,12 +94,8 @@ def test_a_converted_directory_leads_nowhere_else(tmp_path, name):
         with directory.new_directory(tmp_path / "copy") as partial:
             directory.write(directory.read(path), partial, lambda items, _: items)
 
-    if name == "origin":
-        copy()
-        assert not (tmp_path / "copy" / "origin").exists()
-    else:
-        assert f"{Path(name).name}: is a link to a file outside of its directory" in refused(copy)
-        assert not (tmp_path / "copy").exists()
+    assert f"{Path(name).name}: is a link to " in refused(copy)
+    assert not (tmp_path / "copy").exists()
 
 
 # --- Sizes ---------------------------------------------------------------------------------------------------------
