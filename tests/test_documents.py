@@ -155,8 +155,8 @@ def test_bin_documents_start_at_begin_tokens(tmp_path, monkeypatch):
         ({"count": 4}, "1036 bytes, but its header promises 4 tokens, that is 1040 bytes; the file is cut short"),
         ({"count": -4}, "promises -4 tokens"),
         ({"extra": b"\0"}, "1037 bytes, .* 3 tokens, that is 1036 bytes; the file is longer than that"),
-        ({"tokens": [1, 10, 12]}, "token 2 is id 12, but model.vocab_size is 10"),
-        ({"tokens": [1, 2**32 - 1, 0]}, "token 1 is id 4294967295, but model.vocab_size is 10"),
+        ({"tokens": [1, 10, 12]}, "token 2 is id 12, outside of a vocabulary of 10"),
+        ({"tokens": [1, 2**32 - 1, 0]}, "token 1 is id 4294967295, outside of a vocabulary of 10"),
         ({"tokens": []}, "data.path: no documents"),
     ],
 )

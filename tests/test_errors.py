@@ -136,7 +136,7 @@ def test_shards(fails):
     for said in (
         "magic.bin: magic 7, version 7; expected 20240801, 7",
         "short.bin: 1032 bytes, but its header promises 9 tokens, that is 1060 bytes; the file is cut short",
-        "large.bin: token 1 is id 50, but model.vocab_size is 50",
+        "large.bin: token 1 is id 50, outside of a vocabulary of 50",
         "tiny.bin: ends inside its header",
     ):
         assert said in message

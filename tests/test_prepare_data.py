@@ -21,9 +21,9 @@ import pytest
 from lm2_jax.config import TokenizerConfig
 from lm2_jax.data import prepare as prepare_module
 from lm2_jax.data.documents import BinSource, JsonLinesSource, TextSource
-from lm2_jax.data.inputs import open_inputs
+from lm2_jax.data.inputs import HubInput, TextInput, Unreachable, open_inputs
 from lm2_jax.data.prepare import Settings, group_inputs, prepare, run_locally
-from lm2_jax.data.prepared import PreparedSource, read_manifest
+from lm2_jax.data.prepared import PreparedSource, read_manifest, verify
 from lm2_jax.errors import UserError
 from lm2_jax.tokenizer import BytesTokenizer, find_tokenizer
 
@@ -138,6 +138,12 @@ def test_official_shards_in_and_out(tmp_path):
     prepare(inputs_of([lines]), settings_of(tmp_path / "bin", format="bin", shard_bytes=10), run_locally(1))
     assert (tmp_path / "bin" / "corpus_val_000000.bin").read_bytes() == bin_shard("abc", "d" * 50, "e")
     assert len(BinSource([tmp_path / "bin" / "*.bin"], 258, 256)) == 3
+    verify(tmp_path / "bin", read_manifest(tmp_path / "bin"))
+    shard = bytearray((tmp_path / "bin" / "corpus_val_000000.bin").read_bytes())
+    shard[1030] ^= 1
+    write(tmp_path / "bin" / "corpus_val_000000.bin", shard)
+    with pytest.raises(UserError, match=r"corpus_val_000000.bin: is damaged \(its SHA-256 is not the manifest's\)"):
+        verify(tmp_path / "bin", read_manifest(tmp_path / "bin"))
 
 
 def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
@@ -146,8 +152,8 @@ def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
         return datasets.Dataset.from_dict({"text": TEXTS, "id": list(range(len(TEXTS)))}).to_iterable_dataset()
 
     class Hub:
-        def dataset_info(self, repository):
-            if repository != "owner/corpus":
+        def dataset_info(self, repository, revision):
+            if repository != "owner/corpus" or revision not in (None, "abc", "refs/pr/1"):
                 raise ValueError("404\nlong text")
             return type("Info", (), {"sha": "abc"})()
 
@@ -156,11 +162,46 @@ def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
     manifest = prepare(inputs_of(["owner/corpus:small"]), settings_of(tmp_path / "out"), run_locally(1))
     assert texts_in(tmp_path / "out") == WRITTEN
     assert manifest.sources == ({"name": "owner/corpus:small", "split": "train", "revision": "abc"},)
+    for revision in ("abc", "refs/pr/1"):
+        assert inputs_of([f"owner/corpus@{revision}:small"]) == inputs_of(["owner/corpus:small"])
+    with pytest.raises(UserError, match=r"owner/corpus@def is no file, and"):
+        inputs_of(["owner/corpus@def"])
     with pytest.raises(UserError, match=r"owner/none is no file, and no data set .* \(ValueError: 404\)"):
         inputs_of(["owner/none"])
     with pytest.raises(UserError, match=r"owner/corpus:small: has no column 'content'; its columns are text, id"):
         inputs = inputs_of(["owner/corpus:small"], field="content")
         prepare(inputs, settings_of(tmp_path / "none", field="content"), run_locally(1))
+    with pytest.raises(UserError, match=r"owner/corpus:small: row 1: 'id' holds int; expected strings"):
+        inputs = inputs_of(["owner/corpus:small"], field="id")
+        prepare(inputs, settings_of(tmp_path / "numbers", field="id"), run_locally(1))
+
+
+class Dropped(Exception):
+    """As a library of the network's may raise."""
+
+
+@pytest.mark.parametrize("failure", [Dropped("no route"), ConnectionError("no route"), TimeoutError("no route")])
+def test_a_hub_that_cannot_be_reached_costs_no_document(tmp_path, monkeypatch, failure):
+    """Whatever --on-error says: the run ends, and the next one goes on."""
+    reachable = 3
+
+    def rows():
+        for number, text in enumerate(TEXTS):
+            if number == reachable:
+                raise failure
+            yield {"text": text}
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows())
+    source = HubInput("owner/corpus", None, "train", "text", "abc")
+    settings = settings_of(tmp_path / "out", on_error="skip", shard_bytes=5)
+    monkeypatch.setattr("lm2_jax.data.inputs.CHUNK_BYTES", 4)
+    with pytest.raises(
+        Unreachable, match=r"owner/corpus: the hub's rows come no more \(\w+: no route\); the same comma"
+    ):
+        prepare([source], settings, run_locally(1))
+    reachable = len(TEXTS)
+    assert prepare([source], settings, run_locally(1)).skipped == 0
+    assert texts_in(tmp_path / "out") == WRITTEN
 
 
 @pytest.mark.parametrize(("name", "module"), [("x.parquet", "pyarrow.parquet"), ("x.txt.zst", "pyarrow")])
@@ -294,7 +335,7 @@ def test_finished_work_is_found_done_and_other_work_refused(corpus, prepared, tm
     assert prepare(inputs, settings, run_locally(1)).documents == read_manifest(tmp_path).documents
     with pytest.raises(UserError, match=r"holds another preparation[^$]*shard_bytes: 1500 there, 99 now"):
         prepare(inputs, dataclasses.replace(settings, shard_bytes=99), run_locally(1))
-    with pytest.raises(UserError, match=r"holds another preparation[^$]*inputs: "):
+    with pytest.raises(UserError, match=r"holds another preparation[^$]*\n  input: {'name': [^$]*\.jsonl"):
         prepare(inputs[1:], settings, run_locally(1))
     assert files_in(tmp_path) == prepared
 
@@ -304,10 +345,42 @@ def test_unfinished_work_of_changed_inputs_is_refused(tmp_path):
     with pytest.raises(UserError, match="line 2: not JSON"):
         prepare(inputs_of([path]), settings_of(tmp_path / "out"), run_locally(1))
     write(path, json_lines(["other"]))
-    with pytest.raises(UserError, match=r"holds unfinished work of another preparation[^$]*inputs: "):
+    with pytest.raises(UserError, match=r"holds unfinished work of another preparation[^$]*  input: {"):
         prepare(inputs_of([path]), settings_of(tmp_path / "out"), run_locally(1))
     with pytest.raises(UserError, match=r"holds other files \(out, x.jsonl\); give a new directory"):
         prepare(inputs_of([path]), settings_of(tmp_path), run_locally(1))
+
+
+def test_of_many_changed_inputs_some_are_named(tmp_path):
+    paths = [write(tmp_path / f"{number}.jsonl", json_lines(["a"])) for number in range(10, 30)]
+    settings = settings_of(tmp_path / "out")
+    prepare(inputs_of(paths), settings, run_locally(1))
+    for path in paths[7:17]:
+        write(path, json_lines(["other"]))
+    with pytest.raises(UserError) as error:
+        prepare(inputs_of(paths), settings, run_locally(1))
+    _, *named, more = str(error.value).split("\n")
+    assert all(f"{number}.jsonl" in line for number, line in zip(range(17, 22), named, strict=True))
+    assert more == "  and 5 inputs more"
+
+
+def test_inputs_that_are_in_whole_shards_are_not_read_again(tmp_path, monkeypatch):
+    paths = [write(tmp_path / f"{number}.txt", TEXTS[-2].encode()) for number in range(4)]
+    settings = settings_of(tmp_path / "out", shard_bytes=len(TEXTS[-2]))
+    read, asked = TextInput.read, []
+
+    def read_until(self):
+        asked.append(self.path.name)
+        if len(asked) == 3:
+            raise Killed
+        return read(self)
+
+    monkeypatch.setattr(TextInput, "read", read_until)
+    with pytest.raises(Killed):
+        prepare(inputs_of(paths), settings, run_locally(1))
+    prepare(inputs_of(paths), settings, run_locally(1))
+    assert asked == ["0.txt", "1.txt", "2.txt", "1.txt", "2.txt", "3.txt"]  # 1 was whole, but for its report
+    assert len(texts_in(tmp_path / "out")) == 4
 
 
 def test_only_one_process_at_a_time(tmp_path):
@@ -371,7 +444,9 @@ def test_damaged_inputs(tmp_path, case):
     name, data, message, kept = DAMAGED[case]
     path, other = write(tmp_path / name, data), write(tmp_path / "y.jsonl", json_lines(["other"]))
     settings = settings_of(tmp_path / "out")
-    with pytest.raises(UserError, match=rf"{message}[^$]*\nmend it, or call again with --on-error skip"):
+    with pytest.raises(
+        UserError, match=rf"{message}[^$]*\ncall again with --on-error skip to leave such documents out"
+    ):
         prepare(inputs_of([path, other]), settings, run_locally(1))
     assert not (tmp_path / "out" / "manifest.json").exists()
     manifest = prepare(inputs_of([path, other]), dataclasses.replace(settings, on_error="skip"), run_locally(1))

@@ -19,7 +19,15 @@ from lm2_jax.config import pattern_problem
 from lm2_jax.data.documents import BinSource, DocumentSource
 from lm2_jax.data.inputs import open_inputs
 from lm2_jax.data.prepare import Settings, Tally, prepare, run_locally
-from lm2_jax.data.prepared import Manifest, PreparedSource, data_file, read_index, read_manifest, tokenizer_of
+from lm2_jax.data.prepared import (
+    Manifest,
+    PreparedSource,
+    data_file,
+    read_index,
+    read_manifest,
+    tokenizer_of,
+    verify,
+)
 from lm2_jax.errors import UserError, run_command
 from lm2_jax.tokenizer import find_tokenizer, load_tokenizer
 
@@ -86,7 +94,7 @@ def main() -> None:
 
 def run(args: argparse.Namespace, settings: Settings) -> None:
     """Prepares, and says what was made."""
-    tokenizer = load_tokenizer(settings.tokenizer)
+    tokenizer = settings.load_tokenizer()
     inputs = open_inputs(
         args.input,
         field=settings.field,
@@ -155,6 +163,7 @@ def inspect(directory: Path) -> None:
     Raises UserError if the directory is not whole.
     """
     manifest = read_manifest(directory, "--inspect")
+    verify(directory, manifest)
     source = _open(directory, manifest)
     lengths = read_index(directory, manifest)[:, 0]
     console = Console(width=None if sys.stdout.isatty() else 120)
@@ -182,9 +191,7 @@ def _open(directory: Path, manifest: Manifest) -> DocumentSource:
         paths = [data_file(directory, shard.name, "bin") for shard in manifest.shards]
         bos_id = load_tokenizer(tokenizer_of(directory, manifest)).bos_id
         return BinSource(paths, manifest.tokenizer.vocab_size, bos_id, key="--inspect")
-    source = PreparedSource([directory], key="--inspect")
-    source.verify()
-    return source
+    return PreparedSource([directory], key="--inspect")
 
 
 def padding_table(lengths: np.ndarray) -> Table:

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from lm2_jax.data.paths import expand_paths
-from lm2_jax.data.texts import bom_size, cut_text, decode_text, json_text, tokenize
+from lm2_jax.data.texts import bom_size, cut_text, decode_text, json_text, read_lines, tokenize
 from lm2_jax.errors import UserError
 from lm2_jax.tokenizer import Tokenizer
 
@@ -139,9 +139,6 @@ class TextSource(_FileSource):
         return tokenize(data.decode(), self._tokenizer), len(data)
 
 
-_LONGEST_LINE = 1 << 25  # bytes: lists in lists take some 30 times as many once they are read
-
-
 class JsonLinesSource(_FileSource):
     """JSON lines: each an object whose `text` is a document; blank lines and texts of white space are left out.
 
@@ -159,9 +156,7 @@ class JsonLinesSource(_FileSource):
         with path.open("rb") as file:
             start = bom_size(file.read(3))
             file.seek(start)
-            for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE + 1), b""), start=1):
-                if len(line) > _LONGEST_LINE:
-                    raise UserError(f"{path}: line {number}: is longer than {_LONGEST_LINE:,} bytes; cut its text")
+            for number, line in enumerate(read_lines(file, path), start=1):
                 end = start + len(line)
                 if line.strip() and json_text(decode_text(line, path, start), f"{path}: line {number}").strip():
                     yield start, end
@@ -205,8 +200,8 @@ class BinSource(_FileSource):
             chunk = tokens[start : start + self._CHUNK]
             if (largest := int(chunk.max())) >= self._vocab_size:
                 raise UserError(
-                    f"{path}: token {start + int(chunk.argmax())} is id {largest}, but model.vocab_size is "
-                    f"{self._vocab_size}; set it to the vocabulary that the shard was made with"
+                    f"{path}: token {start + int(chunk.argmax())} is id {largest}, outside of a vocabulary of "
+                    f"{self._vocab_size}; set the one that the shard was made with"
                 )
             for begin in (start + np.flatnonzero(chunk == self._bos_id)).tolist():
                 if begin > document:

@@ -23,11 +23,12 @@ import numpy as np
 
 from lm2_jax.data.documents import BinSource
 from lm2_jax.data.paths import expand_paths
-from lm2_jax.data.texts import bom_size, cut_text, decode_text, json_text
+from lm2_jax.data.texts import bom_size, cut_text, decode_text, json_text, read_lines
 from lm2_jax.errors import UserError
 
 Raw = bytes | str | None
 CHUNK_BYTES = 1 << 20
+_HUB_ID = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<config>[\w.-]+))?")
 _ENDINGS = (".txt", ".md", ".jsonl", ".ndjson", ".json", ".parquet", ".bin", ".gz", ".zst")
 
 
@@ -51,6 +52,10 @@ class Chunk:
         return sum(len(raw or b"") for raw in self.raw)
 
 
+class Unreachable(UserError):
+    """An input that cannot be read now, through no fault of its own: nothing of it is lost, so nothing is skipped."""
+
+
 class Input(Protocol):
     """A stream of raw documents that can be pickled."""
 
@@ -67,7 +72,8 @@ class Input(Protocol):
     def read(self) -> Iterator[Chunk]:
         """The raw documents in order; the same ones, in the same chunks, every time.
 
-        Raises UserError, with the place, where the rest cannot be read; what comes before it is given first.
+        Raises UserError, with the place, where the rest cannot be read; what comes before it is given first. Raises
+        Unreachable where trying again may help.
         """
         ...
 
@@ -93,7 +99,8 @@ def open_inputs(
     vocab_size: int,
     bos_id: int | None,
 ) -> list[Input]:
-    """The inputs that names stand for: files and globs, sorted, then hub ids such as `owner/name:config`.
+    """The inputs that names stand for: files and globs, sorted, then hub ids: `owner/name`, with `@revision` and
+    `:config` if you like.
 
     Endings tell how a file is read: .jsonl, .ndjson, .json (lines of objects), .parquet, .bin (the official layout);
     all others are text. .gz or .zst may follow, but for .parquet and .bin.
@@ -192,7 +199,7 @@ class JsonLinesInput(_File):
     def read(self) -> Iterator[Chunk]:
         """See `Input`."""
         with _unpacked(self.path) as (file, raw_file):
-            yield from _chunks(file, raw_file.tell, f"{self.name}: line")
+            yield from _chunks(read_lines(file, self.name), raw_file.tell, f"{self.name}: line")
 
     def parse(self, chunk: Chunk) -> Iterator[str | UserError]:
         """See `Input`."""
@@ -349,7 +356,7 @@ class HubInput(_Rows):
 
     @property
     def name(self) -> str:
-        """As given: `owner/name:config`."""
+        """`owner/name:config`."""
         return f"{self.repository}:{self.config}" if self.config else self.repository
 
     def read(self) -> Iterator[Chunk]:
@@ -360,14 +367,29 @@ class HubInput(_Rows):
                 self.repository, self.config, split=self.split, revision=self.revision, streaming=True
             )
         except Exception as error:  # of any of a dozen libraries
-            raise UserError(f"{self.name}: cannot be opened ({_first_line(error)})") from None
+            raise Unreachable(f"{self.name}: cannot be opened ({_first_line(error)})") from None
         yield from _chunks(self._values(rows), None, f"{self.name}: row")
 
     def _values(self, rows: Iterable[dict[str, Any]]) -> Iterator[str | None]:
-        for row in rows:
+        for number, row in enumerate(self._reachable(rows), 1):
             if self.field not in row:
                 raise UserError(f"{self.name}: has no column {self.field!r}; its columns are {', '.join(row)}")
-            yield row[self.field]
+            value = row[self.field]
+            if not isinstance(value, str | None):
+                kind = type(value).__name__
+                raise UserError(f"{self.name}: row {number}: {self.field!r} holds {kind}; expected strings")
+            yield value
+
+    def _reachable(self, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The rows. Raises Unreachable for what is not the data's fault: the network's, the hub's, a full cache's."""
+        try:
+            yield from rows
+        except Exception as error:  # of any of a dozen libraries
+            if isinstance(error, (ValueError, _arrow_error())) and not isinstance(error, OSError):
+                raise
+            raise Unreachable(
+                f"{self.name}: the hub's rows come no more ({_first_line(error)}); the same command goes on from here"
+            ) from None
 
     def state(self) -> dict[str, Any]:
         """See `Input`."""
@@ -379,21 +401,21 @@ class HubInput(_Rows):
 
 
 def _is_hub_id(name: str) -> bool:
-    looks_like_one = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", name)
-    return bool(looks_like_one) and not Path(name).exists() and Path(name).suffix.lower() not in _ENDINGS
+    return bool(_HUB_ID.fullmatch(name)) and not Path(name).exists() and Path(name).suffix.lower() not in _ENDINGS
 
 
 def _open_hub(name: str, split: str, field: str) -> HubInput:
-    """The data set at the revision that is newest now, so that a resumed preparation reads the same one."""
+    """The data set at the revision that is named, or is newest now: as a commit, which will not move."""
     _library("datasets", f"{name}: a data set of the Hugging Face hub")
-    repository, _, config = name.partition(":")
+    repository, revision, config = _HUB_ID.fullmatch(name).group("repository", "revision", "config")
     try:
-        revision = importlib.import_module("huggingface_hub").HfApi().dataset_info(repository).sha
+        hub = importlib.import_module("huggingface_hub").HfApi()
+        commit = hub.dataset_info(repository, revision=revision).sha
     except Exception as error:  # of any of a dozen libraries
         raise UserError(
             f"--input: {name} is no file, and no data set that the Hugging Face hub shows ({_first_line(error)})"
         ) from None
-    return HubInput(repository, config or None, split, field, revision)
+    return HubInput(repository, config, split, field, commit)
 
 
 def _library(module: str, what: str) -> None:

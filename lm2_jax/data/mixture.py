@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import grain
@@ -38,11 +39,11 @@ class Mixture:
     def shuffled(self, seed: int) -> grain.MapDataset[int]:
         """An endless dataset of document numbers, by ordinal: a function of `seed` and the ordinal alone.
 
-        Each source is read in an order of its own, another in each of its epochs; of any stretch of ordinals, each has
-        its share to the document.
+        Each source is read in an order of its own, another in each of its epochs. Each has its share of a long stretch
+        of ordinals, to a hundredth of it: grain rounds weights to hundredths of the smallest.
         """
         parts = [
             grain.MapDataset.range(start, stop).seed(seed + number).shuffle().repeat(None)
-            for number, (start, stop) in enumerate(zip(self._starts.tolist(), self._starts[1:].tolist(), strict=False))
+            for number, (start, stop) in enumerate(itertools.pairwise(self._starts.tolist()))
         ]
         return grain.MapDataset.mix(parts, self._weights)

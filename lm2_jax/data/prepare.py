@@ -19,8 +19,9 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from lm2_jax.config import TokenizerConfig
-from lm2_jax.data.inputs import Chunk, Input
+from lm2_jax.data.inputs import Chunk, Input, Unreachable
 from lm2_jax.data.prepared import (
     MANIFEST,
     Encoded,
@@ -46,10 +47,13 @@ from lm2_jax.data.texts import tokenize
 from lm2_jax.errors import UserError
 from lm2_jax.files import lock_directory, write_atomically
 from lm2_jax.tokenizer import Tokenizer, load_tokenizer
+from lm2_jax.untrusted import shown
 
 PROBLEMS_KEPT = 100
+_DIFFERENCES_SHOWN = 5
 _PROGRESS = ".progress"
 _PLAN = "plan.json"
+_SHOWN_AT_A_GLANCE = ("name", "bytes", "split", "revision")  # of an input, without its checksum
 _OPTIONS = ("separator", "field", "split", "shard_bytes", "format")
 
 
@@ -80,9 +84,16 @@ class Settings:
         """Where unfinished work is."""
         return self.output / _PROGRESS
 
+    def load_tokenizer(self) -> Tokenizer:
+        """The tokenizer, loaded once in each process. Raises UserError if it cannot be read."""
+        return _load_tokenizer(self.tokenizer)
+
     def options(self) -> dict[str, Any]:
         """What changes the output, besides tokenizer and inputs."""
         return {name: getattr(self, name) for name in _OPTIONS}
+
+
+_load_tokenizer = functools.cache(load_tokenizer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,34 +169,41 @@ def group_inputs(inputs: Sequence[Input], shard_bytes: int) -> list[tuple[Input,
     return [tuple(group) for group in groups]
 
 
+def is_whole(number: int, group: Sequence[Input], done: Mapping[str, Report]) -> bool:
+    """Whether every shard of a group is there, and so nothing of it has to be read again."""
+    names = sorted(name for name in done if name.startswith(f"{number:05d}-"))
+    gapless = names == [_shard_name(number, place) for place in range(len(names))]
+    return gapless and sum(len(done[name].sources) for name in names) == len(group)  # all have come to their ends
+
+
+def _shard_name(group: int, place: int) -> str:
+    return f"{group:05d}-{place:05d}"
+
+
 def read_tasks(number: int, group: Sequence[Input], shard_bytes: int) -> Iterator[Task]:
-    """The tasks of a group, shard after shard."""
+    """The tasks of a group, shard after shard. Raises Unreachable as inputs do."""
     shard, order, filled = 0, 0, 0
     for source in group:
         chunks, problem = source.read(), None
         while True:
             try:
                 chunk = next(chunks, None)
+            except Unreachable:
+                raise
             except UserError as error:
                 chunk, problem = None, str(error)
             if chunk is not None and filled >= shard_bytes:
                 shard, order, filled = shard + 1, 0, 0
-            yield Task(f"{number:05d}-{shard:05d}", order, source, chunk, problem)
+            yield Task(_shard_name(number, shard), order, source, chunk, problem)
             order += 1
             if chunk is None:
                 break
             filled += chunk.size
 
 
-@functools.cache
-def _tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """Loaded once in each process."""
-    return load_tokenizer(config)
-
-
 def run_task(task: Task, settings: Settings) -> Result:
     """Tokenises a task's chunk; at an input's end, takes its checksum."""
-    tokenizer = _tokenizer(settings.tokenizer)
+    tokenizer = settings.load_tokenizer()
     tokens, index, problems, empty = [np.zeros(0, np.int32)], [], [], 0
     if task.problem:
         problems.append(task.problem)
@@ -234,17 +252,18 @@ def finish_shard(name: str, results: Iterable[Result], settings: Settings, vocab
 # --- From a plan to a manifest -------------------------------------------------------------------------------------
 
 
-Runner = Callable[[Sequence[tuple[Input, ...]], Settings, set[str], int], None]
-"""Makes the shards of groups, but for those named as done: (groups, settings, done, vocab_size)."""
+Runner = Callable[[Sequence[tuple[Input, ...]], Settings, Mapping[str, Report], int], None]
+"""Makes the shards of groups, but for those that are done: (groups, settings, done, vocab_size)."""
 
 
 def prepare(inputs: Sequence[Input], settings: Settings, runner: Runner) -> Manifest:
     """Fills `settings.output`, or goes on with it, or finds it done.
 
     Raises UserError for a tokenizer that cannot be read, an output that holds something else, no document at all, and,
-    with `on_error` stop, for the first thing that is wrong with an input. Then the output can still be gone on with.
+    with `on_error` stop, for the first thing that is wrong with an input; Unreachable if one cannot be read now. Then
+    the output can still be gone on with.
     """
-    tokenizer = _tokenizer(settings.tokenizer)
+    tokenizer = settings.load_tokenizer()
     if settings.format == "bin" and tokenizer.bos_id is None:
         raise UserError("--tokenizer: has no begin token, with which documents of .bin shards begin")
     output, progress_dir = settings.output, settings.progress_dir
@@ -260,7 +279,7 @@ def prepare(inputs: Sequence[Input], settings: Settings, runner: Runner) -> Mani
         _keep_plan(_plan(inputs, settings, tokenizer), settings)
         done = _reports(progress_dir)
         _raise_first(_problems(done), settings)
-        runner(group_inputs(inputs, settings.shard_bytes), settings, set(done), tokenizer.vocab_size)
+        runner(group_inputs(inputs, settings.shard_bytes), settings, done, tokenizer.vocab_size)
         reports = _reports(progress_dir)
         _raise_first(_problems(reports), settings)
         manifest = _finish(reports, settings, tokenizer)
@@ -271,7 +290,10 @@ def prepare(inputs: Sequence[Input], settings: Settings, runner: Runner) -> Mani
 def _raise_first(problems: Iterable[str], settings: Settings) -> None:
     """With `on_error` stop, raises UserError for the first problem."""
     if settings.on_error == "stop" and (problem := next(iter(problems), None)):
-        raise UserError(f"{problem}\nmend it, or call again with --on-error skip")
+        raise UserError(
+            f"{problem}\ncall again with --on-error skip to leave such documents out; or mend it, remove "
+            f"{settings.output} and call again"
+        )
 
 
 def _plan(inputs: Sequence[Input], settings: Settings, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -306,12 +328,12 @@ def _finished(inputs: Sequence[Input], settings: Settings, tokenizer: Tokenizer)
     before = {
         "tokenizer": manifest.tokenizer.fingerprint,
         **manifest.settings,
-        "inputs": [(source["name"], source.get("bytes")) for source in manifest.sources],
+        "inputs": [{key: source.get(key) for key in _SHOWN_AT_A_GLANCE} for source in manifest.sources],
     }
     now = {
         "tokenizer": tokenizer.fingerprint(),
         **settings.options(),
-        "inputs": [(source.name, source.size) for source in inputs],
+        "inputs": [{key: source.state().get(key) for key in _SHOWN_AT_A_GLANCE} for source in inputs],
     }
     if differences := _differences(before, now):
         raise UserError(
@@ -322,7 +344,17 @@ def _finished(inputs: Sequence[Input], settings: Settings, tokenizer: Tokenizer)
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    return [f"  {key}: {old!r} there, {now[key]!r} now" for key, old in before.items() if old != now[key]]
+    found = []
+    for key, old in before.items():
+        if key == "inputs":
+            pairs = itertools.zip_longest(old, now[key])
+            changed = [f"{shown(there)} there, {shown(here)} now" for there, here in pairs if there != here]
+            found += [f"  input: {change}" for change in changed[:_DIFFERENCES_SHOWN]]
+            if len(changed) > _DIFFERENCES_SHOWN:
+                found.append(f"  and {len(changed) - _DIFFERENCES_SHOWN} inputs more")
+        elif old != now[key]:
+            found.append(f"  {key}: {old!r} there, {now[key]!r} now")
+    return found
 
 
 def _reports(progress_dir: Path) -> dict[str, Report]:
@@ -377,7 +409,9 @@ def _keep_tokenizer(settings: Settings, tokenizer: Tokenizer) -> TokenizerRecord
 def run_locally(workers: int, show: Callable[[Tally], None] = lambda tally: None) -> Runner:
     """A runner that tokenises in `workers` processes; in this one if it is 1. `show` is told how far it is."""
 
-    def run(groups: Sequence[tuple[Input, ...]], settings: Settings, done: set[str], vocab_size: int) -> None:
+    def run(
+        groups: Sequence[tuple[Input, ...]], settings: Settings, done: Mapping[str, Report], vocab_size: int
+    ) -> None:
         sizes = [source.size for group in groups for source in group]
         tally = Tally(total=None if None in sizes else sum(sizes))
         position: dict[str, int] = {}
@@ -390,6 +424,9 @@ def run_locally(workers: int, show: Callable[[Tally], None] = lambda tally: None
 
         def to_do() -> Iterator[Task]:
             for number, group in enumerate(groups):
+                if is_whole(number, group, done):
+                    tally.read += sum(source.size or 0 for source in group)
+                    continue
                 for task in read_tasks(number, group, settings.shard_bytes):
                     if task.shard not in done:
                         yield task
@@ -433,6 +470,7 @@ def _in_order(tasks: Iterable[Task], settings: Settings, workers: int) -> Iterat
 
 
 def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for them
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     threading.Thread(target=_die_with_parent, daemon=True).start()
 

@@ -6,10 +6,10 @@ shard brought together and written. Inputs and output must be paths that every w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from lm2_jax.data.inputs import Input
-from lm2_jax.data.prepare import Runner, Settings, finish_shard, read_tasks, run_task
+from lm2_jax.data.prepare import Report, Runner, Settings, finish_shard, is_whole, read_tasks, run_task
 from lm2_jax.errors import UserError
 
 
@@ -25,14 +25,18 @@ def run_on_beam(options: Sequence[str] = ()) -> Runner:
         raise UserError("--runner beam needs apache-beam; pip install apache-beam") from None
     pipeline_options = PipelineOptions(list(options) or ["--runner=FnApiRunner"])
 
-    def run(groups: Sequence[tuple[Input, ...]], settings: Settings, done: set[str], vocab_size: int) -> None:
+    def run(
+        groups: Sequence[tuple[Input, ...]], settings: Settings, done: Mapping[str, Report], vocab_size: int
+    ) -> None:
+        whole_shards = set(done)
+        left = [(number, group) for number, group in enumerate(groups) if not is_whole(number, group, done)]
         with beam.Pipeline(options=pipeline_options) as pipeline:
             tasks = (
                 pipeline
-                | "groups" >> beam.Create(list(enumerate(groups)))
+                | "groups" >> beam.Create(left)
                 | "beside each other" >> beam.Reshuffle()
                 | "read" >> beam.FlatMap(lambda group: read_tasks(*group, settings.shard_bytes))
-                | "what is left" >> beam.Filter(lambda task: task.shard not in done)
+                | "what is left" >> beam.Filter(lambda task: task.shard not in whole_shards)
             )
             results = (
                 tasks

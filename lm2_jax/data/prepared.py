@@ -14,12 +14,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import io
 import os
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pydantic
@@ -29,10 +30,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from lm2_jax.config import TokenizerConfig
 from lm2_jax.data.documents import BinSource, Document
 from lm2_jax.errors import UserError
+from lm2_jax.untrusted import read_small
 
 Format = Literal["arrayrecord", "bin"]
 MANIFEST = "manifest.json"
+_REMEDY = "copy it again, or prepare again"
 _VERSION = 1
+_LARGEST_MANIFEST = 1 << 26  # bytes: of a quarter of a million shards
 _UNCOMPRESSED = "group_size:1,uncompressed"  # a document can be read without its neighbours
 _RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
 _OPEN_SHARDS = 512  # of a source at a time; a process may often have no more than 1,024 files open
@@ -42,14 +46,17 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+_Count = Annotated[int, Field(ge=0, lt=1 << 62)]
+
+
 class Shard(_Record):
     """One file of documents, and the index beside it."""
 
     name: str = Field(pattern="^[A-Za-z0-9_-]+$")  # without endings; never a way out of the directory
-    documents: int
-    tokens: int
-    text_bytes: int
-    bytes: int
+    documents: _Count
+    tokens: _Count
+    text_bytes: _Count
+    bytes: _Count
     sha256: str
     index_sha256: str
 
@@ -60,7 +67,7 @@ class TokenizerRecord(_Record):
     kind: str
     file: Literal["tokenizer.json", "tokenizer.model"] | None  # its copy in the directory
     fingerprint: str
-    vocab_size: int
+    vocab_size: int = Field(ge=1, le=1 << 32)
 
 
 class Manifest(_Record):
@@ -69,15 +76,15 @@ class Manifest(_Record):
     version: int
     format: Format
     tokenizer: TokenizerRecord
-    documents: int
-    tokens: int
-    text_bytes: int
-    empty: int  # documents of white space alone, left out
-    skipped: int  # documents left out because something was wrong with them
+    documents: _Count
+    tokens: _Count
+    text_bytes: _Count
+    empty: _Count  # documents of white space alone, left out
+    skipped: _Count  # documents left out because something was wrong with them
     problems: tuple[str, ...]  # what it was, for the first of them
     settings: dict[str, Any]
     sources: tuple[dict[str, Any], ...]
-    shards: tuple[Shard, ...]
+    shards: tuple[Shard, ...] = Field(min_length=1)
 
 
 def id_dtype(vocab_size: int) -> np.dtype:
@@ -89,7 +96,7 @@ def read_manifest(directory: str | Path, key: str = "data.path") -> Manifest:
     """The manifest of a directory. Raises UserError if it is not there, damaged, or of another version."""
     path = Path(directory) / MANIFEST
     try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
+        manifest = Manifest.model_validate_json(read_small(path, _LARGEST_MANIFEST))
     except FileNotFoundError:
         raise UserError(
             f"{key}: {directory} has no {MANIFEST}; name a directory that tools/prepare_data.py has finished (it goes "
@@ -100,7 +107,7 @@ def read_manifest(directory: str | Path, key: str = "data.path") -> Manifest:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: is damaged ({f'{place}: ' if place else ''}{first['msg']}); prepare again") from None
+        raise UserError(f"{path}: is damaged ({f'{place}: ' if place else ''}{first['msg']}); {_REMEDY}") from None
     if manifest.version != _VERSION:
         raise UserError(f"{path}: version {manifest.version}; this code reads version {_VERSION}, prepare again")
     return manifest
@@ -114,8 +121,25 @@ def make_manifest(**values: Any) -> str:
 
 
 def read_index(directory: str | Path, manifest: Manifest) -> np.ndarray:
-    """Tokens and bytes of text of every document, int32 [documents, 2]; -1 where the bytes are not known."""
-    return np.concatenate([np.load(index_path(Path(directory), shard.name)) for shard in manifest.shards])
+    """Tokens and bytes of text of every document, int32 [documents, 2]; -1 where the bytes are not known.
+
+    Raises UserError for an index that is not what the manifest says.
+    """
+    return np.concatenate([_read_index(index_path(Path(directory), shard.name), shard) for shard in manifest.shards])
+
+
+def _read_index(path: Path, shard: Shard) -> np.ndarray:
+    header = io.BytesIO()
+    layout = {"descr": "<i4", "fortran_order": False, "shape": (shard.documents, 2)}
+    np.lib.format.write_array_header_1_0(header, layout)
+    start, size = len(header.getvalue()), path.stat().st_size
+    data = path.read_bytes() if size == start + 8 * shard.documents else b""
+    if hashlib.sha256(data).hexdigest() != shard.index_sha256:
+        raise UserError(f"{path}: is damaged (its SHA-256 is not the manifest's); {_REMEDY}")
+    index = np.frombuffer(data, "<i4", offset=start).reshape(-1, 2) if data.startswith(header.getvalue()) else None
+    if index is None or (index[:, 0] < 0).any() or index[:, 0].sum(dtype=np.int64) != shard.tokens:
+        raise UserError(f"{path}: is no index of {shard.documents} documents and {shard.tokens} tokens; {_REMEDY}")
+    return index
 
 
 # --- Writing -------------------------------------------------------------------------------------------------------
@@ -249,12 +273,12 @@ class PreparedSource:
         for directory in directories:
             try:
                 manifest = _check(Path(directory), fingerprint, key)
+                indices.append(read_index(directory, manifest))
             except UserError as error:
                 problems.append(str(error))
                 continue
             dtype = id_dtype(manifest.tokenizer.vocab_size)
             self._shards += [(data_file(Path(directory), s.name, "arrayrecord"), s, dtype) for s in manifest.shards]
-            indices.append(read_index(directory, manifest))
         if problems:
             raise UserError("\n".join(problems))
         self.lengths, self._text_bytes = np.concatenate(indices).T
@@ -280,16 +304,6 @@ class PreparedSource:
         tokens = np.frombuffer(data, dtype, offset=4).astype(np.int32)
         return Document(tokens, np.zeros(length, bool), None if text_bytes < 0 else text_bytes)
 
-    def verify(self) -> None:
-        """Reads every byte. Raises UserError that names each shard which is not what the manifest says."""
-        problems = [
-            f"{path}: is damaged (its SHA-256 is not the manifest's); {_REMEDY}"
-            for path, shard, _ in self._shards
-            if _sha256(path) != shard.sha256
-        ]
-        if problems:
-            raise UserError("\n".join(problems))
-
     def __repr__(self) -> str:
         directories, *_ = self._arguments
         return f"PreparedSource({', '.join(map(str, directories))}, documents={len(self)})"
@@ -298,11 +312,20 @@ class PreparedSource:
         return type(self), self._arguments  # readers cannot be pickled
 
 
-_REMEDY = "copy it again, or prepare again"
-
-
 def _open_reader(path: Path) -> ArrayRecordReader:
     return ArrayRecordReader(str(path), _RANDOM_ACCESS)
+
+
+def verify(directory: str | Path, manifest: Manifest) -> None:
+    """Reads every byte of every shard. Raises UserError that names each which is not what the manifest says."""
+    problems = [problem for shard in manifest.shards if (problem := _problem(Path(directory), shard, manifest.format))]
+    if not problems:
+        files = [(data_file(Path(directory), shard.name, manifest.format), shard) for shard in manifest.shards]
+        damaged = [file for file, shard in files if _sha256(file) != shard.sha256]
+        problems = [f"{file}: is damaged (its SHA-256 is not the manifest's); {_REMEDY}" for file in damaged]
+    if problems:
+        raise UserError("\n".join(problems))
+    read_index(directory, manifest)
 
 
 def _check(directory: Path, fingerprint: str | None, key: str) -> Manifest:
@@ -318,20 +341,19 @@ def _check(directory: Path, fingerprint: str | None, key: str) -> Manifest:
         )
     if manifest.format != "arrayrecord":
         raise UserError(f"{key}: {directory} holds .bin shards; data.source bin reads them")
-    problems = [problem for shard in manifest.shards if (problem := _problem(directory, shard))]
+    problems = [problem for shard in manifest.shards if (problem := _problem(directory, shard, manifest.format))]
     if problems:
         raise UserError("\n".join(problems))
     return manifest
 
 
-def _problem(directory: Path, shard: Shard) -> str | None:
-    data, index = data_file(directory, shard.name, "arrayrecord"), index_path(directory, shard.name)
+def _problem(directory: Path, shard: Shard, format: Format) -> str | None:
+    """What shows at a glance that a shard is not whole."""
+    data, index = data_file(directory, shard.name, format), index_path(directory, shard.name)
     if missing := [str(path) for path in (data, index) if not path.is_file()]:
         return f"{', '.join(missing)}: missing, though the manifest names it; {_REMEDY}"
     if (size := data.stat().st_size) != shard.bytes:
         return f"{data}: {size} bytes, the manifest says {shard.bytes}; {_REMEDY}"
-    if _sha256(index) != shard.index_sha256:
-        return f"{index}: is damaged (its SHA-256 is not the manifest's); {_REMEDY}"
     return None
 
 

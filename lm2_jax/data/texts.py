@@ -8,11 +8,15 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from lm2_jax.errors import UserError
 from lm2_jax.tokenizer import Tokenizer, encode_long
+from lm2_jax.untrusted import shown
+
+_LONGEST_LINE = 1 << 25  # bytes: lists in lists take some 30 times as many once they are read
 
 
 def bom_size(data: bytes) -> int:
@@ -32,7 +36,16 @@ def cut_text(text: str, separator: str | None) -> Iterator[str]:
     """The pieces of a text, in order and together all of it; a new one starts where `separator` (a regex) matches."""
     cuts = (match.start() for match in re.finditer(separator, text, re.M)) if separator else ()
     for first, last in itertools.pairwise((0, *cuts, len(text))):
-        yield text[first:last]
+        if last > first:
+            yield text[first:last]
+
+
+def read_lines(file: BinaryIO, name: str | Path) -> Iterator[bytes]:
+    """The lines of a file, with their ends. Raises UserError at one too long to be parsed."""
+    for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE + 1), b""), start=1):
+        if len(line) > _LONGEST_LINE:
+            raise UserError(f"{name}: line {number}: is longer than {_LONGEST_LINE:,} bytes; cut its text")
+        yield line
 
 
 def json_text(line: str, where: str, field: str = "text") -> str:
@@ -44,7 +57,7 @@ def json_text(line: str, where: str, field: str = "text") -> str:
     if not isinstance(value, dict):
         raise UserError(f'{where}: holds {type(value).__name__}; expected an object, {{"{field}": "..."}}')
     if field not in value:
-        raise UserError(f"{where}: has no {field!r}; its keys are {', '.join(map(repr, value)) or 'none'}")
+        raise UserError(f"{where}: has no {field!r}; its keys are {shown(list(value))[1:-1] or 'none'}")
     text = value[field]
     if not isinstance(text, str):
         raise UserError(f"{where}: {field!r} is {type(text).__name__}; expected a string")

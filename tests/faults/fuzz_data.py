@@ -1,13 +1,20 @@
 """Configs and data, to be fuzzed."""
 
+import hashlib
+import io
+import json
+
 import numpy as np
 from fuzz_parser import Parser, bytes_like, in_file
-from hostile import YAML_WORDS, json_text, mutated
+from hostile import YAML_WORDS, altered, json_text, mutated
 
-from lm2_jax.config import load_config
+from lm2_jax.config import TokenizerConfig, load_config
 from lm2_jax.data.babi import question_samples, read_babi
 from lm2_jax.data.babilong import read_samples
 from lm2_jax.data.documents import BinSource, JsonLinesSource, TextSource
+from lm2_jax.data.inputs import JsonLinesInput
+from lm2_jax.data.prepare import Settings, prepare, run_locally
+from lm2_jax.data.prepared import PreparedSource, read_manifest, verify
 from lm2_jax.evals.finished import Finished
 from lm2_jax.evals.mmlu import read_questions
 from lm2_jax.tokenizer import BytesTokenizer
@@ -112,6 +119,50 @@ _MMLU = (
 _SAMPLE = {"input": "Mary went.", "question": "Where?", "target": "here"}
 
 
+class Prepared:
+    """Prepared data whose checksums are right whatever was changed, as a stranger would see to."""
+
+    def prepare(self, directory):
+        (directory / "x.jsonl").write_text('{"text": "one"}\n{"text": ""}\n{"text": "two, longer"}\n')
+        inputs = [JsonLinesInput(directory / "x.jsonl", "text")]
+        prepare(inputs, Settings(TokenizerConfig(kind="bytes"), directory / "out"), run_locally(1))
+        self._sound = {path.name: path.read_bytes() for path in (directory / "out").iterdir()}
+        (self._data,) = (name for name in self._sound if name.endswith(".arrayrecord"))
+        (self._index,) = (name for name in self._sound if name.endswith(".index.npy"))
+        self._manifest = json.loads(self._sound["manifest.json"])
+        self.read(directory, {})
+
+    def make(self, random):
+        kind = random.randrange(4)
+        if kind == 0:
+            return {"manifest.json": json_text(random, self._manifest)}
+        files = {}
+        if kind == 1:
+            files[self._data] = mutated(random, self._sound[self._data])
+        elif kind == 2:
+            files[self._index] = mutated(random, self._sound[self._index])
+        else:
+            array = io.BytesIO()
+            np.save(array, np.array([[random.choice((0, 1, 4, -1, 2**31 - 1)) for _ in "ab"] for _ in range(2)], "i4"))
+            files[self._index] = array.getvalue()
+        (shard,) = self._manifest["shards"]
+        shard = altered(random, shard) if random.randrange(4) == 0 else dict(shard)
+        if isinstance(shard, dict):
+            data, index = (files.get(name, self._sound[name]) for name in (self._data, self._index))
+            shard |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            shard |= {"index_sha256": hashlib.sha256(index).hexdigest()}
+        return files | {"manifest.json": json.dumps(self._manifest | {"shards": [shard]}).encode()}
+
+    def read(self, directory, value):
+        for name, data in (self._sound | value).items():
+            (directory / "out" / name).write_bytes(data)
+        source = PreparedSource([directory / "out"])
+        read_all(source)
+        verify(directory / "out", read_manifest(directory / "out"))
+
+
+_PREPARED = Prepared()
+
 PARSERS = {
     "config": Parser(make_config, read_config),
     "bin": Parser(make_shard, in_file("x.bin", lambda path: read_all(BinSource([path], 8, bos_id=4)))),
@@ -122,6 +173,7 @@ PARSERS = {
         bytes_like(b"One text.\n\nAnother.\n# A third\n", "\ufeffS\u00fc\u00df.\n\n\u2028x".encode()),
         in_file("x.txt", lambda path: read_all(TextSource([path], BytesTokenizer(), r"\n\n|^#"))),
     ),
+    "prepared": Parser(_PREPARED.make, _PREPARED.read, _PREPARED.prepare),
     "babi": Parser(
         bytes_like(*_BABI, words=_BABI_WORDS),
         in_file("qa1_test.txt", lambda path: [list(question_samples(story)) for story in read_babi(path)]),
