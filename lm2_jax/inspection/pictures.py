@@ -240,8 +240,16 @@ def _ticks(slots: Sequence[int], most: int) -> tuple[list[int], list[str]]:
 
 
 def _short(word: str) -> str:
-    word = "".join(c if c.isprintable() else repr(c)[1:-1] for c in word.strip(" ")).replace("$", r"\$")
+    word = "".join(c if _has_glyph(c) else ascii(c)[1:-1] for c in word.strip(" ")).replace("$", r"\$")
     return word if len(word) <= 12 else word[:11] + "…"
+
+
+def _has_glyph(character: str) -> bool:
+    """Whether matplotlib's font can draw it; of others it would warn, and draw a box."""
+    from matplotlib import font_manager
+
+    font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
+    return character.isprintable() and font.get_char_index(ord(character)) != 0
 
 
 def _fact_segments(answers: Answers | None) -> list[int]:
@@ -362,6 +370,8 @@ def _draw_facts(figure: Any, answers: Answers) -> list:
         "background": (~fact_BS, "tab:grey", 0.2),
     }
     for name, (chosen_BS, colour, shift) in groups.items():
+        if not chosen_BS.any():
+            continue
         means_L = [change_BS[chosen_BS].mean() for change_BS in answers.change_LBS]
         axes[0].bar(np.arange(L) + shift, means_L, width=0.38, color=colour, label=name)
     axes[0].set_ylabel("change of a slot", fontsize=9)

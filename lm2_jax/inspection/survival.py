@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 from lm2_jax.config import Config
 from lm2_jax.data.babi import Statement, Story
+from lm2_jax.data.documents import Document
 from lm2_jax.data.stories import Scatterer, is_held_out
 from lm2_jax.data.worlds import generate_story
 from lm2_jax.errors import UserError
@@ -69,29 +71,42 @@ class Contexts:
 
 
 def make_contexts(config: Config, tokenizer: Tokenizer, segments: int, count: int, seed: int = 0) -> Contexts:
-    """`count` contexts of `segments` segments. Raises UserError if they are too short for the longest story."""
+    """`count` contexts of `segments` segments. Raises UserError as `told_stories`."""
     T = config.trained_segment_length
-    low, high = config.data.stories.facts
-    needed = 8 * (high + 1)  # of tokens, at most: a line has up to 8
-    if segments * T < needed:
-        raise UserError(
-            f"--segments {segments}: {high} facts and a question need {needed} tokens, {-(-needed // T)} segments"
-        )
-    scatterer = Scatterer(tokenizer, segments * T, segment_length=T)
-    columns: list[tuple[Any, ...]] = []
+    rows: list[tuple[Any, ...]] = []
     rng = np.random.default_rng((seed, 1))
-    while len(columns) < count:
-        story = generate_story("qa1", rng, int(rng.integers(low, high + 1)), 0, 1)
-        if not is_held_out(story):
-            continue
-        document = scatterer.scatter(story, rng)
+    for story, document in itertools.islice(told_stories(config, tokenizer, "qa1", segments, rng), count):
         asked = int(np.flatnonzero(document.answers)[0]) - 1
         fact, age = _facts(document.tokens, story, tokenizer, asked, T)
-        shape = segments, T
-        columns.append(
-            (document.tokens[:-1].reshape(shape), document.tokens[asked + 1], asked % T, fact[:-1].reshape(shape), age)
+        tokens_ST, fact_ST = (array[:-1].reshape(segments, T) for array in (document.tokens, fact))
+        rows.append((tokens_ST, document.tokens[asked + 1], asked % T, fact_ST, age))
+    return Contexts(*(np.array(column) for column in zip(*rows, strict=True)))
+
+
+def told_stories(
+    config: Config,
+    tokenizer: Tokenizer,
+    task: str,
+    segments: int,
+    rng: np.random.Generator,
+    wanted: Callable[[Story], bool] = lambda story: True,
+) -> Iterator[tuple[Story, Document]]:
+    """Held-out stories with one question at the end, in documents of `segments` segments; of those that fit.
+
+    Raises UserError if the shortest story might not fit.
+    """
+    T = config.trained_segment_length
+    low, high = config.data.stories.facts
+    needed = 8 * (low + 1)  # of tokens, at most: a line has up to 8
+    if segments * T < needed:
+        raise UserError(
+            f"--segments {segments}: {low} facts and a question need {needed} tokens, {-(-needed // T)} segments"
         )
-    return Contexts(*(np.array(column) for column in zip(*columns, strict=True)))
+    scatterer = Scatterer(tokenizer, segments * T, segment_length=T)
+    while True:
+        story = generate_story(task, rng, int(rng.integers(low, high + 1)), 0, 1)
+        if wanted(story) and is_held_out(story) and scatterer.length(story) <= scatterer.room:
+            yield story, scatterer.scatter(story, rng)
 
 
 def statement_starts(tokens: np.ndarray, story: Story, tokenizer: Tokenizer) -> list[int]:

@@ -8,6 +8,7 @@ where it is. Any memory kind can be asked. Axes: B contexts, S segments, T token
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -16,10 +17,8 @@ import numpy as np
 
 from lm2_jax.config import Config
 from lm2_jax.data.babi import Story
-from lm2_jax.data.stories import Scatterer, is_held_out
-from lm2_jax.data.worlds import World, generate_story
-from lm2_jax.errors import UserError
-from lm2_jax.inspection.survival import statement_starts
+from lm2_jax.data.worlds import World
+from lm2_jax.inspection.survival import statement_starts, told_stories
 from lm2_jax.model.decoder import Decoder
 from lm2_jax.tokenizer import Tokenizer
 
@@ -85,26 +84,13 @@ class Questions:
 
 
 def make_questions(config: Config, tokenizer: Tokenizer, segments: int, count: int, seed: int = 0) -> Questions:
-    """Held-out qa2 stories in contexts of `segments` segments, of the stories that fit.
-
-    Raises UserError if the shortest story might not fit.
-    """
+    """Held-out qa2 stories in contexts of `segments` segments. Raises UserError as `told_stories`."""
     T = config.trained_segment_length
-    low, high = config.data.stories.facts
-    needed = 8 * (low + 1)  # of tokens, at most: a line has up to 8
-    if segments * T < needed:
-        raise UserError(
-            f"--segments {segments}: {low} facts and a question need {needed} tokens, {-(-needed // T)} segments"
-        )
-    scatterer = Scatterer(tokenizer, segments * T, segment_length=T)
     rows: list[tuple[Any, ...]] = []
     rng = np.random.default_rng((seed, 2))
-    while len(rows) < count:
-        story = generate_story("qa2", rng, int(rng.integers(low, high + 1)), 0, 1)
+    stories = told_stories(config, tokenizer, "qa2", segments, rng, lambda story: two_hops(story) is not None)
+    for story, document in itertools.islice(stories, count):
         hops = two_hops(story)
-        if hops is None or not is_held_out(story) or scatterer.length(story) > scatterer.room:
-            continue
-        document = scatterer.scatter(story, rng)
         starts = statement_starts(document.tokens, story, tokenizer)
         earlier, later = sorted(starts[i] // T for i in (hops.handled, hops.moved))
         answer = int(np.flatnonzero(document.answers)[0])
