@@ -7,10 +7,10 @@ It is the train step that `train` runs, and the step that decodes one token a la
 
 from __future__ import annotations
 
-from lm2_jax.command_line import aot_arguments
+from lm2_jax.command_line import aot_arguments, before_imports
 
 if __name__ == "__main__":
-    aot_arguments()  # answers --help and mistakes before the imports below, which take seconds
+    before_imports(aot_arguments)
 
 import dataclasses
 import hashlib

@@ -8,10 +8,10 @@ The tokens are random; the weights are fresh.
 
 from __future__ import annotations
 
-from lm2_jax.command_line import bench_arguments
+from lm2_jax.command_line import before_imports, bench_arguments
 
 if __name__ == "__main__":
-    bench_arguments()  # answers --help and mistakes before the imports below, which take seconds
+    before_imports(bench_arguments)
 
 import dataclasses
 import json

@@ -6,11 +6,20 @@ A command asks for its arguments twice: before its imports, which take seconds, 
 from __future__ import annotations
 
 import argparse
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 EVALUATION_TASKS = ("perplexity", "babilong", "mmlu", "harness")
 
 _CHECKPOINT = "a run directory, one of its checkpoints, or a converted one"
+
+
+def before_imports(arguments_of: Callable[[], argparse.Namespace]) -> None:
+    """Answers --help and mistakes before a command's other imports, and lets Ctrl-C end those without a traceback."""
+    arguments_of()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `run_command`
 
 
 def parser_for(command: str, description: str, *examples: str) -> argparse.ArgumentParser:

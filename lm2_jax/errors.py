@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 
@@ -22,6 +23,8 @@ def run_command(main: Callable[[], None], interrupted: str = "interrupted") -> N
 
     interrupted: what Ctrl-C makes it say, such as how to go on.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as `command_line.before_imports` leaves it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except UserError as error:

@@ -5,10 +5,10 @@ Each task is a module of evals/ with three functions: `evaluate` gives JSON, `ta
 
 from __future__ import annotations
 
-from lm2_jax.command_line import evaluate_arguments
+from lm2_jax.command_line import before_imports, evaluate_arguments
 
 if __name__ == "__main__":
-    evaluate_arguments()  # answers --help and mistakes before the imports below, which take seconds
+    before_imports(evaluate_arguments)
 
 import json
 

@@ -5,10 +5,10 @@ A prompt may be a whole book: it streams through memory. Saved memory answers ma
 
 from __future__ import annotations
 
-from lm2_jax.command_line import generate_arguments
+from lm2_jax.command_line import before_imports, generate_arguments
 
 if __name__ == "__main__":
-    generate_arguments()  # answers --help and mistakes before the imports below, which take seconds
+    before_imports(generate_arguments)
 
 import argparse
 import functools

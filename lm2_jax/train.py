@@ -5,10 +5,10 @@ A run directory (train.run_dir) that holds a checkpoint is resumed, and goes on 
 
 from __future__ import annotations
 
-from lm2_jax.command_line import train_arguments
+from lm2_jax.command_line import before_imports, train_arguments
 
 if __name__ == "__main__":
-    train_arguments()  # answers --help and mistakes before the imports below, which take seconds
+    before_imports(train_arguments)
 
 import contextlib
 import json

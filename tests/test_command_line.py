@@ -2,9 +2,13 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import pytest
 
 from lm2_jax import evaluate
 from lm2_jax.command_line import EVALUATION_TASKS
@@ -62,6 +66,26 @@ def test_help():
 def test_mistakes_come_before_slow_imports():
     for command, (text, code, slow) in run_all("--no-such-flag").items():
         assert code == 2 and "usage: " in text and not slow, command
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "aot", "bench"])
+def test_ctrl_c_during_imports_leaves_no_traceback(command):
+    arguments = {
+        "train": ["--config", "x"],
+        "evaluate": ["--checkpoint", "x", "--task", "babilong"],
+        "generate": ["--checkpoint", "x", "--prompt", "x"],
+        "aot": ["--config", "x", "--topology", "v5e:1x1"],
+        "bench": ["--config", "x"],
+    }[command]
+    process = subprocess.Popen(
+        [sys.executable, "-m", f"lm2_jax.{command}", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and "jaxlib" not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode in (-signal.SIGINT, 130), said
+    assert "Traceback" not in said
 
 
 def test_tasks_are_those_of_the_command_line():
