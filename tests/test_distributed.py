@@ -3,9 +3,12 @@
 import contextlib
 import fcntl
 import json
+import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -39,11 +42,16 @@ def start_one(run_dir, steps, cache, *overrides):
     )
 
 
-def start_pair(run_dir, steps, cache, *overrides):
+def of_a_pair():
+    """The environments of its two processes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     shared = {"XLA_FLAGS": DEVICES.format(4), "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    return [shared | {"JAX_PROCESS_ID": str(process)} for process in range(2)]
+
+
+def start_pair(run_dir, steps, cache, *overrides):
     file = config_file(run_dir, steps, *overrides)
     return [
         Run(
@@ -52,9 +60,9 @@ def start_pair(run_dir, steps, cache, *overrides):
             "--distributed",
             cache=cache,
             log=f"{run_dir}.{process}.log",
-            environment=shared | {"JAX_PROCESS_ID": str(process)},
+            environment=environment,
         )
-        for process in range(2)
+        for process, environment in enumerate(of_a_pair())
     ]
 
 
@@ -166,6 +174,32 @@ def test_an_error_of_one_ends_both(tmp_path, cache):
             run.finish(seconds=120, code=2)
             assert f"{run_dir}: another process trains in it" in run.output()
     assert "process 0 of 2 has stopped: " in pair[1].output()
+
+
+_BROKEN = """
+import time
+from lm2_jax import distributed
+with distributed.joined():
+    if not distributed.is_first():
+        1 // 0
+    time.sleep(100)
+"""
+
+
+def test_an_unforeseen_error_of_one_ends_both():
+    command = [sys.executable, "-c", _BROKEN]
+    pair = [
+        subprocess.Popen(command, env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True)
+        for environment in of_a_pair()
+    ]
+    try:
+        first, second = (process.communicate(timeout=60)[1] for process in pair)
+    finally:
+        for process in pair:
+            process.kill()
+    assert [process.returncode for process in pair] == [1, 1], first + second
+    assert "line 6, in <module>" in second and "error: ZeroDivisionError" in second
+    assert "error: process 1 of 2 has stopped: ZeroDivisionError" in first
 
 
 def test_raw_text_is_for_a_single_process(tmp_path):
