@@ -182,8 +182,12 @@ def train(config: Config) -> dict[str, Any]:
             "accuracy_by_length": table,
         }
         write_atomically(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
-        plot_runs(run_dir / "training.png", [Run(run_dir.name, records, table)], ("loss", "answers", "length"))
-        reporter.say(f"written: {run_dir / 'summary.json'} and {run_dir / 'training.png'}")
+        written = [run_dir / "summary.json", run_dir / "training.png"]
+        try:
+            plot_runs(written[-1], [Run(run_dir.name, records, table)], ("loss", "answers", "length"))
+        except UserError:  # no loss was finite
+            written.pop()
+        reporter.say(f"written: {' and '.join(map(str, written))}")
     return summary
 
 

@@ -12,11 +12,13 @@ _LONGEST_SHOWN = 200
 
 def read_small(path: Path, most: int) -> bytes:
     """The bytes of a file. Raises UserError if it has more than `most`, OSError if it cannot be read."""
+    data = bytearray()
     with path.open("rb") as file:
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise UserError(f"{path}: is longer than {most:,} bytes, the most that such a file may have")
-    return data
+        while part := file.read(1 << 20):  # and not `most` at once, which would be allocated
+            data += part
+            if len(data) > most:
+                raise UserError(f"{path}: is longer than {most:,} bytes, the most that such a file may have")
+    return bytes(data)
 
 
 def beside(directory: Path, name: str) -> Path:

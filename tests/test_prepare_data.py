@@ -335,7 +335,7 @@ def test_finished_work_is_found_done_and_other_work_refused(corpus, prepared, tm
     assert prepare(inputs, settings, run_locally(1)).documents == read_manifest(tmp_path).documents
     with pytest.raises(UserError, match=r"holds another preparation[^$]*shard_bytes: 1500 there, 99 now"):
         prepare(inputs, dataclasses.replace(settings, shard_bytes=99), run_locally(1))
-    with pytest.raises(UserError, match=r"holds another preparation[^$]*\n  input: {'name': [^$]*\.jsonl"):
+    with pytest.raises(UserError, match=r"holds another preparation[^$]*\n  input \S+\.gz: name: "):
         prepare(inputs[1:], settings, run_locally(1))
     assert files_in(tmp_path) == prepared
 
@@ -345,7 +345,9 @@ def test_unfinished_work_of_changed_inputs_is_refused(tmp_path):
     with pytest.raises(UserError, match="line 2: not JSON"):
         prepare(inputs_of([path]), settings_of(tmp_path / "out"), run_locally(1))
     write(path, json_lines(["other"]))
-    with pytest.raises(UserError, match=r"holds unfinished work of another preparation[^$]*  input: {"):
+    with pytest.raises(
+        UserError, match=r"another preparation[^$]*  input \S+x\.jsonl: bytes: \d+ there, \d+ now, modif"
+    ):
         prepare(inputs_of([path]), settings_of(tmp_path / "out"), run_locally(1))
     with pytest.raises(UserError, match=r"holds other files \(out, x.jsonl\); give a new directory"):
         prepare(inputs_of([path]), settings_of(tmp_path), run_locally(1))
@@ -394,6 +396,38 @@ def test_only_one_process_at_a_time(tmp_path):
         prepare(inputs_of([path]), settings, second)
 
 
+def test_a_data_set_that_has_moved_on_says_how_to_name_the_old_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: [{"text": "a"}])
+    source = HubInput("owner/corpus", None, "train", "text", "old")
+    prepare([source], settings_of(tmp_path / "out"), run_locally(1))
+    with pytest.raises(
+        UserError, match=r"owner/corpus: revision: 'old' there, 'new' now; owner/name@revision names on"
+    ):
+        prepare([dataclasses.replace(source, revision="new")], settings_of(tmp_path / "out"), run_locally(1))
+
+
+def test_ctrl_c_does_not_wait_for_workers(tmp_path, corpus):
+    """However often it is pressed."""
+    program = "import prepare_data as p, lm2_jax.data.inputs as i; i.CHUNK_BYTES = 400\n"
+    program += "import lm2_jax.data.prepare as q; q._start_worker = __import__('stuck').start; p.run_command(p.main)"
+    stuck = "import time\nfrom pathlib import Path\ndef start():\n    import signal\n"
+    stuck += "    signal.signal(signal.SIGINT, signal.SIG_IGN)\n    Path('started').touch()\n    time.sleep(1000)\n"
+    write(tmp_path / "stuck.py", stuck.encode())
+    arguments = ["--input", str(corpus / "*"), "--output", "out", "--tokenizer", "bytes", "--workers", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tools", tmp_path)))},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not (tmp_path / "started").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "interrupted" in said and "Traceback" not in said
+
+
 def test_groups():
     class Sized:
         def __init__(self, size):
@@ -410,6 +444,7 @@ GOOD = json_lines(["a", "b"])
 LONG = json_lines([np.random.default_rng(number).bytes(500).hex() for number in range(600)])
 DAMAGED = {
     "a broken line": ("x.jsonl", GOOD + b'{"text": "c\n' + GOOD, r"x.jsonl: line 3: not JSON \(Invalid", 4),
+    "a line without an end": ("x.jsonl", GOOD + b" " * (40 << 20) + b"\n" + GOOD, r"line 3: is longer than 33,55", 4),
     "no object": ("x.jsonl", GOOD + b"3\n", r"x.jsonl: line 3: holds int; expected an object", 2),
     "a missing field": ("x.jsonl", GOOD + b'{"body": ""}\n', r"line 3: has no 'text'; its keys are 'body'", 2),
     "no string": ("x.jsonl", GOOD + b'{"text": null}\n', r"line 3: 'text' is NoneType; expected a string", 2),

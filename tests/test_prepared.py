@@ -16,7 +16,7 @@ from lm2_jax.data.lanes import make_iterator
 from lm2_jax.data.mixture import Mixture
 from lm2_jax.data.pipeline import Pipeline
 from lm2_jax.data.prepare import Settings, prepare, run_locally
-from lm2_jax.data.prepared import PreparedSource, read_manifest, verify
+from lm2_jax.data.prepared import PreparedSource, read_manifest, tokenizer_of, verify
 from lm2_jax.errors import UserError
 from lm2_jax.tokenizer import BytesTokenizer
 
@@ -76,7 +76,7 @@ def test_several_directories_follow_each_other(directory, tmp_path):
 
 def copy(directory, tmp_path):
     target = tmp_path / "copy"
-    target.mkdir()
+    target.mkdir(parents=True)
     for path in directory.iterdir():
         (target / path.name).write_bytes(path.read_bytes())
     return target
@@ -141,6 +141,12 @@ def test_damaged_directories_are_refused_at_the_start(directory, tmp_path):
     refused(lambda d: flip(d / index, -1), rf"{index}: is damaged")
     negative = text.replace('"documents": 150', '"documents": -150')
     refused(lambda d: (d / "manifest.json").write_text(negative), r"documents: Input should be greater")
+    strange = text.replace('"kind": "bytes"', '"kind": "nonsense"')
+    (copied := copy(directory, tmp_path / "strange")) and (copied / "manifest.json").write_text(strange)
+    with pytest.raises(UserError, match=r"manifest\.json: 'nonsense' of no file is no tokenizer"):
+        tokenizer_of(copied, read_manifest(copied))
+    empty = re.sub(r'"documents": (\d\d),', r'"documents": 0,', text, count=1)
+    refused(lambda d: (d / "manifest.json").write_text(empty), r"is damaged \(shard 00000-00000 has no document\)")
     more = re.sub(r'"documents": (\d\d),', r'"documents": 1\1,', text)
     refused(lambda d: (d / "manifest.json").write_text(more), r"index\.npy: is damaged")
     fewer = re.sub(r'"tokens": (\d\d\d),', r'"tokens": 1\1,', text)

@@ -171,10 +171,9 @@ def inspect(directory: Path) -> None:
     print(
         f"  tokenizer {manifest.tokenizer.kind} {manifest.tokenizer.fingerprint}, {manifest.tokenizer.vocab_size:,} ids"
     )
-    for item in manifest.sources:
-        print(
-            "  from " + ", ".join(f"{key} {value}" if key != "name" else value for key, value in item.items() if value)
-        )
+    for entry in manifest.sources:
+        known = {key: value for key, value in entry.items() if value}
+        print(f"  from {known.pop('name', '?')}", *(f"{key} {value}" for key, value in known.items()), sep=", ")
     low, median, high = np.percentile(lengths, [0, 50, 100]).astype(int)
     print(f"  tokens in a document: {low:,} to {high:,}, median {median:,}, mean {lengths.mean():,.1f}")
     console.print(padding_table(lengths))

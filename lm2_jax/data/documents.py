@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from lm2_jax.data.paths import expand_paths
-from lm2_jax.data.texts import bom_size, cut_text, decode_text, json_text, read_lines, tokenize
+from lm2_jax.data.texts import bom_size, check_line, cut_text, decode_text, json_text, read_lines, tokenize
 from lm2_jax.errors import UserError
 from lm2_jax.tokenizer import Tokenizer
 
@@ -156,7 +156,8 @@ class JsonLinesSource(_FileSource):
         with path.open("rb") as file:
             start = bom_size(file.read(3))
             file.seek(start)
-            for number, line in enumerate(read_lines(file, path), start=1):
+            for number, line in enumerate(read_lines(file), start=1):
+                check_line(line, f"{path}: line {number}")
                 end = start + len(line)
                 if line.strip() and json_text(decode_text(line, path, start), f"{path}: line {number}").strip():
                     yield start, end

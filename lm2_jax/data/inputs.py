@@ -23,7 +23,7 @@ import numpy as np
 
 from lm2_jax.data.documents import BinSource
 from lm2_jax.data.paths import expand_paths
-from lm2_jax.data.texts import bom_size, cut_text, decode_text, json_text, read_lines
+from lm2_jax.data.texts import bom_size, check_line, cut_text, decode_text, json_text, read_lines
 from lm2_jax.errors import UserError
 
 Raw = bytes | str | None
@@ -199,13 +199,14 @@ class JsonLinesInput(_File):
     def read(self) -> Iterator[Chunk]:
         """See `Input`."""
         with _unpacked(self.path) as (file, raw_file):
-            yield from _chunks(read_lines(file, self.name), raw_file.tell, f"{self.name}: line")
+            yield from _chunks(read_lines(file), raw_file.tell, f"{self.name}: line")
 
     def parse(self, chunk: Chunk) -> Iterator[str | UserError]:
         """See `Input`."""
         for number, line in enumerate(chunk.raw, chunk.first):
             where = f"{self.name}: line {number}"
             try:
+                check_line(line, where)
                 if number == 1:
                     line = line[bom_size(line) :]
                 if line.strip():
@@ -385,10 +386,12 @@ class HubInput(_Rows):
         try:
             yield from rows
         except Exception as error:  # of any of a dozen libraries
-            if isinstance(error, (ValueError, _arrow_error())) and not isinstance(error, OSError):
+            damaged = isinstance(error, (ValueError, _arrow_error())) and not isinstance(error, OSError)
+            if damaged or isinstance(error, (EOFError, zlib.error, gzip.BadGzipFile)):
                 raise
             raise Unreachable(
-                f"{self.name}: the hub's rows come no more ({_first_line(error)}); the same command goes on from here"
+                f"{self.name}: the hub's rows come no more ({_first_line(error)}); the same command goes on (if it "
+                "always ends so, what the hub has is damaged)"
             ) from None
 
     def state(self) -> dict[str, Any]:

@@ -291,8 +291,8 @@ def _raise_first(problems: Iterable[str], settings: Settings) -> None:
     """With `on_error` stop, raises UserError for the first problem."""
     if settings.on_error == "stop" and (problem := next(iter(problems), None)):
         raise UserError(
-            f"{problem}\ncall again with --on-error skip to leave such documents out; or mend it, remove "
-            f"{settings.output} and call again"
+            f"{problem}\ncall again with --on-error skip to leave such documents out, and what of a file cannot be "
+            f"read; or mend it, remove {settings.output} and call again"
         )
 
 
@@ -344,17 +344,22 @@ def _finished(inputs: Sequence[Input], settings: Settings, tokenizer: Tokenizer)
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    found = []
-    for key, old in before.items():
-        if key == "inputs":
-            pairs = itertools.zip_longest(old, now[key])
-            changed = [f"{shown(there)} there, {shown(here)} now" for there, here in pairs if there != here]
-            found += [f"  input: {change}" for change in changed[:_DIFFERENCES_SHOWN]]
-            if len(changed) > _DIFFERENCES_SHOWN:
-                found.append(f"  and {len(changed) - _DIFFERENCES_SHOWN} inputs more")
-        elif old != now[key]:
-            found.append(f"  {key}: {old!r} there, {now[key]!r} now")
-    return found
+    """What differs, a line each; inputs one by one."""
+    found = _changes(before | {"inputs": None}, now | {"inputs": None})
+    inputs = list(itertools.zip_longest(before["inputs"], now["inputs"], fillvalue={}))
+    changed = [(there, here) for there, here in inputs if there != here]
+    for there, here in changed[:_DIFFERENCES_SHOWN]:
+        found.append(f"input {here.get('name', there.get('name'))}: {', '.join(_changes(there, here))}")
+        if here.get("name") == there.get("name") and here.get("revision") != there.get("revision"):
+            found[-1] += "; owner/name@revision names one of them"
+    if len(changed) > _DIFFERENCES_SHOWN:
+        found.append(f"and {len(changed) - _DIFFERENCES_SHOWN} inputs more")
+    return [f"  {line}" for line in found]
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    pairs = [(key, before.get(key), now.get(key)) for key in before | now]
+    return [f"{key}: {shown(there)} there, {shown(here)} now" for key, there, here in pairs if there != here]
 
 
 def _reports(progress_dir: Path) -> dict[str, Report]:
@@ -414,12 +419,12 @@ def run_locally(workers: int, show: Callable[[Tally], None] = lambda tally: None
     ) -> None:
         sizes = [source.size for group in groups for source in group]
         tally = Tally(total=None if None in sizes else sum(sizes))
-        position: dict[str, int] = {}
+        position: dict[Input, int] = {}
 
         def count(task: Task) -> None:
             now = task.chunk.read if task.chunk else task.input.size or 0
-            before = position.get(task.input.name, 0)
-            position[task.input.name] = max(now, before)
+            before = position.get(task.input, 0)
+            position[task.input] = max(now, before)
             tally.read += max(now - before, 0)
 
         def to_do() -> Iterator[Task]:
@@ -454,6 +459,7 @@ def _in_order(tasks: Iterable[Task], settings: Settings, workers: int) -> Iterat
     if workers == 1:
         yield from ((task, run_task(task, settings)) for task in tasks)
         return
+    others = multiprocessing.active_children()
     pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
     waiting: collections.deque[tuple[Task, concurrent.futures.Future[Result]]] = collections.deque()
     try:
@@ -465,6 +471,10 @@ def _in_order(tasks: Iterable[Task], settings: Settings, workers: int) -> Iterat
         while waiting:
             task, future = waiting.popleft()
             yield task, future.result()
+    except BaseException:
+        for process in set(multiprocessing.active_children()) - set(others):
+            process.terminate()  # a task may take minutes, and nobody waits for it any more
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

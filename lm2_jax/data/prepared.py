@@ -30,13 +30,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from lm2_jax.config import TokenizerConfig
 from lm2_jax.data.documents import BinSource, Document
 from lm2_jax.errors import UserError
-from lm2_jax.untrusted import read_small
+from lm2_jax.untrusted import read_small, shown
 
 Format = Literal["arrayrecord", "bin"]
 MANIFEST = "manifest.json"
 _REMEDY = "copy it again, or prepare again"
 _VERSION = 1
-_LARGEST_MANIFEST = 1 << 26  # bytes: of a quarter of a million shards
+_LARGEST_MANIFEST = 1 << 28  # bytes: of a million inputs or shards
 _UNCOMPRESSED = "group_size:1,uncompressed"  # a document can be read without its neighbours
 _RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
 _OPEN_SHARDS = 512  # of a source at a time; a process may often have no more than 1,024 files open
@@ -108,6 +108,8 @@ def read_manifest(directory: str | Path, key: str = "data.path") -> Manifest:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise UserError(f"{path}: is damaged ({f'{place}: ' if place else ''}{first['msg']}); {_REMEDY}") from None
+    if empty := [shard.name for shard in manifest.shards if not shard.documents]:
+        raise UserError(f"{path}: is damaged (shard {empty[0]} has no document); {_REMEDY}")
     if manifest.version != _VERSION:
         raise UserError(f"{path}: version {manifest.version}; this code reads version {_VERSION}, prepare again")
     return manifest
@@ -318,14 +320,20 @@ def _open_reader(path: Path) -> ArrayRecordReader:
 
 def verify(directory: str | Path, manifest: Manifest) -> None:
     """Reads every byte of every shard. Raises UserError that names each which is not what the manifest says."""
-    problems = [problem for shard in manifest.shards if (problem := _problem(Path(directory), shard, manifest.format))]
-    if not problems:
-        files = [(data_file(Path(directory), shard.name, manifest.format), shard) for shard in manifest.shards]
-        damaged = [file for file, shard in files if _sha256(file) != shard.sha256]
-        problems = [f"{file}: is damaged (its SHA-256 is not the manifest's); {_REMEDY}" for file in damaged]
+    problems = []
+    for shard in manifest.shards:
+        file = data_file(Path(directory), shard.name, manifest.format)
+        if problem := _problem(Path(directory), shard, manifest.format):
+            problems.append(problem)
+            continue
+        if _sha256(file) != shard.sha256:
+            problems.append(f"{file}: is damaged (its SHA-256 is not the manifest's); {_REMEDY}")
+        try:
+            _read_index(index_path(Path(directory), shard.name), shard)
+        except UserError as error:
+            problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
-    read_index(directory, manifest)
 
 
 def _check(directory: Path, fingerprint: str | None, key: str) -> Manifest:
@@ -358,6 +366,14 @@ def _problem(directory: Path, shard: Shard, format: Format) -> str | None:
 
 
 def tokenizer_of(directory: str | Path, manifest: Manifest) -> TokenizerConfig:
-    """The settings of the tokenizer that a directory was prepared with; its file is the copy beside the manifest."""
-    file = manifest.tokenizer.file
-    return TokenizerConfig(kind=manifest.tokenizer.kind, path=str(Path(directory) / file) if file else None)
+    """The settings of the tokenizer that a directory was prepared with; its file is the copy beside the manifest.
+
+    Raises UserError for a manifest that names none.
+    """
+    made_with = manifest.tokenizer
+    try:
+        path = str(Path(directory) / made_with.file) if made_with.file else None
+        return TokenizerConfig(kind=made_with.kind, path=path)
+    except pydantic.ValidationError:
+        named = f"{shown(made_with.kind)} of {made_with.file or 'no file'}"
+        raise UserError(f"{Path(directory) / MANIFEST}: {named} is no tokenizer; {_REMEDY}") from None

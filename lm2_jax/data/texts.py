@@ -40,12 +40,18 @@ def cut_text(text: str, separator: str | None) -> Iterator[str]:
             yield text[first:last]
 
 
-def read_lines(file: BinaryIO, name: str | Path) -> Iterator[bytes]:
-    """The lines of a file, with their ends. Raises UserError at one too long to be parsed."""
-    for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE + 1), b""), start=1):
-        if len(line) > _LONGEST_LINE:
-            raise UserError(f"{name}: line {number}: is longer than {_LONGEST_LINE:,} bytes; cut its text")
+def read_lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file, with their ends; of one that is too long, which `check_line` refuses, the beginning."""
+    while line := file.readline(_LONGEST_LINE + 1):
         yield line
+        while len(line) > _LONGEST_LINE and not line.endswith(b"\n"):
+            line = file.readline(_LONGEST_LINE + 1)
+
+
+def check_line(line: bytes, where: str) -> None:
+    """Raises UserError for a line that is too long to be parsed."""
+    if len(line) > _LONGEST_LINE:
+        raise UserError(f"{where}: is longer than {_LONGEST_LINE:,} bytes; cut its text")
 
 
 def json_text(line: str, where: str, field: str = "text") -> str:

@@ -25,6 +25,7 @@ from lm2_jax.tokenizer import Tokenizer
 
 CANDIDATES = 8  # segments among which a probe has to find the right one
 FEWEST_SEGMENTS = 64  # of a text, for a probe
+_MOST_MISSES = 5000  # stories in a row that are not asked about
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,7 @@ def told_stories(
 ) -> Iterator[tuple[Story, Document]]:
     """Held-out stories with one question at the end, in documents of `segments` segments; of those that fit.
 
-    Raises UserError if the shortest story might not fit.
+    Raises UserError if the shortest story might not fit, or none does.
     """
     T = config.trained_segment_length
     low, high = config.data.stories.facts
@@ -103,10 +104,14 @@ def told_stories(
             f"--segments {segments}: {low} facts and a question need {needed} tokens, {-(-needed // T)} segments"
         )
     scatterer = Scatterer(tokenizer, segments * T, segment_length=T)
-    while True:
+    misses = 0
+    while misses < _MOST_MISSES:
+        misses += 1
         story = generate_story(task, rng, int(rng.integers(low, high + 1)), 0, 1)
         if wanted(story) and is_held_out(story) and scatterer.length(story) <= scatterer.room:
+            misses = 0
             yield story, scatterer.scatter(story, rng)
+    raise UserError(f"--segments {segments}: no story of {task} was found that fits; give more")
 
 
 def statement_starts(tokens: np.ndarray, story: Story, tokenizer: Tokenizer) -> list[int]:

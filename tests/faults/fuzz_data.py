@@ -14,10 +14,10 @@ from lm2_jax.data.babilong import read_samples
 from lm2_jax.data.documents import BinSource, JsonLinesSource, TextSource
 from lm2_jax.data.inputs import JsonLinesInput
 from lm2_jax.data.prepare import Settings, prepare, run_locally
-from lm2_jax.data.prepared import PreparedSource, read_manifest, verify
+from lm2_jax.data.prepared import PreparedSource, read_manifest, tokenizer_of, verify
 from lm2_jax.evals.finished import Finished
 from lm2_jax.evals.mmlu import read_questions
-from lm2_jax.tokenizer import BytesTokenizer
+from lm2_jax.tokenizer import BytesTokenizer, load_tokenizer
 
 _CONFIGS = (
     b"model: {d_model: 64, num_layers: 2, rope_scaling: {factor: 8.0}}\nmemory: {kind: lm2, num_slots: 4}\n",
@@ -124,8 +124,7 @@ class Prepared:
 
     def prepare(self, directory):
         (directory / "x.jsonl").write_text('{"text": "one"}\n{"text": ""}\n{"text": "two, longer"}\n')
-        inputs = [JsonLinesInput(directory / "x.jsonl", "text")]
-        prepare(inputs, Settings(TokenizerConfig(kind="bytes"), directory / "out"), run_locally(1))
+        prepare(*self._work(directory), run_locally(1))
         self._sound = {path.name: path.read_bytes() for path in (directory / "out").iterdir()}
         (self._data,) = (name for name in self._sound if name.endswith(".arrayrecord"))
         (self._index,) = (name for name in self._sound if name.endswith(".index.npy"))
@@ -156,9 +155,17 @@ class Prepared:
     def read(self, directory, value):
         for name, data in (self._sound | value).items():
             (directory / "out" / name).write_bytes(data)
-        source = PreparedSource([directory / "out"])
-        read_all(source)
-        verify(directory / "out", read_manifest(directory / "out"))
+        read_all(PreparedSource([directory / "out"]))
+        manifest = read_manifest(directory / "out")
+        verify(directory / "out", manifest)
+        load_tokenizer(tokenizer_of(directory / "out", manifest))
+        prepare(*self._work(directory), run_locally(1))  # which is done, or refused
+
+    @staticmethod
+    def _work(directory):
+        return [JsonLinesInput(directory / "x.jsonl", "text")], Settings(
+            TokenizerConfig(kind="bytes"), directory / "out"
+        )
 
 
 _PREPARED = Prepared()
