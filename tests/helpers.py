@@ -297,3 +297,9 @@ class Run:
         """One line on what a killed process left."""
         saves = [p.name for p in (self.run_dir / "checkpoints").glob("*.orbax-checkpoint-tmp*")]
         return f"logged to step {self.logged_step()}, checkpoints {checkpoint_steps(self.run_dir)}, incomplete {saves}"
+
+
+def interruptible(command):
+    """The command, for a process that SIGINT reaches even if it is ignored here, as in a job in the background."""
+    start = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    return [sys.executable, "-c", start, *command]

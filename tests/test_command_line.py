@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import interruptible
 
 from lm2_jax import evaluate
 from lm2_jax.command_line import EVALUATION_TASKS
@@ -77,9 +78,8 @@ def test_ctrl_c_during_imports_leaves_no_traceback(command):
         "aot": ["--config", "x", "--topology", "v5e:1x1"],
         "bench": ["--config", "x"],
     }[command]
-    process = subprocess.Popen(
-        [sys.executable, "-m", f"lm2_jax.{command}", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
+    line = interruptible([sys.executable, "-m", f"lm2_jax.{command}", *arguments])
+    process = subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and "jaxlib" not in Path(f"/proc/{process.pid}/maps").read_text():
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)

@@ -17,6 +17,7 @@ import prepare_data
 import pyarrow
 import pyarrow.parquet
 import pytest
+from helpers import interruptible
 
 from lm2_jax.config import TokenizerConfig
 from lm2_jax.data import prepare as prepare_module
@@ -415,7 +416,7 @@ def test_ctrl_c_does_not_wait_for_workers(tmp_path, corpus):
     write(tmp_path / "stuck.py", stuck.encode())
     arguments = ["--input", str(corpus / "*"), "--output", "out", "--tokenizer", "bytes", "--workers", "2"]
     process = subprocess.Popen(
-        [sys.executable, "-c", program, *arguments],
+        interruptible([sys.executable, "-c", program, *arguments]),
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tools", tmp_path)))},
         stderr=subprocess.PIPE,
