@@ -105,3 +105,12 @@ def test_gains(tmp_path):
         "all of bAbI's files": "67.5%",
     }.items():
         assert f"| {name} | {mean} | 2.00 | 3.75 |" in report
+
+
+def test_kept_results(tmp_path):
+    """The report in the repository is what its cells say, and all its pictures can be drawn."""
+    kept = ROOT / "tools" / "results" / "babilong_cpu"
+    (tmp_path / "cells").symlink_to(kept / "cells")
+    assert babilong_report.write_report(tmp_path) == (kept / "report.md").read_text()
+    drawn = {path.name for path in tmp_path.glob("*.png")}
+    assert drawn and drawn == {path.name for path in kept.glob("*.png")}

@@ -25,6 +25,10 @@ def write_report(output: Path) -> str:
     if compared := by_phase.get("comparison"):
         parts.append(_comparison(compared, output / "comparison.png"))
         parts.append(_grid(compared))
+    if tried := by_phase.get("tried"):
+        parts.append(_tried(tried))
+    if pilots := by_phase.get("pilot"):
+        parts.append(_pilots(pilots, output / "pilots.png"))
     if ablations := by_phase.get("ablation"):
         title = "## Ablations of lm2 at equal parameters (qa1; exact match at multiples of the trained length)"
         parts.append(_ablations(title, ablations, output / "gates.png"))
@@ -93,17 +97,17 @@ def _gains(accuracy: Mapping[str, Mapping[tuple[str, float], list[float]]], sets
         groups["all of bAbI's files"] = babi
     rows = []
     for title, names in groups.items():
-        means = {
-            model: statistics.fmean(
-                statistics.fmean(values)
-                for (name, multiple), values in cells.items()
-                if name in names and 1 <= multiple <= 8
-            )
-            for model, cells in accuracy.items()
-        }
+        means = {model: _mean_to_8x(cells, names) for model, cells in accuracy.items()}
         rows.append([title, f"{means['lm2']:.1%}", *(_ratio(means["lm2"], means[other]) for other in others)])
     title = "Mean accuracy over 1, 2, 4 and 8 times the trained length"
     return [f"**{title}**", "", *_table(["questions", "lm2", *(f"lm2 / {other}" for other in others)], rows)]
+
+
+def _mean_to_8x(cells: Mapping[tuple[str, float], list[float]], names: Sequence[str]) -> float:
+    """Mean accuracy on sets of questions over 1 to 8 times the trained length."""
+    return statistics.fmean(
+        statistics.fmean(values) for (name, multiple), values in cells.items() if name in names and 1 <= multiple <= 8
+    )
 
 
 def _by_set_and_multiple(results: Sequence[Result]) -> dict[tuple[str, float], list[float]]:
@@ -169,6 +173,49 @@ def _grid(results: Sequence[Result]) -> str:
                 rows.append([model, setting, shown + " (taken)" * (setting == best_setting(own))])
     table = _table(["model", "setting", "answers right in validation"], rows)
     return "\n".join(["## The grid that settings were chosen from, with the first seed", "", *table, ""])
+
+
+# --- What was tried before ------------------------------------------------------------------------------------------
+
+
+def _tried(results: Sequence[Result]) -> str:
+    """Whole runs of earlier recipes."""
+    rows, sets = [], list(dict.fromkeys(_set(cell["questions"]) for cell in results[0]["accuracy_by_length"]))
+    for result in results:
+        cells = _by_set_and_multiple([result])
+        labels = result["labels"]
+        sizes = [f"{result[key]:,}" for key in ("parameters", "memory_size", "tokens")]
+        rows.append([labels["model"], labels["setting"], *sizes, *(f"{_mean_to_8x(cells, [s]):.1%}" for s in sets)])
+    table = _table(["model", "recipe", "parameters", "memory", "tokens", *sets], rows)
+    return "\n".join(
+        ["## Recipes of before, one seed: mean over 1, 2, 4 and 8 times the trained length", "", *table, ""]
+    )
+
+
+def _pilots(results: Sequence[Result], picture: Path) -> str:
+    """How fast one segment is learnt: the curves of runs that were stopped early, or went on to more segments."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(10, 4.6))
+    rows = []
+    for number, result in enumerate(results):
+        curves, model, data = result["curves"], result["config"]["model"], result["config"]["data"]
+        places = [i for i, stage in enumerate(curves["stage"]) if stage == max(curves["stage"])]  # of 64 tokens
+        tokens = [curves["tokens"][i] / 1e6 for i in places]
+        accuracy = [curves["accuracy"][i] for i in places]
+        name = result["labels"]["model"]
+        axis.plot(tokens, accuracy, label=name, color=plt.cm.tab20(number % 20))
+        learnt = next((t for t, a in zip(tokens, accuracy, strict=True) if a >= 0.9), None)
+        shown = f"at {learnt:.1f} M" if learnt else f"not in {tokens[-1]:.1f} M"
+        rows.append([name, str(model["d_ff"]), str(data["batch_size"]), f"{accuracy[-1]:.0%}", shown])
+    axis.set(xlabel="tokens, millions", ylabel="answers right in training, one segment of 64 tokens", ylim=(0.4, 1))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
+    table = _table(["model", "d_ff", "lanes", "at the end", "90% right"], rows)
+    title = "## What it takes to learn one segment (qa1 to qa3; answers right in training, means of 25 steps)"
+    return "\n".join([title, "", *table, ""])
 
 
 # --- Ablations -----------------------------------------------------------------------------------------------------

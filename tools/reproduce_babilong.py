@@ -107,17 +107,20 @@ PRESETS = {
             "full attention": {  # one segment: the whole window, and the whole context when asked
                 "memory": {"kind": "none"},
                 "data": {"segment_length": 256, "segments_per_window": 1},
-                "train": {"curriculum": _stages((1, 128, None, 1200), (1, 256, None, None))},
+                "train": {"curriculum": _stages((1, 64, None, 1000), (1, 128, None, 500), (1, 256, None, None))},
                 "eval": {"one_segment": True, "lengths": [0, 1, 2, 4, 8]},
             },
         },
         settings={
             "4 segments, 2e-3": {},
             "4 segments, 1e-3": {"optim": {"learning_rate": 1e-3}},
-            "4 segments, 4e-3": {"optim": {"learning_rate": 4e-3}},
             "8 segments, 2e-3": {  # of half as many lanes: as many tokens
-                "data": {"segments_per_window": 8, "batch_size": 8},
-                "train": {"curriculum": _stages((1, 256, None, 1000), (4, 64, None, 200), (8, 64, None, None))},
+                "data": {"segments_per_window": 8, "batch_size": 16},
+                "train": {
+                    "curriculum": _stages(
+                        (1, 128, None, 600), (4, 32, None, 400), (8, 32, None, 500), (8, 64, None, None)
+                    )
+                },
             },
         },
         seeds=(0, 1, 2),
@@ -139,6 +142,7 @@ PRESETS = {
             },
         },
         ablation_base={  # the embedded default, asked at 16 times the trained length besides
+            "model": {"num_layers": 3, "d_model": 96, "d_ff": 192},
             "memory": {"num_slots": 16},
             "data": {
                 "batch_size": 32,
@@ -146,11 +150,14 @@ PRESETS = {
                 "segments_per_window": 6,
                 "stories": {"tasks": ["qa1"], "facts": [1, 10], "questions_between": [0, 1], "questions_after": [3, 4]},
             },
+            "optim": {"decay_fraction": 0.3},
             "train": {
                 "steps": 900,
+                "remat": "block",
                 "curriculum": _stages((1, 72, 0.95, None), (3, 24, 0.95, 250), (6, 24, None, None)),
             },
             "eval": {"lengths": [6, 12, 24, 48, 96], "questions": 500, "every_steps": 0},
+            "checkpoint": {"every_steps": 250},
         },
         ablation_seeds=(0, 1, 2),
     ),
@@ -207,12 +214,11 @@ class Plan:
                     yield self._compared(model, setting, self._preset.seeds[0])
 
     def comparison(self, grid: Sequence[Result]) -> Iterator[Cell]:
-        """The other seeds of every model whose grid is complete, in the setting with the best validation at its end."""
-        wanted = [cell.labels["model"] for cell in self.grid()]
+        """The other seeds of every model, in the setting with the best validation at its end of those in the grid."""
         for seed in self._preset.seeds[1:]:
             for model in self._preset.models:
                 own = [result for result in grid if result["labels"]["model"] == model]
-                if len(own) == wanted.count(model):
+                if own:
                     yield self._compared(model, best_setting(own), seed)
 
     def _compared(self, model: str, setting: str, seed: int) -> Cell:
