@@ -1,5 +1,6 @@
 """The study's command from end to end at its smallest, and what its report computes."""
 
+import base64
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import reproduce_babilong as study
 
-from lm2_jax.config import parse_config
+from lm2_jax.config import load_config, parse_config
 from lm2_jax.model.sizes import memory_size, parameters
 
 ROOT = Path(__file__).parents[1]
@@ -40,20 +41,55 @@ def test_smoke(tmp_path):
         assert heading in report
 
 
-@pytest.mark.parametrize("preset", study.PRESETS)
-def test_models_are_of_one_size(preset):
-    """Equal parameters up to one unit of the feed-forward layers; lm2 and rmt remember as many numbers."""
-    preset = study.PRESETS[preset]
-    plan = study.Plan(preset, None)
+@pytest.fixture
+def byte_ranks(tmp_path):
+    """A file in the format of Llama 3's tokenizer.model."""
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(b"".join(base64.b64encode(bytes([rank])) + b" %d\n" % rank for rank in range(256)))
+    return path
+
+
+@pytest.mark.parametrize("name", study.PRESETS)
+def test_models_are_of_one_size(name, byte_ranks):
+    """Equal parameters up to a unit of the feed-forward layers; lm2 and rmt remember as many numbers (not in full)."""
+    preset = study.PRESETS[name]
+    plan = study.Plan(preset, {"tokenizer": byte_ranks, "background": Path("book.txt")})
     cells = [*plan.ablations(), *plan.grid()]
     assert len({cell.name for cell in cells}) == len(cells)
-    for phase in ("ablation", "comparison"):
+    for phase in {cell.labels["phase"] for cell in cells}:
         configs = {cell.labels["model"]: cell.config for cell in cells if cell.labels["phase"] == phase}
         model = next(iter(configs.values())).model
         counts = [parameters(config) for config in configs.values()]
-        assert max(counts) - min(counts) <= 3 * model.d_model * model.num_layers
+        assert max(counts) - min(counts) <= 3 * model.d_model * model.num_layers * preset.d_ff_multiple
         sizes = {name: memory_size(config) for name, config in configs.items()}
-        assert len({size for name, size in sizes.items() if name not in ("none", "full attention")}) == 1, sizes
+        remembering = {size for model, size in sizes.items() if model not in ("none", "full attention")}
+        assert len(remembering) == 1 or name == "full", sizes
+
+
+def test_full_preset(tmp_path, byte_ranks):
+    """Its configs can be written, for `lm2_jax.aot` to compile; files that are missing are named."""
+
+    def run(*flags):
+        command = [sys.executable, "tools/reproduce_babilong.py", "--output", tmp_path, "--preset", "full", *flags]
+        return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+
+    refused = run("--write-configs")
+    assert (refused.returncode, refused.stderr) == (
+        2,
+        "error: --background is missing; the cells of this preset read it\n",
+    )
+    book = tmp_path / "book.txt"
+    book.write_text("It was a bright cold day.")
+    files = ("--tokenizer", byte_ranks, "--background", book, "--start", tmp_path)
+    done = run("--write-configs", *files)
+    assert done.returncode == 0, done.stderr
+    configs = [load_config(line) for line in done.stdout.splitlines()]
+    starts = {config.train.init_from for config in configs}
+    assert starts == {str(tmp_path / kind) for kind in ("lm2", "rmt", "none")}
+    for config in configs:
+        assert config.data.background == (str(book),)
+        memory_tokens = 2 * config.memory.num_slots if config.memory.kind == "rmt" else 0
+        assert (config.data.segment_length + memory_tokens) % 128 == 0  # what attention's kernels want
 
 
 def test_babi_files_are_asked_about(tmp_path):
@@ -64,7 +100,7 @@ def test_babi_files_are_asked_about(tmp_path):
     assert study.with_questions(config, None).eval.path is None
     config = study.with_questions(config, tmp_path)
     assert config.eval.path == ("{babi}/qa1_single_test.txt", "{babi}/qa2_two_train.txt")
-    assert study.with_files(config, tmp_path).eval.path == tuple(
+    assert study.with_files(config, {"babi": tmp_path}).eval.path == tuple(
         str(tmp_path / name) for name in ("qa1_single_test.txt", "qa2_two_train.txt")
     )
 

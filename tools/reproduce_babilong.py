@@ -58,6 +58,7 @@ class Preset:
       ablations: changes of lm2 by name, for the table of its parts; all have as many parameters as lm2.
       ablation_base: changes for those cells.
       ablation_seeds: of those cells.
+      d_ff_multiple: what the width of feed-forward layers is a multiple of where it makes up for a memory.
     """
 
     config: str
@@ -68,6 +69,7 @@ class Preset:
     ablations: Mapping[str, Changes]
     ablation_base: Changes
     ablation_seeds: tuple[int, ...]
+    d_ff_multiple: int = 1
 
 
 def _stages(*stages: tuple[int, int, float | None, int | None]) -> list[dict[str, Any]]:
@@ -96,6 +98,38 @@ PRESETS = {
         ablations={"as it is": {}},
         ablation_base={},
         ablation_seeds=(0,),
+    ),
+    "qa1": Preset(  # one task, which all can learn to the end: the embedded default with half its slots
+        config="babilong_tiny.yaml",
+        base={
+            "memory": {"num_slots": 8},
+            "train": {"steps": 900, "curriculum": _stages((1, 72, None, 250), (3, 24, None, 150), (6, 24, None, None))},
+            "eval": {"lengths": [0, 6, 12, 24, 48, 96], "questions": 200, "every_steps": 300},
+            "checkpoint": {"every_steps": 150, "keep": 1},
+        },
+        models={
+            "lm2": {},
+            "rmt": {"memory": {"kind": "rmt", "num_slots": 24}},
+            "none": {"memory": {"kind": "none"}},
+            "full attention": {
+                "memory": {"kind": "none"},
+                "data": {"segment_length": 144, "segments_per_window": 1},
+                "train": {"curriculum": _stages((1, 72, None, 400), (1, 144, None, None))},
+                "eval": {"one_segment": True, "lengths": [0, 1, 2, 4, 8, 16]},
+            },
+        },
+        settings={
+            "6 segments, 2e-3": {},
+            "6 segments, 1e-3": {"optim": {"learning_rate": 1e-3}},
+            "12 segments, 2e-3": {  # of half as many lanes: as many tokens
+                "data": {"segments_per_window": 12, "batch_size": 16},
+                "train": {"curriculum": _stages((1, 144, None, 250), (6, 24, None, 150), (12, 24, None, None))},
+            },
+        },
+        seeds=(0, 1, 2),
+        ablations={},
+        ablation_base={},
+        ablation_seeds=(),
     ),
     "cpu": Preset(
         config="babilong_study.yaml",
@@ -161,6 +195,57 @@ PRESETS = {
         },
         ablation_seeds=(0, 1, 2),
     ),
+    "full": Preset(  # for a v5e:4x4; rmt's 64 memory tokens on either side make 2,048 positions
+        config="lm2_1b7.yaml",
+        base={
+            "model": {"vocab_size": None},  # the tokenizer's
+            "data": {
+                "source": "stories",
+                "path": None,
+                "validation_path": None,
+                "background": "{background}",
+                "boundaries": "segment",
+                "stories": {
+                    "tasks": ["qa1", "qa2", "qa3", "qa4", "qa5"],
+                    "facts": [2, 40],
+                    "questions_between": [0, 8],
+                    "questions_after": [3, 4],
+                },
+                "segment_length": 1920,
+                "segments_per_window": 4,
+                "batch_size": 16,
+            },
+            "tokenizer": {"kind": "llama3", "path": "{tokenizer}"},
+            "optim": {"learning_rate": 1e-4, "schedule": "linear", "warmup_steps": 200, "decay_fraction": 0.2},
+            "train": {
+                "steps": 5000,
+                "curriculum": _stages((1, 1920, None, 1500), (2, 1920, None, 1000), (4, 1920, None, None)),
+            },
+            "eval": {"every_steps": 500, "lengths": [0, 4, 8, 16, 32, 64], "questions": 100},
+            "checkpoint": {"every_steps": 250, "keep": 1},
+        },
+        models={
+            "lm2": {},
+            "rmt": {"memory": {"kind": "rmt", "num_slots": 64, "width": None}},
+            "none": {"memory": {"kind": "none"}},
+            "full attention": {
+                "memory": {"kind": "none"},
+                "data": {"segment_length": 7680, "segments_per_window": 1},
+                "train": {"curriculum": _stages((1, 1920, None, 1500), (1, 3840, None, 1000), (1, 7680, None, None))},
+                "eval": {"one_segment": True, "lengths": [0, 1, 2, 4, 8, 16]},
+            },
+        },
+        settings={
+            "4 segments, 1e-4": {},
+            "4 segments, 3e-5": {"optim": {"learning_rate": 3e-5}},
+            "4 segments, 3e-4": {"optim": {"learning_rate": 3e-4}},
+        },
+        seeds=(0, 1, 2),
+        ablations={},
+        ablation_base={},
+        ablation_seeds=(),
+        d_ff_multiple=128,
+    ),
 }
 
 
@@ -190,13 +275,13 @@ class Cell:
 class Plan:
     """The cells of a preset."""
 
-    def __init__(self, preset: Preset, babi: Path | None) -> None:
-        """babi: where bAbI's files are, to be asked about in the grid and the comparison."""
-        self._preset, self._babi = preset, babi
+    def __init__(self, preset: Preset, files: Files) -> None:
+        """files: `babi` is asked about in the comparison, and weights in `start` are what its cells start from."""
+        self._preset, self._files = preset, files
         from lm2_jax.data.pipeline import check_vocabulary  # takes a second, which --help should not
 
-        config = load_config(ROOT / "configs" / preset.config)
-        self._config = check_vocabulary(config, load_tokenizer(config.tokenizer))
+        config = _changed(load_config(ROOT / "configs" / preset.config), preset.base)
+        self._config = check_vocabulary(config, load_tokenizer(with_files(config, files).tokenizer))
 
     def ablations(self) -> Iterator[Cell]:
         """lm2 and its variants."""
@@ -224,15 +309,19 @@ class Plan:
     def _compared(self, model: str, setting: str, seed: int) -> Cell:
         labels = {"phase": "comparison", "model": model, "setting": setting, "seed": seed}
         cell = self._cell(labels, {}, self._preset.settings[setting], self._preset.models[model])
-        return dataclasses.replace(cell, config=with_questions(cell.config, self._babi))
+        config = with_questions(cell.config, self._files.get("babi"))
+        if "start" in self._files:
+            config = replace(config, train={"init_from": f"{{start}}/{config.memory.kind}"})
+        return dataclasses.replace(cell, config=config)
 
     def _cell(self, labels: Mapping[str, Any], base: Changes, *changes: Changes) -> Cell:
         from lm2_jax.model.sizes import parameters, with_parameters  # jax takes seconds, which --help should not
 
-        standard = _changed(self._config, self._preset.base, base)
-        config = _changed(self._config, self._preset.base, base, *changes, {"train": {"seed": labels["seed"]}})
+        standard = _changed(self._config, base)
+        config = _changed(self._config, base, *changes, {"train": {"seed": labels["seed"]}})
+        config = with_parameters(config, parameters(standard), self._preset.d_ff_multiple)
         window = standard.stages[-1]
-        return Cell(labels, with_parameters(config, parameters(standard)), window.segments * window.segment_length)
+        return Cell(labels, config, window.segments * window.segment_length)
 
 
 def _changed(config: Config, *changes: Changes) -> Config:
@@ -249,9 +338,9 @@ def _changed(config: Config, *changes: Changes) -> Config:
 class Runner:
     """Trains cells, several at a time, each on its share of the cores, and keeps their results."""
 
-    def __init__(self, output: Path, babi: Path | None, workers: int, only: str, until: float) -> None:
-        """babi: where bAbI's files are; only: a pattern of cell names; until: no cell begins after time.monotonic()."""
-        self._output, self._babi, self._only, self._until = output, babi, only, until
+    def __init__(self, output: Path, files: Files, workers: int, only: str, until: float) -> None:
+        """only: a pattern of cell names; until: no cell begins after time.monotonic()."""
+        self._output, self._files, self._only, self._until = output, files, only, until
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         self._places: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
         for worker in range(workers):
@@ -282,15 +371,21 @@ class Runner:
     def _file(self, cell: Cell) -> Path:
         return self._output / "cells" / f"{cell.name}.json"
 
+    def write_config(self, cell: Cell) -> Path:
+        """Writes the config that the cell is trained with into its run directory."""
+        run_dir = self._output / "runs" / cell.name
+        run_dir.mkdir(parents=True, exist_ok=True)
+        config_file = run_dir / "cell.yaml"
+        config = replace(with_files(cell.config, self._files), train={"run_dir": str(run_dir)})
+        config_file.write_text(dump_config(config), encoding="utf-8")
+        return config_file
+
     def _train(self, cell: Cell) -> bool:
         """Whether there was time left to train it."""
         if time.monotonic() > self._until:
             return False
-        run_dir = self._output / "runs" / cell.name
-        run_dir.mkdir(parents=True, exist_ok=True)
-        config = replace(with_files(cell.config, self._babi), train={"run_dir": str(run_dir)})
-        config_file = run_dir / "cell.yaml"
-        config_file.write_text(dump_config(config), encoding="utf-8")
+        config_file = self.write_config(cell)
+        run_dir = config_file.parent
         place, began = self._places.get(), time.monotonic()
         try:
             with (run_dir / "log.txt").open("a") as log:
@@ -345,10 +440,10 @@ def describe(result: Result) -> str:
     return f"{clock(result['seconds'])}, accuracy after segments {', '.join(cells)}"
 
 
-# --- bAbI files ----------------------------------------------------------------------------------------------------
+# --- Files that cells read -----------------------------------------------------------------------------------------
 
-
-_BABI = "{babi}"  # stands for --babi in the config of a cell, which is the same wherever the files are
+# By option, such as `babi`. In the config of a cell `{babi}` stands for it: it is the same wherever the files are.
+Files = Mapping[str, Path]
 
 
 def with_questions(config: Config, babi: Path | None) -> Config:
@@ -360,14 +455,25 @@ def with_questions(config: Config, babi: Path | None) -> Config:
     files: list[Path] = []
     for task in config.data.stories.tasks if babi else ():
         files += sorted(babi.glob(f"{task}_*_test.txt")) or sorted(babi.glob(f"{task}_*.txt"))
-    return replace(config, eval={"path": [f"{_BABI}/{file.name}" for file in files] or None})
+    return replace(config, eval={"path": [f"{{babi}}/{file.name}" for file in files] or None})
 
 
-def with_files(config: Config, babi: Path | None) -> Config:
-    """The config of a cell, its files where they are."""
-    if not config.eval.path:
-        return config
-    return replace(config, eval={"path": [path.replace(_BABI, str(babi)) for path in config.eval.path]})
+def with_files(config: Config, files: Files) -> Config:
+    """The config of a cell, its files where they are. Raises UserError if one is not given."""
+
+    def place(path: str) -> str:
+        name = path.partition("{")[2].partition("}")[0]
+        if name and name not in files:
+            raise UserError(f"--{name} is missing; the cells of this preset read it")
+        return path.replace(f"{{{name}}}", str(files.get(name)))
+
+    return replace(
+        config,
+        eval={"path": config.eval.path and [place(path) for path in config.eval.path]},
+        data={"background": config.data.background and [place(path) for path in config.data.background]},
+        tokenizer={"path": config.tokenizer.path and place(config.tokenizer.path)},
+        train={"init_from": config.train.init_from and place(config.train.init_from)},
+    )
 
 
 # --- The command ---------------------------------------------------------------------------------------------------
@@ -379,26 +485,36 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="cells, tables and pictures go here")
     parser.add_argument("--preset", choices=PRESETS, default="smoke", help="the size of the study")
     parser.add_argument("--babi", type=Path, metavar="DIR", help="bAbI v1.2 files (en-10k); without: the generator")
+    parser.add_argument("--background", type=Path, metavar="FILE", help="preset full: text to scatter facts in")
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="preset full: Llama 3's tokenizer.model")
+    parser.add_argument("--start", type=Path, metavar="DIR", help="start from the weights DIR/lm2, DIR/rmt, DIR/none")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="cells at a time; they share the cores")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="cells to train, such as 'ablation-*'")
     parser.add_argument("--hours", type=float, default=1e9, metavar="H", help="begin no cell after so many hours")
     parser.add_argument("--report", action="store_true", help="train nothing; draw tables and pictures again")
+    parser.add_argument("--write-configs", action="store_true", help="train nothing; write the configs of the grid")
     arguments = parser.parse_args()
     preset = PRESETS[arguments.preset]
     arguments.output = arguments.output.resolve()  # cells run in the repository's directory
-    arguments.babi = arguments.babi and arguments.babi.resolve()
     if not arguments.report:
         run(preset, arguments)
-    print(write_report(arguments.output))
+    if not arguments.write_configs:
+        print(write_report(arguments.output))
 
 
 def run(preset: Preset, arguments: argparse.Namespace) -> None:
     """Trains what is missing: the comparison's grid, its other seeds, and the ablations."""
-    if arguments.babi and not arguments.babi.is_dir():
-        raise UserError(f"--babi: {arguments.babi} is no directory; give the one with qa1_..._test.txt")
-    plan = Plan(preset, arguments.babi)
+    options = {name: getattr(arguments, name) for name in ("babi", "background", "tokenizer", "start")}
+    files = {name: path.resolve() for name, path in options.items() if path}
+    if "babi" in files and not files["babi"].is_dir():
+        raise UserError(f"--babi: {files['babi']} is no directory; give the one with qa1_..._test.txt")
+    plan = Plan(preset, files)
     until = time.monotonic() + arguments.hours * 3600
-    runner = Runner(arguments.output, arguments.babi, arguments.workers, arguments.only, until)
+    runner = Runner(arguments.output, files, arguments.workers, arguments.only, until)
+    if arguments.write_configs:
+        for cell in plan.grid():
+            print(runner.write_config(cell))
+        return
     runner.results(plan.comparison(runner.results(plan.grid())))
     runner.results(plan.ablations())
 

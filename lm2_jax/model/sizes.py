@@ -27,13 +27,15 @@ def _parameters(model_config: ModelConfig, memory_config: MemoryConfig) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(init, jax.random.key(0))))
 
 
-def with_parameters(config: Config, count: int) -> Config:
+def with_parameters(config: Config, count: int, multiple: int = 1) -> Config:
     """The config with the width of the feed-forward layers at which the model has nearest to `count` parameters.
 
-    Raises ValueError where it has more without any.
+    A width that has to change becomes a multiple of `multiple`. Raises ValueError where it has more without any.
     """
     missing = count - parameters(config)
     d_ff = config.model.d_ff + round(missing / (3 * config.model.d_model * config.model.num_layers))
+    if d_ff != config.model.d_ff:
+        d_ff = round(d_ff / multiple) * multiple
     if d_ff < 1:
         raise ValueError(f"{parameters(config):,} parameters cannot be made {count:,} by narrower feed-forward layers")
     return replace(config, model={"d_ff": d_ff})
