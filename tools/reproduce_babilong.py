@@ -99,38 +99,6 @@ PRESETS = {
         ablation_base={},
         ablation_seeds=(0,),
     ),
-    "qa1": Preset(  # one task, which all can learn to the end: the embedded default with half its slots
-        config="babilong_tiny.yaml",
-        base={
-            "memory": {"num_slots": 8},
-            "train": {"steps": 900, "curriculum": _stages((1, 72, None, 250), (3, 24, None, 150), (6, 24, None, None))},
-            "eval": {"lengths": [0, 6, 12, 24, 48, 96], "questions": 200, "every_steps": 300},
-            "checkpoint": {"every_steps": 150, "keep": 1},
-        },
-        models={
-            "lm2": {},
-            "rmt": {"memory": {"kind": "rmt", "num_slots": 24}},
-            "none": {"memory": {"kind": "none"}},
-            "full attention": {
-                "memory": {"kind": "none"},
-                "data": {"segment_length": 144, "segments_per_window": 1},
-                "train": {"curriculum": _stages((1, 72, None, 400), (1, 144, None, None))},
-                "eval": {"one_segment": True, "lengths": [0, 1, 2, 4, 8, 16]},
-            },
-        },
-        settings={
-            "6 segments, 2e-3": {},
-            "6 segments, 1e-3": {"optim": {"learning_rate": 1e-3}},
-            "12 segments, 2e-3": {  # of half as many lanes: as many tokens
-                "data": {"segments_per_window": 12, "batch_size": 16},
-                "train": {"curriculum": _stages((1, 144, None, 250), (6, 24, None, 150), (12, 24, None, None))},
-            },
-        },
-        seeds=(0, 1, 2),
-        ablations={},
-        ablation_base={},
-        ablation_seeds=(),
-    ),
     "cpu": Preset(
         config="babilong_study.yaml",
         base={},
