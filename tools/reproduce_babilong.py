@@ -410,8 +410,8 @@ def describe(result: Result) -> str:
 
 # --- Files that cells read -----------------------------------------------------------------------------------------
 
-# By option, such as `babi`. In the config of a cell `{babi}` stands for it: it is the same wherever the files are.
-Files = Mapping[str, Path]
+_OPTIONS = ("babi", "background", "tokenizer", "start")  # in the config of a cell `{babi}` stands for what --babi names
+Files = Mapping[str, Path]  # those that were given, by option
 
 
 def with_questions(config: Config, babi: Path | None) -> Config:
@@ -430,10 +430,12 @@ def with_files(config: Config, files: Files) -> Config:
     """The config of a cell, its files where they are. Raises UserError if one is not given."""
 
     def place(path: str) -> str:
-        name = path.partition("{")[2].partition("}")[0]
-        if name and name not in files:
-            raise UserError(f"--{name} is missing; the cells of this preset read it")
-        return path.replace(f"{{{name}}}", str(files.get(name)))
+        for name in _OPTIONS:
+            if (mark := f"{{{name}}}") in path:
+                if name not in files:
+                    raise UserError(f"--{name} is missing; the cells of this preset read it")
+                path = path.replace(mark, str(files[name]))
+        return path
 
     return replace(
         config,
@@ -472,8 +474,7 @@ def main() -> None:
 
 def run(preset: Preset, arguments: argparse.Namespace) -> None:
     """Trains what is missing: the comparison's grid, its other seeds, and the ablations."""
-    options = {name: getattr(arguments, name) for name in ("babi", "background", "tokenizer", "start")}
-    files = {name: path.resolve() for name, path in options.items() if path}
+    files = {name: path.resolve() for name in _OPTIONS if (path := getattr(arguments, name))}
     if "babi" in files and not files["babi"].is_dir():
         raise UserError(f"--babi: {files['babi']} is no directory; give the one with qa1_..._test.txt")
     plan = Plan(preset, files)
