@@ -1,20 +1,25 @@
-"""Eight fake devices on the CPU for every test, and the --runslow flag."""
+"""Eight fake devices on the CPU for every test, what they compile is kept, and the --runslow flag."""
 
 import os
 import shutil
+import tempfile
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-# Tiny programs: compiling takes the time, not running
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 "
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
+from quick import xla_flags
+
+os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices=8)}
+# What one test compiles, or a process that it starts, later ones load
+_COMPILED = tempfile.mkdtemp(prefix="compiled-")
+os.environ |= {"JAX_COMPILATION_CACHE_DIR": _COMPILED, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 import pytest
 
 
 def pytest_addoption(parser):
     parser.addoption("--runslow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_unconfigure():
+    shutil.rmtree(_COMPILED, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config, items):

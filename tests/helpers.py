@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from quick import xla_flags
 
 from lm2_jax import train as train_module
 from lm2_jax.config import parse_config
@@ -132,15 +133,10 @@ _made = {}
 
 @contextlib.contextmanager
 def quick_training():
-    """Within it, train() uses one device, compiles with few optimisations, and compiles once for equal configs."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            _keep_what_is_compiled(monkeypatch)
-            yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
+    """Within it, train() uses one device, and compiles once for equal configs."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        _keep_what_is_compiled(monkeypatch)
+        yield
 
 
 def _keep_what_is_compiled(monkeypatch):
@@ -221,25 +217,22 @@ run_command(main)
 
 
 class Run:
-    """`python -m lm2_jax.train` in a process of its own. Its output goes to `log`."""
+    """`python -m lm2_jax.train` in a process of its own. Its output goes to `log`. Cold: it compiles all."""
 
     def __init__(
         self,
         config_file,
         run_dir,
         *arguments,
-        cache=None,
+        cold=False,
         announce_restore=False,
-        fast_compile=False,
         log=None,
         environment=(),
     ):
         self.run_dir, self.log = Path(run_dir), Path(log or f"{run_dir}.log")
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **dict(environment)}
-        if cache is not None:
-            environment |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        if fast_compile:
-            environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices=1), **dict(environment)}
+        if cold:
+            environment["JAX_COMPILATION_CACHE_DIR"] = ""
         entry = ["-c", _COMMAND] if announce_restore else ["-m", "lm2_jax.train"]
         self.started = time.time()
         with self.log.open("w") as log:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import Run, assert_same_run, checkpoint_steps, text_overrides, tiny_config
+from quick import xla_flags
 
 from lm2_jax.config import save_config
 from lm2_jax.data.pipeline import Pipeline
@@ -21,13 +22,7 @@ from lm2_jax.errors import UserError
 from lm2_jax.reporting import read_records
 from lm2_jax.tokenizer import load_tokenizer
 
-DEVICES = "--xla_force_host_platform_device_count={} --xla_backend_optimization_level=0"
 SIZES = ("mesh.data=2", "mesh.fsdp=4", "data.batch_size=8", "eval.every_steps=4", "checkpoint.every_steps=3")
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("compiled")
 
 
 def config_file(run_dir, steps, *overrides):
@@ -36,10 +31,8 @@ def config_file(run_dir, steps, *overrides):
     return path
 
 
-def start_one(run_dir, steps, cache, *overrides):
-    return Run(
-        config_file(run_dir, steps, *overrides), run_dir, cache=cache, environment={"XLA_FLAGS": DEVICES.format(8)}
-    )
+def start_one(run_dir, steps, *overrides):
+    return Run(config_file(run_dir, steps, *overrides), run_dir, environment={"XLA_FLAGS": xla_flags(devices=8)})
 
 
 def of_a_pair():
@@ -47,18 +40,17 @@ def of_a_pair():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    shared = {"XLA_FLAGS": DEVICES.format(4), "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    shared = {"XLA_FLAGS": xla_flags(devices=4), "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
     return [shared | {"JAX_PROCESS_ID": str(process)} for process in range(2)]
 
 
-def start_pair(run_dir, steps, cache, *overrides):
+def start_pair(run_dir, steps, *overrides):
     file = config_file(run_dir, steps, *overrides)
     return [
         Run(
             file,
             run_dir,
             "--distributed",
-            cache=cache,
             log=f"{run_dir}.{process}.log",
             environment=environment,
         )
@@ -75,13 +67,13 @@ def killed_at_last(runs):
             run.kill()
 
 
-def train_one(run_dir, steps, cache):
-    start_one(run_dir, steps, cache).finish()
+def train_one(run_dir, steps):
+    start_one(run_dir, steps).finish()
     return run_dir
 
 
-def train_pair(run_dir, steps, cache):
-    with killed_at_last(start_pair(run_dir, steps, cache)) as pair:
+def train_pair(run_dir, steps):
+    with killed_at_last(start_pair(run_dir, steps)) as pair:
         for run in pair:
             run.finish()
     return run_dir
@@ -114,19 +106,19 @@ def cut_back(run_dir, target, step):
     return target
 
 
-def test_a_pair_trains_like_one_and_each_goes_on_from_the_other(tmp_path, cache):
-    one, pair = train_one(tmp_path / "one", 6, cache), train_pair(tmp_path / "pair", 6, cache)
+def test_a_pair_trains_like_one_and_each_goes_on_from_the_other(tmp_path):
+    one, pair = train_one(tmp_path / "one", 6), train_pair(tmp_path / "pair", 6)
     assert_same_training(pair, one)
-    assert_same_training(train_one(cut_back(pair, tmp_path / "then_one", 3), 6, cache), pair)
-    assert_same_training(train_pair(cut_back(one, tmp_path / "then_pair", 3), 6, cache), one)
+    assert_same_training(train_one(cut_back(pair, tmp_path / "then_one", 3), 6), pair)
+    assert_same_training(train_pair(cut_back(one, tmp_path / "then_pair", 3), 6), one)
     assert "step 6/6" in (tmp_path / "pair.0.log").read_text()
     assert "step 6/6" not in (tmp_path / "pair.1.log").read_text()  # one of them reports
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("train", [train_one, train_pair])
-def test_each_repeats_itself_to_the_bit(tmp_path, cache, train):
-    assert_same_run(train(tmp_path / "again", 6, cache), train(tmp_path / "first", 6, cache))
+def test_each_repeats_itself_to_the_bit(tmp_path, train):
+    assert_same_run(train(tmp_path / "again", 6), train(tmp_path / "first", 6))
 
 
 # The service by which processes know of each other is process 0's: when that dies, jax itself ends the others (abort).
@@ -142,11 +134,11 @@ def test_each_repeats_itself_to_the_bit(tmp_path, cache, train):
     ],
 )
 def test_when_one_is_killed_the_other_says_so_and_ends_and_both_go_on_and_stop_together(
-    tmp_path, cache, victim, codes, message
+    tmp_path, victim, codes, message
 ):
     run_dir = tmp_path / "run"
     long = ("train.curriculum=[]", "eval.every_steps=0")
-    with killed_at_last(start_pair(run_dir, 100_000, cache, *long)) as pair:
+    with killed_at_last(start_pair(run_dir, 100_000, *long)) as pair:
         pair[0].wait_until(lambda run: len(checkpoint_steps(run_dir)) > 0)
         pair[victim].kill()
         survivor = pair[1 - victim]
@@ -154,7 +146,7 @@ def test_when_one_is_killed_the_other_says_so_and_ends_and_both_go_on_and_stop_t
         assert message in survivor.output() or "error: process 0 of 2 is gone" in survivor.output()
     newest = max(checkpoint_steps(run_dir))
 
-    with killed_at_last(start_pair(run_dir, 100_000, cache, *long)) as pair:
+    with killed_at_last(start_pair(run_dir, 100_000, *long)) as pair:
         pair[0].wait_until(lambda run: run.logged_step() > newest + 4)
         pair[victim].process.send_signal(signal.SIGTERM)
         for run in pair:
@@ -165,10 +157,10 @@ def test_when_one_is_killed_the_other_says_so_and_ends_and_both_go_on_and_stop_t
     assert [r["step"] for r in read_records(run_dir / "metrics.jsonl")] == list(range(1, stopped + 1))
 
 
-def test_an_error_of_one_ends_both(tmp_path, cache):
+def test_an_error_of_one_ends_both(tmp_path):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    with (run_dir / ".lock").open("w") as lock, killed_at_last(start_pair(run_dir, 6, cache)) as pair:
+    with (run_dir / ".lock").open("w") as lock, killed_at_last(start_pair(run_dir, 6)) as pair:
         fcntl.flock(lock, fcntl.LOCK_EX)  # which only the first asks for
         for run in pair:
             run.finish(seconds=120, code=2)

@@ -156,11 +156,9 @@ OTHER_SIZES = ("memory.width=24", "memory.num_layers=1", "memory.gates=independe
 @pytest.mark.parametrize(
     ("remat", "packed", "overrides"),
     [
-        ("none", False, ()),
         ("none", True, OTHER_SIZES),
         ("block", True, ()),
-        ("full", False, OTHER_SIZES),
-        ("full", True, ()),
+        ("full", False, ()),
         ("offload", True, ()),
     ],
 )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import nbclient
 import nbformat
+from quick import xla_flags
 
 NOTEBOOK = Path(__file__).parents[1] / "tools" / "lm2_colab.ipynb"
 
@@ -13,8 +14,7 @@ def test_notebook_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("LM2_QUICK", "1")
     monkeypatch.setenv("LM2_FOLDER", str(tmp_path))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    monkeypatch.setenv("XLA_FLAGS", "")  # one device, unlike in other tests
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    monkeypatch.setenv("XLA_FLAGS", xla_flags(devices=1))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     client = nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
     client.execute()

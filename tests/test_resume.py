@@ -189,25 +189,23 @@ def said(text):
 
 def test_killed_run_equals_whole_run(tmp_path):
     (config_file, run_dir), (whole_config_file, whole_dir) = write_configs(tmp_path, "lm2 stories")
-    options = {"cache": tmp_path / "cache", "fast_compile": True}
-    Run(whole_config_file, whole_dir, **options).finish()
+    Run(whole_config_file, whole_dir).finish()
     kills = []
     for name, moment in (("during a save", saving), ("after step 12", logged(12))):
-        run = Run(config_file, run_dir, **options)
+        run = Run(config_file, run_dir)
         run.wait_until(moment)
         run.kill()
         kills.append(f"{name}: {run.situation()}")
-    Run(config_file, run_dir, **options).finish()
+    Run(config_file, run_dir).finish()
     assert_same_run(run_dir, whole_dir, note="\n".join(kills))
 
 
 def ten_moments(rng, steps):
     """(name, when, seconds to wait on top, options of the run), in the order of a run's progress."""
     end = said("asking")  # stories only; the others are caught when the last checkpoint is complete
-    cold = {"cache": None}
     return (
         ("at start-up", after_seconds(rng.uniform(0.2, 4)), 0, {}),
-        ("while compiling", said("run directory"), rng.uniform(0, 3), cold),
+        ("while compiling", said("run directory"), rng.uniform(0, 3), {"cold": True}),
         ("after a step, nothing saved yet", logged(rng.randint(1, 4)), 0, {}),
         ("during a save", saving, rng.uniform(0, 0.02), {}),
         ("right after a save", saved(5 * rng.randint(3, 4)), 0, {}),
@@ -226,13 +224,12 @@ def test_ten_kills(kind, round, tmp_path):
     """All of them: 200 kills, at moments drawn by lot."""
     steps, rng = 60, random.Random(f"ten kills of {kind}, round {round}")
     (config_file, run_dir), (whole_config_file, whole_dir) = write_configs(tmp_path, kind, f"train.steps={steps}")
-    cache = tmp_path / "cache"
-    Run(whole_config_file, whole_dir, cache=cache).finish()
+    Run(whole_config_file, whole_dir).finish()
     kills = []
     for name, moment, seconds, options in ten_moments(rng, steps):
         if name == "at the end" and "stories" not in kind:
             moment, seconds = saved(steps), 0
-        run = Run(config_file, run_dir, **{"cache": cache, **options})
+        run = Run(config_file, run_dir, **options)
         try:
             run.wait_until(moment)
             time.sleep(seconds)  # the moment itself is drawn by lot
@@ -242,6 +239,6 @@ def test_ten_kills(kind, round, tmp_path):
         kills.append(f"{len(kills) + 1:2}. {name}: {run.situation()}")
         print(f"{kind} {kills[-1]}", flush=True)
         assert alive, f"the run ended before it was killed {name}:\n{run.output()}"
-    Run(config_file, run_dir, cache=cache).finish()
+    Run(config_file, run_dir).finish()
     assert_same_run(run_dir, whole_dir, note="\n".join(kills))
     print(f"{kind}: {len(kills)} kills, {steps} steps, equal", flush=True)

@@ -11,6 +11,7 @@ import babilong_report
 import numpy as np
 import pytest
 import reproduce_babilong as study
+from quick import xla_flags
 
 from lm2_jax.config import load_config, parse_config
 from lm2_jax.model.sizes import memory_size, parameters
@@ -20,8 +21,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_smoke(tmp_path):
     """Trains every phase; a second call finds everything done; the report is drawn from the cells alone."""
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    environment = {**os.environ, **cache, "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = {**os.environ, "XLA_FLAGS": xla_flags(devices=1)}
 
     def run(*flags):
         command = [sys.executable, "tools/reproduce_babilong.py", "--output", tmp_path, "--preset", "smoke", *flags]
