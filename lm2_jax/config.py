@@ -216,8 +216,9 @@ class TokenizerConfig(Section):
 
 
 class OptimConfig(Section):
-    """AdamW, its schedule and the loss."""
+    """The optimizer, its schedule and the loss."""
 
+    kind: Literal["adamw", "muon"] = "adamw"  # muon: orthogonal steps for the blocks' matrices, AdamW for the rest
     learning_rate: PositiveFloat = 2e-3
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # linear: constant, then down over decay_fraction
     warmup_steps: NonNegativeInt = 50

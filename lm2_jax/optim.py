@@ -1,4 +1,4 @@
-"""AdamW with a decay mask, global-norm clipping, and the learning-rate schedule."""
+"""AdamW or Muon with a decay mask, global-norm clipping, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -7,33 +7,62 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from lm2_jax.config import OptimConfig
 
 _UNDECAYED = ("embedding", "memory_tokens")
+_RMS_OF_ADAM = 0.2  # root mean square of a step of Adam's, about (arXiv 2502.16982)
 
 
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    """Clip, Adam, decoupled weight decay: gradients to the direction that is subtracted, times the learning rate."""
+    """Clip, Adam or Muon, decoupled decay: gradients to the direction that is subtracted, times the learning rate."""
+    scale = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+    if config.kind == "muon":
+        scale = optax.partition({"muon": _scale_by_muon(), "adam": scale}, _muon_or_adam)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        scale,
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
     )
 
 
-def decay_mask(params: Any) -> Any:
-    """True for matrices; False for norms, biases, the embedding and learned memory tokens.
+def _scale_by_muon() -> optax.GradientTransformation:
+    """Stacked matrices [L,in,out] to the nearest orthogonal ones, as large as what Adam makes of them."""
 
-    Arrays inside the blocks have a leading layer axis, which is not counted.
-    """
+    def matrices(updates: Any) -> Any:
+        return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2), updates)
+
+    def resize(updates: Any, _: Any) -> Any:
+        return jax.tree.map(lambda x: x * (_RMS_OF_ADAM * max(x.shape[1:]) ** 0.5), updates)
+
+    return optax.chain(optax.contrib.scale_by_muon(weight_dimension_numbers=matrices), optax.stateless(resize))
+
+
+def _muon_or_adam(params: Any) -> Any:
+    """Muon for the matrices of the blocks, Adam for all else (convolutions are vectors, one to a channel)."""
+
+    def label(path: tuple, array: jax.Array) -> str:
+        names, rank = _names_and_rank(path, array)
+        return "muon" if rank == 2 and rank < array.ndim and "conv" not in names else "adam"
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
+def decay_mask(params: Any) -> Any:
+    """True for matrices; False for norms, biases, the embedding and learned memory tokens."""
 
     def decays(path: tuple, array: jax.Array) -> bool:
-        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        rank = array.ndim - any(name in ("blocks", "bank_blocks") for name in names)
+        names, rank = _names_and_rank(path, array)
         return rank >= 2 and names[-1] not in _UNDECAYED
 
     return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def _names_and_rank(path: tuple, array: jax.Array) -> tuple[list[str], int]:
+    """A parameter's names from the outside in, and its rank without the layer axis that it has inside the blocks."""
+    names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+    return names, array.ndim - any(name in ("blocks", "bank_blocks") for name in names)
 
 
 def learning_rate(config: OptimConfig, steps: int, step: jax.Array) -> jax.Array:

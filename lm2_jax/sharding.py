@@ -83,6 +83,11 @@ def state_shardings(mesh: Mesh, boxed_state: Any, lane_axis: int) -> Any:
 
 def boxed_shardings(mesh: Mesh, boxed: Any) -> Any:
     """Shardings of arrays that are boxed with logical axes; those that are not are whole on every device."""
+
+    def full(x: Any) -> Any:  # an optimizer that leaves a parameter to another one has an empty box for it
+        return x if jax.tree.leaves(x) else unbox(x)
+
+    boxed = jax.tree.map(full, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
     specs = nn.logical_to_mesh(nn.get_partition_spec(boxed), RULES)
     return jax.tree.map(lambda array, spec: NamedSharding(mesh, _fit(mesh, spec, array.shape)), unbox(boxed), specs)
 

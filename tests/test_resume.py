@@ -80,7 +80,9 @@ def crash():
 
 
 @pytest.mark.parametrize(
-    ("kind", "overrides"), [("rmt stories", ()), ("lm2 packed text", ("train.curriculum=[]",))], ids=("rmt", "packed")
+    ("kind", "overrides"),
+    [("rmt stories", ()), ("lm2 packed text", ("train.curriculum=[]", "optim.kind=muon"))],
+    ids=("rmt", "packed"),
 )
 def test_crashed_run_equals_whole_run(kind, overrides, tmp_path, monkeypatch, quick):
     train(config_of(kind, tmp_path / "whole", *overrides))

@@ -68,12 +68,13 @@ def assert_same_run(one, other, tolerance=2e-4):
 
 
 @pytest.mark.parametrize(
-    ("kind", "remat", "schedule"),
-    [("lm2", "full", "layer"), ("lm2", "none", "segment"), ("rmt", "none", "segment"), ("none", "none", "layer")],
+    ("kind", "remat", "schedule", "optimizer"),
+    [("lm2", "full", "layer", "adamw"), ("lm2", "none", "segment", "adamw"), ("rmt", "none", "segment", "adamw"),
+     ("none", "none", "layer", "muon")],
 )  # fmt: skip
-def test_eight_devices_are_one(kind, remat, schedule):
+def test_eight_devices_are_one(kind, remat, schedule, optimizer):
     """data 2 x fsdp 2 x tensor 2, same data order, to float noise."""
-    run = (f"memory.kind={kind}", f"train.remat={remat}", f"train.schedule={schedule}")
+    run = (f"memory.kind={kind}", f"train.remat={remat}", f"train.schedule={schedule}", f"optim.kind={optimizer}")
     one = trained(1, *run)
     eight = trained(8, *run, "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
     assert_same_run(one, eight)
@@ -97,7 +98,7 @@ def test_constraints_reach_the_compiler():
 
 @pytest.mark.parametrize("kind", ["lm2", "rmt"])
 def test_microbatches_are_one_batch(kind):
-    run = (f"memory.kind={kind}", "train.remat=none", "train.schedule=segment")
+    run = (f"memory.kind={kind}", "train.remat=none", "train.schedule=segment", "optim.kind=adamw")
     assert_same_run(trained(1, *run), trained(1, *run, "optim.accumulation_steps=4"))
 
 
@@ -142,6 +143,32 @@ def test_decay_mask():
             name = path[-1].key
             undecayed = name in ("embedding", "scale", "memory_tokens") or name.endswith(("_bias", "_norm", "_norm_2"))
             assert decays != undecayed, path
+
+
+def test_muon():
+    """Matrices of the blocks step by orthogonal matrices of the size that Adam's steps have; the rest is Adam's."""
+    model = build_model(config_of("model.conv_width=4", "optim.kind=muon"))
+    params = model.init(jax.random.key(0), jnp.zeros((1, T), jnp.int32), model.init_memory(1))["params"]
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    grads = tree.unflatten([jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)])
+
+    def directions(kind):
+        optimizer = make_optimizer(config_of(f"optim.kind={kind}", "optim.weight_decay=0").optim)
+        return jax.jit(optimizer.update)(grads, optimizer.init(params), params)[0]
+
+    orthogonal = 0
+    for (path, muon), adam in zip(
+        jax.tree_util.tree_leaves_with_path(directions("muon")), jax.tree.leaves(directions("adamw")), strict=True
+    ):
+        name = jax.tree_util.keystr(path)
+        if "block" in name and muon.ndim == 3 and "conv" not in name:
+            orthogonal += 1
+            singular = np.linalg.svd(muon, compute_uv=False) / (0.2 * max(muon.shape[1:]) ** 0.5)
+            assert singular.max() < 1.3 and np.quantile(singular, 0.2) > 0.6, name  # as near as five iterations come
+        else:
+            np.testing.assert_allclose(muon, adam, rtol=1e-5, err_msg=name)
+    assert orthogonal == 4 + 3 + 13  # attention, feed-forward layer, memory
 
 
 def test_learning_rates():
