@@ -218,7 +218,7 @@ class TokenizerConfig(Section):
 class OptimConfig(Section):
     """The optimizer, its schedule and the loss."""
 
-    kind: Literal["adamw", "muon"] = "adamw"  # muon: orthogonal steps for the blocks' matrices, AdamW for the rest
+    kind: Literal["adamw", "muon"] = "adamw"  # muon: orthogonal steps for attention and feed-forward layers
     learning_rate: PositiveFloat = 2e-3
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # linear: constant, then down over decay_fraction
     warmup_steps: NonNegativeInt = 50

@@ -40,11 +40,11 @@ def _scale_by_muon() -> optax.GradientTransformation:
 
 
 def _muon_or_adam(params: Any) -> Any:
-    """Muon for the matrices of the blocks, Adam for all else (convolutions are vectors, one to a channel)."""
+    """Muon for the matrices of attention and feed-forward layers, Adam for all else."""
 
     def label(path: tuple, array: jax.Array) -> str:
         names, rank = _names_and_rank(path, array)
-        return "muon" if rank == 2 and rank < array.ndim and "conv" not in names else "adam"
+        return "muon" if rank == 2 and not {"attention", "mlp"}.isdisjoint(names) else "adam"
 
     return jax.tree_util.tree_map_with_path(label, params)
 
