@@ -183,13 +183,11 @@ def _tried(results: Sequence[Result]) -> str:
     rows, sets = [], list(dict.fromkeys(_set(cell["questions"]) for cell in results[0]["accuracy_by_length"]))
     for result in results:
         cells = _by_set_and_multiple([result])
-        labels = result["labels"]
+        names = [str(result["labels"][key]) for key in ("model", "setting", "seed")]
         sizes = [f"{result[key]:,}" for key in ("parameters", "memory_size", "tokens")]
-        rows.append([labels["model"], labels["setting"], *sizes, *(f"{_mean_to_8x(cells, [s]):.1%}" for s in sets)])
-    table = _table(["model", "recipe", "parameters", "memory", "tokens", *sets], rows)
-    return "\n".join(
-        ["## Recipes of before, one seed: mean over 1, 2, 4 and 8 times the trained length", "", *table, ""]
-    )
+        rows.append([*names, *sizes, *(f"{_mean_to_8x(cells, [s]):.1%}" for s in sets)])
+    table = _table(["model", "recipe", "seed", "parameters", "memory", "tokens", *sets], rows)
+    return "\n".join(["## Recipes of before: mean over 1, 2, 4 and 8 times the trained length", "", *table, ""])
 
 
 def _pilots(results: Sequence[Result], picture: Path) -> str:

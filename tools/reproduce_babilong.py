@@ -109,7 +109,7 @@ PRESETS = {
             "full attention": {  # one segment: the whole window, and the whole context when asked
                 "memory": {"kind": "none"},
                 "data": {"segment_length": 256, "segments_per_window": 1},
-                "train": {"curriculum": _stages((1, 64, None, 1000), (1, 128, None, 500), (1, 256, None, None))},
+                "train": {"curriculum": _stages((1, 64, None, 1100), (1, 128, None, 500), (1, 256, None, None))},
                 "eval": {"one_segment": True, "lengths": [0, 1, 2, 4, 8]},
             },
         },
@@ -120,7 +120,7 @@ PRESETS = {
                 "data": {"segments_per_window": 8, "batch_size": 16},
                 "train": {
                     "curriculum": _stages(
-                        (1, 128, None, 600), (4, 32, None, 400), (8, 32, None, 500), (8, 64, None, None)
+                        (1, 128, None, 700), (4, 32, None, 400), (8, 32, None, 500), (8, 64, None, None)
                     )
                 },
             },
@@ -152,7 +152,7 @@ PRESETS = {
                 "segments_per_window": 6,
                 "stories": {"tasks": ["qa1"], "facts": [1, 10], "questions_between": [0, 1], "questions_after": [3, 4]},
             },
-            "optim": {"decay_fraction": 0.3},
+            "optim": {"kind": "adamw", "decay_fraction": 0.3},
             "train": {
                 "steps": 900,
                 "remat": "block",
@@ -267,12 +267,14 @@ class Plan:
                     yield self._compared(model, setting, self._preset.seeds[0])
 
     def comparison(self, grid: Sequence[Result]) -> Iterator[Cell]:
-        """The other seeds of every model, in the setting with the best validation at its end of those in the grid."""
+        """The other seeds of every model, in the setting with the best validation at its end of those in the grid.
+
+        While none of them is there, in the first setting.
+        """
         for seed in self._preset.seeds[1:]:
             for model in self._preset.models:
                 own = [result for result in grid if result["labels"]["model"] == model]
-                if own:
-                    yield self._compared(model, best_setting(own), seed)
+                yield self._compared(model, best_setting(own) if own else next(iter(self._preset.settings)), seed)
 
     def _compared(self, model: str, setting: str, seed: int) -> Cell:
         labels = {"phase": "comparison", "model": model, "setting": setting, "seed": seed}
