@@ -13,6 +13,7 @@ import pytest
 from helpers import random_checkpoint
 
 from lm2_jax.config import parse_config
+from lm2_jax.data.worlds import PEOPLE
 from lm2_jax.errors import UserError
 from lm2_jax.inspection import pictures
 from lm2_jax.inspection.reading import look_at_segment, read_text, sketch
@@ -71,8 +72,8 @@ def test_shares_add_up():
     document_BT[:, 20:] = 0
     _, look = look_at_segment(model, params, tokens_BT, model.init_memory(2, params), document_BT)
     np.testing.assert_allclose(look.read_LBTN.sum(-1), 1, rtol=1e-5)
-    np.testing.assert_allclose(look.written_LBT.sum(-1), 1, rtol=1e-5)
-    assert not look.written_LBT[:, :, 20:].any() and (look.written_LBT[:, :, :20] > 0).all()
+    np.testing.assert_allclose(look.written_LBNT.sum(-1), 1, rtol=1e-5)
+    assert not look.written_LBNT[..., 20:].any() and (look.written_LBNT[..., :20] > 0).all()
 
 
 def test_answers():
@@ -92,6 +93,19 @@ def test_answers():
     assert survival.accuracy[0] == first.mean() and survival.low[0] <= survival.accuracy[0] <= survival.high[0]
 
 
+def test_whose_statements_slots_take():
+    """Slots that ask every token alike take a person's share of the tokens, where there is any."""
+    model, params = make()
+    contexts = make_contexts(model.config, load_tokenizer(model.config.tokenizer), S, B)
+    queries = params["bank_blocks"]["memory"]["write_query"]
+    params["bank_blocks"]["memory"]["write_query"] = np.zeros_like(queries)
+    taken_LNP = answer(model, params, contexts).taken_LNP
+    assert taken_LNP.shape == (*model.init_memory(1).shape[::2], len(PEOPLE))
+    for p in range(len(PEOPLE)):
+        share_BS = (contexts.person_BST == 1 + p).mean(-1)
+        np.testing.assert_allclose(taken_LNP[..., p], share_BS[share_BS > 0].mean(), rtol=1e-5)
+
+
 def test_contexts():
     config = parse_config(CONFIG)
     tokenizer = load_tokenizer(config.tokenizer)
@@ -103,8 +117,11 @@ def test_contexts():
         place = tokenizer.decode([contexts.target_B[b]])
         answering = segments[S - 1 - contexts.age_B[b]]
         assert person in answering and f"to the {place}." in answering
-        told = tokenizer.decode(contexts.tokens_BST[b][contexts.fact_BST[b]])
+        told = tokenizer.decode(contexts.tokens_BST[b][contexts.person_BST[b] > 0])
         assert 1 <= told.count(".") <= 4 and told.count(".") == told.count(" to the ")
+        for p, name in enumerate(PEOPLE, 1):
+            about = tokenizer.decode(contexts.tokens_BST[b][contexts.person_BST[b] == p])
+            assert about.lower().count(name.lower()) == about.count(".") == told.lower().count(name.lower())
 
 
 def test_probe_finds_what_is_there():
@@ -176,7 +193,7 @@ def test_page_of_a_story(segments, tmp_path, recwarn):
     path = random_checkpoint(tmp_path / "model", *STORIES)
     written = inspect(str(path), tmp_path / "out", segments=segments, questions=8)
     assert not [warning for warning in recwarn if warning.category in (UserWarning, RuntimeWarning)]
-    check_page(written, {"tokens", "reads", "writes", "gates", "similarity", "survival", "facts"})
+    check_page(written, {"tokens", "reads", "writes", "gates", "similarity", "survival", "facts", "people"})
 
 
 def test_words_that_the_font_cannot_draw_are_spelt():

@@ -19,7 +19,7 @@ Task = Literal["qa1", "qa2", "qa3", "qa4", "qa5"]
 
 _PLACES = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
 _OBJECTS = ("apple", "football", "milk")
-_PEOPLE = ("Daniel", "John", "Mary", "Sandra")
+PEOPLE = ("Daniel", "John", "Mary", "Sandra")
 _QA5_PEOPLE = ("Bill", "Fred", "Jeff", "Mary")
 _OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east"}
 _VERBS = {
@@ -33,7 +33,7 @@ _FUNCTION_WORDS = "The Where What Who is was did give received of the to there b
 
 LEXICON: tuple[str, ...] = tuple(
     sorted(
-        {*_FUNCTION_WORDS.split(), *_PLACES, *_OBJECTS, *_PEOPLE, *_QA5_PEOPLE, *_OPPOSITE}
+        {*_FUNCTION_WORDS.split(), *_PLACES, *_OBJECTS, *PEOPLE, *_QA5_PEOPLE, *_OPPOSITE}
         | {word for verbs in _VERBS.values() for verb in verbs for word in verb.split()}
     )
 )
@@ -225,7 +225,7 @@ def _actions(task: Task, draws: Iterator[float], num_facts: int) -> Iterator[str
     reader can tell where; `hidden` is the world with that knowledge. After `num_facts` acts mostly one
     actor goes on, which soon gives something to ask about.
     """
-    people = _QA5_PEOPLE if task == "qa5" else _PEOPLE
+    people = _QA5_PEOPLE if task == "qa5" else PEOPLE
     hidden = World(place={person: _pick(draws, _PLACES) for person in people})
     if task != "qa1":
         hidden.history = {thing: [_pick(draws, _PLACES)] for thing in _OBJECTS}

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from lm2_jax.data.worlds import PEOPLE
 from lm2_jax.inspection.reading import Reading
 from lm2_jax.inspection.survival import Answers, Survival
 
@@ -138,6 +139,17 @@ def pictures(
                 lambda figure: _draw_facts(figure, answers),
             )
         )
+        if answers.taken_LNP is not None:
+            found.append(
+                Picture(
+                    "people",
+                    "Whose statements each slot takes",
+                    "Attention of a slot to the statements about one person when memory is written, mean over heads "
+                    f"and over the segments that have any. {few}",
+                    (4.8, 1.2 + 0.16 * min(N, MOST_SLOTS)),
+                    lambda figure: _draw_people(figure, answers.taken_LNP, reading.read_LSN),
+                )
+            )
     return found
 
 
@@ -254,7 +266,7 @@ def _has_glyph(character: str) -> bool:
 
 def _fact_segments(answers: Answers | None) -> list[int]:
     """Of the first story."""
-    return [] if answers is None else np.flatnonzero(answers.contexts.fact_BST[0].any(-1)).tolist()
+    return [] if answers is None else np.flatnonzero(answers.contexts.person_BST[0].any(-1)).tolist()
 
 
 def _draw_by_segment(
@@ -361,10 +373,27 @@ def _draw_survival(figure: Any, survival: Survival) -> list:
     return []
 
 
+def _draw_people(figure: Any, taken_LNP: np.ndarray, weight_LSN: np.ndarray) -> list:
+    """weight_LSN: chooses the slots that are shown."""
+    axes = figure.subplots(1, len(taken_LNP), squeeze=False, sharey=True)[0]
+    found = []
+    for block, (axis, taken_NP) in enumerate(zip(axes, taken_LNP, strict=True)):
+        slots = _shown_slots(weight_LSN.mean((0, 1)))
+        values_PC, names = _with_rest(taken_NP.T, slots, mean=True)
+        image = axis.imshow(values_PC.T, aspect="auto", cmap=_COLOURS, vmin=0, vmax=1, interpolation="nearest")
+        axis.set_title(f"block {block}", fontsize=10)
+        axis.set_xticks(range(len(PEOPLE)), PEOPLE, fontsize=8, rotation=90)
+        axis.set_yticks(*_ticks(slots, 8), fontsize=8)
+        found.append((axis, values_PC.T, names, PEOPLE, f"attention, block {block}"))
+    axes[0].set_ylabel("slot", fontsize=9)
+    figure.colorbar(image, ax=list(axes), pad=0.01).ax.tick_params(labelsize=8)
+    return found
+
+
 def _draw_facts(figure: Any, answers: Answers) -> list:
     contexts, L, written = answers.contexts, len(answers.change_LBS), answers.written_LBST
     axes = figure.subplots(1, 1 if written is None else 2, squeeze=False)[0]
-    fact_BS = contexts.fact_BST.any(-1)
+    fact_BS = contexts.person_BST.any(-1)
     groups: Mapping[str, tuple[np.ndarray, str, float]] = {
         "a fact": (fact_BS, "tab:orange", -0.2),
         "background": (~fact_BS, "tab:grey", 0.2),
@@ -379,9 +408,9 @@ def _draw_facts(figure: Any, answers: Answers) -> list:
     axes[0].set_xticks(range(L))
     axes[0].set_xlabel("bank", fontsize=9)
     if written is not None:
-        share_L = (written * contexts.fact_BST).sum((1, 2, 3)) / written.sum((1, 2, 3))
+        share_L = (written * (contexts.person_BST > 0)).sum((1, 2, 3)) / written.sum((1, 2, 3))
         axes[1].bar(range(len(share_L)), share_L, width=0.5, color="tab:orange")
-        axes[1].axhline(contexts.fact_BST.mean(), color="tab:grey", linestyle="--")
+        axes[1].axhline((contexts.person_BST > 0).mean(), color="tab:grey", linestyle="--")
         axes[1].set(ylim=(0, 1), xticks=range(len(share_L)))
         axes[1].set_ylabel("share of statements", fontsize=9)
         axes[1].set_xlabel("block", fontsize=9)

@@ -66,7 +66,7 @@ class Look:
 
     Attributes:
       read_LBTN: attention of the tokens to the slots.
-      written_LBT: attention that the tokens got when memory was written, mean over slots; None: slots ask no tokens.
+      written_LBNT: attention that the tokens got from each slot when memory was written; None: slots ask no tokens.
       change_LBN: |slot after - before| / |before|.
       norm_LBN: |slot| after.
       gates: mean of each gate [L], by name.
@@ -74,7 +74,7 @@ class Look:
     """
 
     read_LBTN: jax.Array
-    written_LBT: jax.Array | None
+    written_LBNT: jax.Array | None
     change_LBN: jax.Array
     norm_LBN: jax.Array
     gates: dict[str, jax.Array]
@@ -119,8 +119,8 @@ def read_text(model: Decoder, params: Any, ids_n: np.ndarray, last: int = 48) ->
             by_segment[f"{name} gate"].append(gate_L)
         if s * T + count > len(ids_n) - K:
             by_token["read"].append(read_LtN)
-            if look.written_LBT is not None:
-                by_token["written"].append(count * look.written_LBT[:, 0, :count])
+            if look.written_LBNT is not None:
+                by_token["written"].append(count * look.written_LBNT[:, 0, :, :count].mean(1))
     return Reading(
         num_tokens=len(ids_n),
         segment_length=T,
@@ -153,7 +153,7 @@ def look_at_segment(
     before_LBN = jnp.linalg.norm(before_LBNM, axis=-1)
     look = Look(
         read_LBTN=read_LBTN,
-        written_LBT=None if write_LBNT is None else write_LBNT.mean(2),
+        written_LBNT=write_LBNT,
         change_LBN=jnp.linalg.norm(slots_LBNM - before_LBNM, axis=-1) / jnp.maximum(before_LBN, 1e-9),
         norm_LBN=jnp.linalg.norm(slots_LBNM, axis=-1),
         gates={gate_name(path): g_L for path, g_L in jax.tree_util.tree_leaves_with_path(sown.get("gates", {}))},

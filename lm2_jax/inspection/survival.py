@@ -16,7 +16,7 @@ from lm2_jax.config import Config
 from lm2_jax.data.babi import Statement, Story
 from lm2_jax.data.documents import Document
 from lm2_jax.data.stories import Scatterer, is_held_out
-from lm2_jax.data.worlds import generate_story
+from lm2_jax.data.worlds import PEOPLE, generate_story
 from lm2_jax.errors import UserError
 from lm2_jax.evals.stories import wilson_interval
 from lm2_jax.inspection.reading import look_at_segment
@@ -60,14 +60,14 @@ class Contexts:
     Attributes:
       tokens_BST, target_B: what is read; the answer's id.
       asked_B: place of the token whose prediction is the answer, in its last segment.
-      fact_BST: tokens of statements.
+      person_BST: number of the person in `PEOPLE`, from 1, that a statement's tokens are about; 0: no statement.
       age_B: segments between the fact that answers and the question.
     """
 
     tokens_BST: np.ndarray
     target_B: np.ndarray
     asked_B: np.ndarray
-    fact_BST: np.ndarray
+    person_BST: np.ndarray
     age_B: np.ndarray
 
 
@@ -78,9 +78,9 @@ def make_contexts(config: Config, tokenizer: Tokenizer, segments: int, count: in
     rng = np.random.default_rng((seed, 1))
     for story, document in itertools.islice(told_stories(config, tokenizer, "qa1", segments, rng), count):
         asked = int(np.flatnonzero(document.answers)[0]) - 1
-        fact, age = _facts(document.tokens, story, tokenizer, asked, T)
-        tokens_ST, fact_ST = (array[:-1].reshape(segments, T) for array in (document.tokens, fact))
-        rows.append((tokens_ST, document.tokens[asked + 1], asked % T, fact_ST, age))
+        person, age = _people(document.tokens, story, tokenizer, asked, T)
+        tokens_ST, person_ST = (array[:-1].reshape(segments, T) for array in (document.tokens, person))
+        rows.append((tokens_ST, document.tokens[asked + 1], asked % T, person_ST, age))
     return Contexts(*(np.array(column) for column in zip(*rows, strict=True)))
 
 
@@ -126,16 +126,17 @@ def statement_starts(tokens: np.ndarray, story: Story, tokenizer: Tokenizer) -> 
     return starts
 
 
-def _facts(tokens: np.ndarray, story: Story, tokenizer: Tokenizer, asked: int, T: int) -> tuple[np.ndarray, int]:
-    """Which tokens belong to statements; segments between the last one about the asked person and the question."""
-    person = story[-1].text.split()[-1].removesuffix("?")
+def _people(tokens: np.ndarray, story: Story, tokenizer: Tokenizer, asked: int, T: int) -> tuple[np.ndarray, int]:
+    """`Contexts.person_BST` of a story; segments between the last statement about the asked person and the question."""
+    asked_about = story[-1].text.split()[-1].removesuffix("?")
     statements = [line.text for line in story if isinstance(line, Statement)]
-    fact, last = np.zeros(len(tokens), bool), 0
+    person, last = np.zeros(len(tokens), np.int8), 0
     for text, start in zip(statements, statement_starts(tokens, story, tokenizer), strict=True):
-        fact[start : start + len(tokenizer.encode(" " + text))] = True
-        if text.startswith(person):
+        name = text.split()[0]
+        person[start : start + len(tokenizer.encode(" " + text))] = 1 + PEOPLE.index(name)
+        if name == asked_about:
             last = start
-    return fact, asked // T - last // T
+    return person, asked // T - last // T
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,29 +147,37 @@ class Answers:
       contexts: that were read.
       right_B: whether the answer came out.
       change_LBS: mean over slots of |slot after the segment - before| / |before|.
-      written_LBST: attention that each token got when memory was written; None where slots do not ask tokens.
+      written_LBST: attention that each token got when memory was written, mean over slots; None where slots do not ask
+        tokens.
+      taken_LNP: attention of a slot to the statements about a person, mean over the segments that have any; or None.
     """
 
     contexts: Contexts
     right_B: np.ndarray
     change_LBS: np.ndarray
     written_LBST: np.ndarray | None
+    taken_LNP: np.ndarray | None
 
 
 def answer(model: Decoder, params: Any, contexts: Contexts) -> Answers:
     """Reads the contexts and answers their questions. The model must have a memory and not look ahead."""
     B, S, _ = contexts.tokens_BST.shape
-    memory, changes, written = model.init_memory(B, params), [], []
+    memory, changes, written, taken, told_P = model.init_memory(B, params), [], [], 0, 0
+    about_BSTP = contexts.person_BST[..., None] == 1 + np.arange(len(PEOPLE))
     for s in range(S):
         memory, look = look_at_segment(model, params, contexts.tokens_BST[:, s], memory)
         changes.append(np.asarray(look.change_LBN.mean(-1)))
-        written.append(look.written_LBT)
+        if look.written_LBNT is not None:
+            written.append(np.asarray(look.written_LBNT.mean(2)))
+            taken += np.einsum("lbnt,btp->lnp", look.written_LBNT, about_BSTP[:, s])
+            told_P += about_BSTP[:, s].any(1).sum(0)
     asked_V = np.asarray(look.logits_BTV)[np.arange(B), contexts.asked_B]
     return Answers(
         contexts=contexts,
         right_B=asked_V.argmax(-1) == contexts.target_B,
         change_LBS=np.stack(changes, axis=-1),
-        written_LBST=None if written[0] is None else np.stack(written, axis=2),
+        written_LBST=np.stack(written, axis=2) if written else None,
+        taken_LNP=taken / np.maximum(told_P, 1) if written else None,
     )
 
 
