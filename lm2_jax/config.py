@@ -95,7 +95,7 @@ class ModelConfig(Section):
     norm_eps: PositiveFloat = 1e-5
     tie_embeddings: bool = True
     embedding_std: PositiveFloat = 0.02  # of the initial embedding, and of rmt's first memory tokens
-    conv_width: Literal[0, 4] = 0  # kernel of the residual causal depthwise convolution; 0: none (Llama-compatible)
+    conv_width: Literal[0, 4, 8] = 0  # kernel of the residual causal depthwise convolution; 0: none (Llama-compatible)
 
     @property
     def attention_head_dim(self) -> int:

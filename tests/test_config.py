@@ -204,7 +204,7 @@ TEXT = "tokenizer: {kind: bytes}\ndata: {source: text, path: a.txt"
         ("model: {rope_theta: .inf}", "model.rope_theta: found inf; should be a finite number"),
         ("memory: {forget_bias: .nan}", "memory.forget_bias: found nan; should be a finite number"),
         ("model: {head_dim: 5}", "model.head_dim 5 is odd; RoPE rotates pairs, so it must be even"),
-        ("model: {conv_width: 3}", "model.conv_width: found 3; should be 0 or 4"),
+        ("model: {conv_width: 3}", "model.conv_width: found 3; should be 0, 4 or 8"),
         ("model: {rope_scaling: {low_freq_factor: 9}}", "model.rope_scaling.high_freq_factor 4.0 must be above"),
         ("memory: {kind: lstm}", "memory.kind: found 'lstm'; should be 'lm2'"),
         ("memory: {num_heads: 5}", "memory.num_heads 5 does not divide model.d_model 96"),

@@ -40,7 +40,7 @@ MODELS = {
     ),
     "rmt": ("memory.kind=rmt",),
     "rmt with convolution": ("memory.kind=rmt", "model.conv_width=4"),
-    "none with convolution": ("memory.kind=none", "model.conv_width=4"),
+    "none with convolution": ("memory.kind=none", "model.conv_width=8"),
 }
 
 

@@ -29,6 +29,8 @@ def write_report(output: Path) -> str:
         parts.append(_tried(tried))
     if pilots := by_phase.get("pilot"):
         parts.append(_pilots(pilots, output / "pilots.png"))
+    if second := by_phase.get("second stage"):
+        parts.append(_second_stage(second))
     if ablations := by_phase.get("ablation"):
         title = "## Ablations of lm2 at equal parameters (qa1; exact match at multiples of the trained length)"
         parts.append(_ablations(title, ablations, output / "gates.png"))
@@ -213,6 +215,20 @@ def _pilots(results: Sequence[Result], picture: Path) -> str:
     plt.close(figure)
     table = _table(["model", "d_ff", "lanes", "at the end", "90% right"], rows)
     title = "## What it takes to learn one segment (qa1 to qa3; answers right in training, means of 25 steps)"
+    return "\n".join([title, "", *table, ""])
+
+
+def _second_stage(results: Sequence[Result]) -> str:
+    """How lm2 learns to use its memory: windows of two segments, from the weights of a run that knows one."""
+    rows = []
+    for result in results:
+        labels, curves = result["labels"], result["curves"]
+        places = [i for i, stage in enumerate(curves["stage"]) if stage == max(curves["stage"])]
+        start = curves["step"][places[0]] - 25
+        shown = [f"{curves['accuracy'][i]:.0%} at {curves['step'][i] - start}" for i in (*places[5::6], places[-1])]
+        rows.append([labels["weights"], labels["model"], str(labels["seed"]), ", ".join(dict.fromkeys(shown))])
+    table = _table(["weights at first", "change", "seed of the data", "answers right in training, at step"], rows)
+    title = "## What it takes to use the memory (lm2, two segments of 32 tokens; means of 25 steps)"
     return "\n".join([title, "", *table, ""])
 
 

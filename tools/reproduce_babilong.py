@@ -104,12 +104,12 @@ PRESETS = {
         base={},
         models={
             "lm2": {},
-            "rmt": {"memory": {"kind": "rmt", "num_slots": 24}},
+            "rmt": {"memory": {"kind": "rmt", "num_slots": 32}},
             "none": {"memory": {"kind": "none"}},
             "full attention": {  # one segment: the whole window, and the whole context when asked
                 "memory": {"kind": "none"},
                 "data": {"segment_length": 256, "segments_per_window": 1},
-                "train": {"curriculum": _stages((1, 64, None, 1100), (1, 128, None, 500), (1, 256, None, None))},
+                "train": {"curriculum": _stages((1, 64, None, 1300), (1, 128, None, 500), (1, 256, None, None))},
                 "eval": {"one_segment": True, "lengths": [0, 1, 2, 4, 8]},
             },
         },
@@ -120,7 +120,7 @@ PRESETS = {
                 "data": {"segments_per_window": 8, "batch_size": 16},
                 "train": {
                     "curriculum": _stages(
-                        (1, 128, None, 700), (4, 32, None, 400), (8, 32, None, 500), (8, 64, None, None)
+                        (1, 128, None, 700), (4, 32, None, 600), (8, 32, None, 500), (8, 64, None, None)
                     )
                 },
             },
@@ -144,7 +144,7 @@ PRESETS = {
             },
         },
         ablation_base={  # the embedded default, asked at 16 times the trained length besides
-            "model": {"num_layers": 3, "d_model": 96, "d_ff": 192},
+            "model": {"num_layers": 3, "d_model": 96, "d_ff": 192, "conv_width": 4},
             "memory": {"num_slots": 16},
             "data": {
                 "batch_size": 32,

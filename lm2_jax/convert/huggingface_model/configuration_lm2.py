@@ -35,7 +35,7 @@ class LM2Config(PreTrainedConfig):
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
     rms_norm_eps: float = 1e-5
     rope_parameters: dict[str, Any] | None = None  # {"rope_type": "default" | "llama3", "rope_theta": ..., ...}
-    conv_width: int = 0  # kernel of the residual causal convolution: 0 (none) or 4
+    conv_width: int = 0  # kernel of the residual causal convolution: 0 (none), 4 or 8
     segment_length: int = 32  # T: attention sees one segment, in which positions start at 0
     max_position_embeddings: int = 1 << 20  # for tools that ask; memory carries text of any length
 
@@ -73,7 +73,7 @@ class LM2Config(PreTrainedConfig):
             ("num_key_value_heads", self.num_attention_heads % self.num_key_value_heads == 0, "a divisor of the heads"),
             ("head_dim", self.head_dim > 0 and self.head_dim % 2 == 0, "even, as RoPE rotates pairs"),
             ("rope_parameters", ROPE_KEYS.get(rope["rope_type"]) == rope.keys(), f"one of {ROPE_KEYS}"),
-            ("conv_width", self.conv_width in (0, 4), "0 or 4"),
+            ("conv_width", self.conv_width in (0, 4, 8), "0, 4 or 8"),
             ("memory_kind", kind in KINDS, f"one of {KINDS}"),
             ("memory_gates", self.memory_gates in GATES, f"one of {GATES}"),
             ("memory_dropout", 0 <= self.memory_dropout < 1, "at least 0 and below 1"),
