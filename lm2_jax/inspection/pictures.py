@@ -146,7 +146,7 @@ def pictures(
                     "Whose statements each slot takes",
                     "Attention of a slot to the statements about one person when memory is written, mean over heads "
                     f"and over the segments that have any. {few}",
-                    (4.8, 1.2 + 0.16 * min(N, MOST_SLOTS)),
+                    (max(4.8, 0.8 * len(answers.taken_LNP)), 1.2 + 0.16 * min(N, MOST_SLOTS)),
                     lambda figure: _draw_people(figure, answers.taken_LNP, reading.read_LSN),
                 )
             )
@@ -376,9 +376,8 @@ def _draw_survival(figure: Any, survival: Survival) -> list:
 def _draw_people(figure: Any, taken_LNP: np.ndarray, weight_LSN: np.ndarray) -> list:
     """weight_LSN: chooses the slots that are shown."""
     axes = figure.subplots(1, len(taken_LNP), squeeze=False, sharey=True)[0]
-    found = []
+    slots, found = _shown_slots(weight_LSN.mean((0, 1))), []
     for block, (axis, taken_NP) in enumerate(zip(axes, taken_LNP, strict=True)):
-        slots = _shown_slots(weight_LSN.mean((0, 1)))
         values_PC, names = _with_rest(taken_NP.T, slots, mean=True)
         image = axis.imshow(values_PC.T, aspect="auto", cmap=_COLOURS, vmin=0, vmax=1, interpolation="nearest")
         axis.set_title(f"block {block}", fontsize=10)
