@@ -199,7 +199,7 @@ def _pilots(results: Sequence[Result], picture: Path) -> str:
     rows = []
     for number, result in enumerate(results):
         curves, model, data = result["curves"], result["config"]["model"], result["config"]["data"]
-        places = [i for i, stage in enumerate(curves["stage"]) if stage == max(curves["stage"])]  # of 64 tokens
+        places = _last_stage(curves)
         tokens = [curves["tokens"][i] / 1e6 for i in places]
         accuracy = [curves["accuracy"][i] for i in places]
         name = result["labels"]["model"]
@@ -223,7 +223,7 @@ def _second_stage(results: Sequence[Result]) -> str:
     rows = []
     for result in results:
         labels, curves = result["labels"], result["curves"]
-        places = [i for i, stage in enumerate(curves["stage"]) if stage == max(curves["stage"])]
+        places = _last_stage(curves)
         start = curves["step"][places[0]] - 25
         shown = [f"{curves['accuracy'][i]:.0%} at {curves['step'][i] - start}" for i in (*places[5::6], places[-1])]
         rows.append([labels["weights"], labels["model"], str(labels["seed"]), ", ".join(dict.fromkeys(shown))])
@@ -305,6 +305,12 @@ def _sizes(results: Sequence[Result], models: Sequence[str]) -> list[str]:
         sizes = [f"{own[0][key]:,}" for key in ("parameters", "memory_size", "tokens")]
         rows.append([model, *sizes, own[0]["labels"]["setting"], str(len(own)), f"{seconds / 60:.0f} min"])
     return _table(["model", "parameters", "memory", "tokens", "setting", "seeds", "time"], rows)
+
+
+def _last_stage(curves: Mapping[str, Sequence[float]]) -> list[int]:
+    """Places of a run's curves that belong to its last stage."""
+    last = max(curves["stage"])
+    return [place for place, stage in enumerate(curves["stage"]) if stage == last]
 
 
 def _ratio(value: float, other: float) -> str:

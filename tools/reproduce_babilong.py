@@ -109,7 +109,7 @@ PRESETS = {
             "full attention": {  # one segment: the whole window, and the whole context when asked
                 "memory": {"kind": "none"},
                 "data": {"segment_length": 256, "segments_per_window": 1},
-                "train": {"curriculum": _stages((1, 64, None, 1300), (1, 128, None, 500), (1, 256, None, None))},
+                "train": {"curriculum": _stages((1, 64, None, 1300), (1, 128, None, 900), (1, 256, None, None))},
                 "eval": {"one_segment": True, "lengths": [0, 1, 2, 4, 8]},
             },
         },
@@ -120,7 +120,7 @@ PRESETS = {
                 "data": {"segments_per_window": 8, "batch_size": 16},
                 "train": {
                     "curriculum": _stages(
-                        (1, 128, None, 700), (4, 32, None, 600), (8, 32, None, 500), (8, 64, None, None)
+                        (1, 128, None, 700), (4, 32, None, 600), (8, 32, None, 900), (8, 64, None, None)
                     )
                 },
             },
