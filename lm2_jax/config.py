@@ -271,6 +271,8 @@ class TrainConfig(Section):
     schedule: Literal["auto", "segment", "layer"] = "auto"  # order of the double loop over segments and layers
     # recompute: nothing, each block, each block and each segment; offload: as full, block inputs in the host's memory
     remat: Literal["none", "block", "full", "offload"] = "none"
+    # passes of the loops over layers and segments that are compiled as one: more to compile, less to copy on CPUs
+    unroll: PositiveInt = 1
     log_every: PositiveInt = 10
     max_skipped_steps: NonNegativeInt = 20  # non-finite steps in a row before the run stops; 0: never
     curriculum: tuple[StageConfig, ...] = ()

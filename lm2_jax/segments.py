@@ -102,7 +102,7 @@ def run_window(
         body = jax.checkpoint(segment, prevent_cse=False) if model.config.train.recomputes_segments else segment
         arrays = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (tokens_BST, document_BST, reset_BS))
         keys_S = None if dropout_key is None else jax.random.split(dropout_key, tokens_BST.shape[1])
-        memory, (hidden_SBTD, gates) = jax.lax.scan(body, memory, (arrays, keys_S))
+        memory, (hidden_SBTD, gates) = jax.lax.scan(body, memory, (arrays, keys_S), unroll=model.config.train.unroll)
         hidden_BSTD = jnp.moveaxis(hidden_SBTD, 0, 1)
     hidden_BSTD = constrain(hidden_BSTD, "batch", None, None, "activation")
     return hidden_BSTD, memory, _mean_by_name(gates)

@@ -157,7 +157,7 @@ OTHER_SIZES = ("memory.width=24", "memory.num_layers=1", "memory.gates=independe
     ("remat", "packed", "overrides"),
     [
         ("none", True, OTHER_SIZES),
-        ("block", True, ()),
+        ("block", True, ("train.unroll=2",)),
         ("full", False, ()),
         ("offload", True, ()),
     ],
@@ -183,8 +183,8 @@ def test_schedules_agree(remat, packed, overrides):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_scan_is_the_loop(kind):
-    """run_segments is one model.apply after the other."""
-    model, params = make(kind=kind)
+    """run_segments is one model.apply after the other, with its loops unrolled or not."""
+    (model, params), (unrolled, _) = make(kind=kind), make("train.unroll=2", kind=kind)
     document_BST, reset_BS = ragged_layout(packed=kind != "rmt")
     start, batch = random_memory(model, params), tokens()
     memory, logits = start, []
@@ -194,7 +194,8 @@ def test_scan_is_the_loop(kind):
         )
         logits.append(logits_BTV)
     expected = jnp.stack(logits, axis=1), memory
-    assert_same(segments(model, params, batch, start, reset_BS=reset_BS, document_BST=document_BST), expected)
+    for program in (model, unrolled):
+        assert_same(segments(program, params, batch, start, reset_BS=reset_BS, document_BST=document_BST), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -334,7 +334,10 @@ class Runner:
         if not self._file(cell).exists():
             return None
         result = json.loads(self._file(cell).read_text())
-        if parse_config(json.dumps(result["config"])) != cell.config:
+        trained_with = parse_config(json.dumps(result["config"]))
+        if (
+            replace(trained_with, train={"unroll": cell.config.train.unroll}) != cell.config
+        ):  # the same but for rounding
             raise UserError(f"{self._file(cell)} is of another config; give another --output, or remove it")
         return result
 
@@ -357,10 +360,11 @@ class Runner:
         config_file = self.write_config(cell)
         run_dir = config_file.parent
         place, began = self._places.get(), time.monotonic()
+        environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", **os.environ}  # fewer page faults
         try:
             with (run_dir / "log.txt").open("a") as log:
                 command = [sys.executable, "-m", "lm2_jax.train", "--config", str(config_file)]
-                process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+                process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
                 if place:
                     os.sched_setaffinity(process.pid, place)
                 code = process.wait()

@@ -186,6 +186,7 @@ class Decoder(nn.Module):
             in_axes=(0, nn.broadcast, 0),
             out_axes=0,
             length=length,
+            unroll=self.config.train.unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         return stack(self.config, self.kind, with_bank)

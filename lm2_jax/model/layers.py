@@ -87,7 +87,8 @@ def unbox(tree: Any) -> Any:
 
 def dense(x: jax.Array, weight: jax.Array) -> jax.Array:
     """x [..., in] times weight [in, out], in x's dtype."""
-    return x @ weight.astype(x.dtype)
+    y_NO = x.reshape(-1, x.shape[-1]) @ weight.astype(x.dtype)  # as a matrix: XLA copies less on CPUs
+    return y_NO.reshape(*x.shape[:-1], weight.shape[1])
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

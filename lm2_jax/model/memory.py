@@ -177,7 +177,7 @@ class BankMemory(nn.Module):
             return new_BNM, (found_BNM, jnp.mean(g_in_BNM), jnp.mean(g_f_BNM))
 
         segments = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (x_BSTD, layout.document_BST, layout.reset_BS))
-        bank_BNM, (found_SBNM, g_in_S, g_f_S) = jax.lax.scan(step, bank_BNM, segments)
+        bank_BNM, (found_SBNM, g_in_S, g_f_S) = jax.lax.scan(step, bank_BNM, segments, unroll=self.config.train.unroll)
 
         def merge(a_BS: jax.Array) -> jax.Array:  # every segment reads by itself
             return a_BS.reshape(B * S, *a_BS.shape[2:])
