@@ -112,6 +112,27 @@ def test_intervals():
     assert np.isnan(babilong_report.mean_and_interval([0.3])[1])
 
 
+def test_best_setting():
+    """By the first seed's mean over 1 to 8 times the trained length of the generator's questions, and nothing else."""
+
+    def result(setting, seed, *accuracies):
+        names = ("qa1 (generator)", "qa1 (generator)", "qa1 (generator)", "qa1_single_test.txt")
+        cells = [
+            {"questions": name, "segments": segments, "accuracy": accuracy}
+            for name, segments, accuracy in zip(names, (0, 4, 32, 4), accuracies, strict=True)
+        ]
+        labels = {"setting": setting, "seed": seed}
+        return {"labels": labels, "trained_segments": 4, "accuracy_by_length": cells}
+
+    near, far, later = (
+        result("near", 0, 1, 0.9, 0.4, 1),
+        result("far", 0, 0, 0.7, 0.7, 0),
+        result("near", 1, 1, 1, 1, 1),
+    )
+    assert babilong_report.best_setting([near, far, later]) == "far"
+    assert babilong_report.best_setting([near]) == "near"
+
+
 def test_gains(tmp_path):
     """lm2 / rmt over 1 to 8 times the trained length, nothing outside it."""
     cells = tmp_path / "cells"

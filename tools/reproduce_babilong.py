@@ -267,7 +267,7 @@ class Plan:
                     yield self._compared(model, setting, self._preset.seeds[0])
 
     def comparison(self, grid: Sequence[Result]) -> Iterator[Cell]:
-        """The other seeds of every model, in the setting with the best validation at its end of those in the grid.
+        """The other seeds of every model, in the setting that was best of those in the grid.
 
         While none of them is there, in the first setting.
         """
