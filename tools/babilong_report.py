@@ -24,7 +24,7 @@ def write_report(output: Path) -> str:
     parts = []
     if compared := by_phase.get("comparison"):
         parts.append(_comparison(compared, output / "comparison.png"))
-        parts.append(_grid(compared))
+        parts.append(_grid(compared, output / "settings.png"))
     if tried := by_phase.get("tried"):
         parts.append(_tried(tried))
     if pilots := by_phase.get("pilot"):
@@ -175,7 +175,8 @@ def _plot_comparison(
 # --- The grid ------------------------------------------------------------------------------------------------------
 
 
-def _grid(results: Sequence[Result]) -> str:
+def _grid(results: Sequence[Result], picture: Path) -> str:
+    _plot_settings(results, picture)
     rows, sets = [], list(dict.fromkeys(_set(cell["questions"]) for cell in results[0]["accuracy_by_length"]))
     for model in _in_order(results, "model"):
         own = _of(results, model)
@@ -189,6 +190,36 @@ def _grid(results: Sequence[Result]) -> str:
     table = _table(["model", "setting", "seed", *sets, "all of the generator"], rows)
     title = "## Every run: mean over 1, 2, 4 and 8 times the trained length; settings are taken by the first seed's"
     return "\n".join([title, "", *table, ""])
+
+
+_DASHES = ("-", ":", "--", "-.", (0, (1, 4)))
+
+
+def _plot_settings(results: Sequence[Result], path: Path) -> None:
+    """Every model in every setting: mean over the generator's questions and the seeds there are."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(8, 4.2))
+    settings = sorted({result["labels"]["setting"] for result in results})
+    for number, model in enumerate(_in_order(results, "model")):
+        for setting in settings:
+            cells = _by_set_and_multiple(
+                [result for result in _of(results, model) if result["labels"]["setting"] == setting]
+            )
+            sets = _of_generator(list(dict.fromkeys(name for name, _ in cells)))
+            multiples = sorted({multiple for _, multiple in cells if multiple})
+            means = [statistics.fmean(statistics.fmean(cells[name, m]) for name in sets) for m in multiples]
+            style = {"color": f"C{number}", "linestyle": _DASHES[settings.index(setting) % len(_DASHES)]}
+            if cells:
+                axis.plot(multiples, means, marker="o", markersize=3, label=f"{model}: {setting}", **style)
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(lambda multiple, _: f"{multiple:g}x")
+    axis.set(ylim=(0, 1.02), ylabel="accuracy (exact match)")
+    axis.set_xlabel("context, multiples of the longest in training in the first setting")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 # --- What was tried before ------------------------------------------------------------------------------------------

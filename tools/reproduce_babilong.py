@@ -124,6 +124,20 @@ PRESETS = {
                     )
                 },
             },
+            "up to 8 segments, 2e-3": {  # as many tokens in fewer steps
+                "data": {"segments_per_window": 8},
+                "train": {
+                    "steps": 2150,
+                    "curriculum": _stages(
+                        (1, 64, None, 700),
+                        (2, 32, None, 600),
+                        (4, 32, None, 500),
+                        (8, 32, None, 300),
+                        (8, 64, None, None),
+                    ),
+                },
+            },
+            "no convolution, 2e-3": {"model": {"conv_width": 0}},
         },
         seeds=(0, 1, 2),
         ablations={
