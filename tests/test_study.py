@@ -37,7 +37,7 @@ def test_smoke(tmp_path):
     report = run("--report")
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
     assert (tmp_path / "report.md").read_text() in report
-    for heading in ("## Comparison", "## The grid", "## Ablations of lm2"):
+    for heading in ("## Comparison", "## Every run", "## Ablations of lm2"):
         assert heading in report
 
 
