@@ -133,6 +133,25 @@ def test_best_setting():
     assert babilong_report.best_setting([near]) == "near"
 
 
+def test_other_seeds():
+    """Every model in the first setting, and in its own best where that is another one."""
+    plan, first = study.Plan(study.PRESETS["cpu"], {}), "4 segments, 2e-3"
+
+    def result(labels):
+        right = labels["model"] == "rmt" and labels["setting"] == "8 segments, 2e-3"
+        cells = [{"questions": "qa1 (generator)", "segments": 4, "accuracy": 1 if right else 0.5}]
+        return {"labels": labels, "trained_segments": 4, "accuracy_by_length": cells}
+
+    cells = list(plan.comparison([result(cell.labels) for cell in plan.grid()]))
+    models = ("lm2", "rmt", "none", "full attention")
+    expected = {(model, first, seed) for model in models for seed in (1, 2)}
+    expected |= {("rmt", "8 segments, 2e-3", seed) for seed in (1, 2)}
+    assert [tuple(cell.labels[key] for key in ("model", "setting", "seed")) in expected for cell in cells] == [
+        True
+    ] * 10
+    assert len({cell.name for cell in cells}) == 10
+
+
 def test_gains(tmp_path):
     """lm2 / rmt over 1 to 8 times the trained length, nothing outside it."""
     cells = tmp_path / "cells"

@@ -90,11 +90,17 @@ def _comparison(compared: Sequence[Result], picture: Path) -> str:
             *_table(["model", *header], rows),
             "",
         ]
-    lines += _gains(accuracy, sets)
+    lines += _gains("Mean accuracy over 1, 2, 4 and 8 times the trained length", accuracy, sets)
+    if "lm2" in best and len(set(best.values())) > 1:
+        alike = {model: [r for r in _of(compared, model) if r["labels"]["setting"] == best["lm2"]] for model in models}
+        title = f"The same with every model in lm2's setting ({best['lm2']})"
+        lines += ["", *_gains(title, {model: _by_set_and_multiple(own) for model, own in alike.items() if own}, sets)]
     return "\n".join([*lines, ""])
 
 
-def _gains(accuracy: Mapping[str, Mapping[tuple[str, float], list[float]]], sets: Sequence[str]) -> list[str]:
+def _gains(
+    title: str, accuracy: Mapping[str, Mapping[tuple[str, float], list[float]]], sets: Sequence[str]
+) -> list[str]:
     """How many times better lm2's mean accuracy from the trained length to 8 times it is."""
     others = [model for model in ("rmt", "none") if model in accuracy]
     if "lm2" not in accuracy or not others:
@@ -105,10 +111,9 @@ def _gains(accuracy: Mapping[str, Mapping[tuple[str, float], list[float]]], sets
     if babi := [name for name in sets if name.endswith(_BABI)]:
         groups["all of bAbI's files"] = babi
     rows = []
-    for title, names in groups.items():
+    for group, names in groups.items():
         means = {model: _mean_to_8x(cells, names) for model, cells in accuracy.items()}
-        rows.append([title, f"{means['lm2']:.1%}", *(_ratio(means["lm2"], means[other]) for other in others)])
-    title = "Mean accuracy over 1, 2, 4 and 8 times the trained length"
+        rows.append([group, f"{means['lm2']:.1%}", *(_ratio(means["lm2"], means[other]) for other in others)])
     return [f"**{title}**", "", *_table(["questions", "lm2", *(f"lm2 / {other}" for other in others)], rows)]
 
 

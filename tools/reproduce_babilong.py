@@ -281,14 +281,13 @@ class Plan:
                     yield self._compared(model, setting, self._preset.seeds[0])
 
     def comparison(self, grid: Sequence[Result]) -> Iterator[Cell]:
-        """The other seeds of every model, in the setting that was best of those in the grid.
-
-        While none of them is there, in the first setting.
-        """
+        """The other seeds of every model, in the first setting and in the one that was best of those in the grid."""
+        first = next(iter(self._preset.settings))
         for seed in self._preset.seeds[1:]:
             for model in self._preset.models:
                 own = [result for result in grid if result["labels"]["model"] == model]
-                yield self._compared(model, best_setting(own) if own else next(iter(self._preset.settings)), seed)
+                for setting in dict.fromkeys((first, best_setting(own) if own else first)):
+                    yield self._compared(model, setting, seed)
 
     def _compared(self, model: str, setting: str, seed: int) -> Cell:
         labels = {"phase": "comparison", "model": model, "setting": setting, "seed": seed}
