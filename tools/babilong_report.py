@@ -49,8 +49,7 @@ def best_setting(results: Sequence[Result]) -> str:
     """
 
     def accuracy(result: Result) -> float:
-        cells = _by_set_and_multiple([result])
-        return _mean_to_8x(cells, _of_generator([name for name, _ in cells]))
+        return _mean_to_8x(_by_set_and_multiple([result]), _of_generator(_sets(result)))
 
     first = min(result["labels"]["seed"] for result in results)
     grid = [result for result in results if result["labels"]["seed"] == first]
@@ -142,6 +141,10 @@ def _set(questions: str) -> str:
     return questions.removesuffix(" (generator)") if questions.endswith(")") else questions.split("_")[0] + _BABI
 
 
+def _sets(result: Result) -> list[str]:
+    return list(dict.fromkeys(_set(cell["questions"]) for cell in result["accuracy_by_length"]))
+
+
 def _of_generator(sets: Sequence[str]) -> list[str]:
     return [name for name in sets if not name.endswith(_BABI)]
 
@@ -182,15 +185,14 @@ def _plot_comparison(
 
 def _grid(results: Sequence[Result], picture: Path) -> str:
     _plot_settings(results, picture)
-    rows, sets = [], list(dict.fromkeys(_set(cell["questions"]) for cell in results[0]["accuracy_by_length"]))
+    rows, sets = [], _sets(results[0])
+    groups = [*([name] for name in sets), _of_generator(sets)]
     for model in _in_order(results, "model"):
         own = _of(results, model)
         best = best_setting(own)
         for result in sorted(own, key=lambda result: (result["labels"]["setting"], result["labels"]["seed"])):
             cells, setting = _by_set_and_multiple([result]), result["labels"]["setting"]
-            means = [
-                f"{_mean_to_8x(cells, names):.1%}" for names in ([*([name] for name in sets), _of_generator(sets)])
-            ]
+            means = [f"{_mean_to_8x(cells, names):.1%}" for names in groups]
             rows.append([model, setting + " (taken)" * (setting == best), str(result["labels"]["seed"]), *means])
     table = _table(["model", "setting", "seed", *sets, "all of the generator"], rows)
     title = "## Every run: mean over 1, 2, 4 and 8 times the trained length; settings are taken by the first seed's"
@@ -207,15 +209,14 @@ def _plot_settings(results: Sequence[Result], path: Path) -> None:
     settings = sorted({result["labels"]["setting"] for result in results})
     for number, model in enumerate(_in_order(results, "model")):
         for setting in settings:
-            cells = _by_set_and_multiple(
-                [result for result in _of(results, model) if result["labels"]["setting"] == setting]
-            )
-            sets = _of_generator(list(dict.fromkeys(name for name, _ in cells)))
+            own = [result for result in _of(results, model) if result["labels"]["setting"] == setting]
+            if not own:
+                continue
+            cells, sets = _by_set_and_multiple(own), _of_generator(_sets(own[0]))
             multiples = sorted({multiple for _, multiple in cells if multiple})
             means = [statistics.fmean(statistics.fmean(cells[name, m]) for name in sets) for m in multiples]
             style = {"color": f"C{number}", "linestyle": _DASHES[settings.index(setting) % len(_DASHES)]}
-            if cells:
-                axis.plot(multiples, means, marker="o", markersize=3, label=f"{model}: {setting}", **style)
+            axis.plot(multiples, means, marker="o", markersize=3, label=f"{model}: {setting}", **style)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(lambda multiple, _: f"{multiple:g}x")
     axis.set(ylim=(0, 1.02), ylabel="accuracy (exact match)")
@@ -232,7 +233,7 @@ def _plot_settings(results: Sequence[Result], path: Path) -> None:
 
 def _tried(results: Sequence[Result]) -> str:
     """Whole runs of earlier recipes."""
-    rows, sets = [], list(dict.fromkeys(_set(cell["questions"]) for cell in results[0]["accuracy_by_length"]))
+    rows, sets = [], _sets(results[0])
     for result in results:
         cells = _by_set_and_multiple([result])
         names = [str(result["labels"][key]) for key in ("model", "setting", "seed")]

@@ -347,10 +347,8 @@ class Runner:
         if not self._file(cell).exists():
             return None
         result = json.loads(self._file(cell).read_text())
-        trained_with = parse_config(json.dumps(result["config"]))
-        if (
-            replace(trained_with, train={"unroll": cell.config.train.unroll}) != cell.config
-        ):  # the same but for rounding
+        config = parse_config(json.dumps(result["config"]))
+        if replace(config, train={"unroll": cell.config.train.unroll}) != cell.config:  # which changes rounding alone
             raise UserError(f"{self._file(cell)} is of another config; give another --output, or remove it")
         return result
 
