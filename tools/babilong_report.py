@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -199,24 +200,23 @@ def _grid(results: Sequence[Result], picture: Path) -> str:
     return "\n".join([title, "", *table, ""])
 
 
-_DASHES = ("-", ":", "--", "-.", (0, (1, 4)))
-
-
 def _plot_settings(results: Sequence[Result], path: Path) -> None:
-    """Every model in every setting: mean over the generator's questions and the seeds there are."""
+    """Every model in every setting, its own solid: mean over the generator's questions and the seeds there are."""
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(8, 4.2))
     settings = sorted({result["labels"]["setting"] for result in results})
     for number, model in enumerate(_in_order(results, "model")):
-        for setting in settings:
+        best = best_setting(_of(results, model))
+        for setting, marker in zip(settings, itertools.cycle("os^Dv"), strict=False):
             own = [result for result in _of(results, model) if result["labels"]["setting"] == setting]
             if not own:
                 continue
             cells, sets = _by_set_and_multiple(own), _of_generator(_sets(own[0]))
             multiples = sorted({multiple for _, multiple in cells if multiple})
             means = [statistics.fmean(statistics.fmean(cells[name, m]) for name in sets) for m in multiples]
-            style = {"color": f"C{number}", "linestyle": _DASHES[settings.index(setting) % len(_DASHES)]}
-            axis.plot(multiples, means, marker="o", markersize=3, label=f"{model}: {setting}", **style)
+            taken = {"linewidth": 2.2} if setting == best else {"linewidth": 0.8, "linestyle": "--"}
+            name = f"{model}: {setting}" + " (taken)" * (setting == best)
+            axis.plot(multiples, means, color=f"C{number}", marker=marker, markersize=4, label=name, **taken)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(lambda multiple, _: f"{multiple:g}x")
     axis.set(ylim=(0, 1.02), ylabel="accuracy (exact match)")
