@@ -167,7 +167,6 @@ def test_gains(tmp_path):
         ]
         labels = {"phase": "comparison", "model": model, "setting": "4", "seed": 0}
         sizes = {"parameters": 1, "memory_size": 1, "tokens": 1, "seconds": 1, "trained_segments": 4}
-        sizes["validation_accuracy"] = 0.5
         result = {"labels": labels, **sizes, "accuracy_by_length": table}
         (cells / f"{model}.json").write_text(json.dumps(result))
     report = babilong_report.write_report(tmp_path)
