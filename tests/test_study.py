@@ -13,7 +13,7 @@ import pytest
 import reproduce_babilong as study
 from quick import xla_flags
 
-from lm2_jax.config import load_config, parse_config
+from lm2_jax.config import load_config, parse_config, replace
 from lm2_jax.model.sizes import memory_size, parameters
 
 ROOT = Path(__file__).parents[1]
@@ -30,14 +30,14 @@ def test_smoke(tmp_path):
         return done.stdout
 
     first = run("--workers", "2")
-    assert first.count("accuracy after segments") == 7
+    assert first.count("accuracy after segments") == 8
     assert "accuracy after segments" not in run()
-    assert len(list((tmp_path / "cells").glob("*.json"))) == 7
+    assert len(list((tmp_path / "cells").glob("*.json"))) == 8
     (tmp_path / "comparison.png").unlink()
     report = run("--report")
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
     assert (tmp_path / "report.md").read_text() in report
-    for heading in ("## Comparison", "## Every run", "## Ablations of lm2"):
+    for heading in ("## Comparison", "## Every setting", "## The settings taken, trained twice", "## Ablations of lm2"):
         assert heading in report
 
 
@@ -150,6 +150,19 @@ def test_other_seeds():
     assert sorted(found) == sorted(expected)
 
 
+def test_longer():
+    """Twice the steps, as a whole and of every stage; nothing else changes."""
+    plan = study.Plan(study.PRESETS["cpu"], {})
+    usual = {cell.labels["model"]: cell.config for cell in plan.grid() if cell.labels["setting"] == "4 segments, 2e-3"}
+    longer = {cell.labels["model"]: cell.config for cell in plan.longer([])}
+    assert list(longer) == ["lm2", "rmt", "none"]
+    for model, config in longer.items():
+        assert config.train.steps == 2 * usual[model].train.steps
+        assert [stage.steps for stage in config.train.curriculum] == [1400, 1200, 1800, None]
+        same = {"train": {"steps": 4800, "curriculum": []}}
+        assert replace(config, **same) == replace(usual[model], **same)
+
+
 def test_gains(tmp_path):
     """lm2 / rmt over 1 to 8 times the trained length, nothing outside it."""
     cells = tmp_path / "cells"
@@ -187,3 +200,12 @@ def test_kept_results(tmp_path):
     assert babilong_report.write_report(tmp_path) == (kept / "report.md").read_text()
     drawn = {path.name for path in tmp_path.glob("*.png")}
     assert drawn and drawn == {path.name for path in kept.glob("*.png")}
+
+
+@pytest.mark.parametrize("heading", ["## Every setting"])
+def test_tables_in_readme(heading):
+    """The README shows the report's."""
+    report = (ROOT / "tools" / "results" / "babilong_cpu" / "report.md").read_text()
+    section = report.split(heading)[1].split("\n## ")[0]
+    table = "\n".join(line for line in section.splitlines() if line.startswith("|"))
+    assert table and table in (ROOT / "README.md").read_text()

@@ -26,6 +26,9 @@ def write_report(output: Path) -> str:
     if compared := by_phase.get("comparison"):
         parts.append(_comparison(compared, output / "comparison.png"))
         parts.append(_grid(compared, output / "settings.png"))
+    if longer := by_phase.get("longer"):
+        title = "## The settings taken, trained twice as long: exact match in per cent"
+        parts.append("\n".join([title, "", *_by_setting(longer, {}), ""]))
     if tried := by_phase.get("tried"):
         parts.append(_tried(tried))
     if pilots := by_phase.get("pilot"):
@@ -46,7 +49,7 @@ def write_report(output: Path) -> str:
 def best_setting(results: Sequence[Result]) -> str:
     """The setting of a model's best result with the first seed, by what is compared: `_mean_to_8x` of the generator.
 
-    (Validation accuracy is of the windows trained on, which are not the same in all settings.)
+    The first of several as good. (Validation accuracy is of the windows trained on, which settings do not share.)
     """
 
     def accuracy(result: Result) -> float:
@@ -90,18 +93,20 @@ def _comparison(compared: Sequence[Result], picture: Path) -> str:
             *_table(["model", *header], rows),
             "",
         ]
-    lines += _gains("Mean accuracy over 1, 2, 4 and 8 times the trained length", accuracy, sets)
-    if "lm2" in best and len(set(best.values())) > 1:
-        alike = {model: [r for r in _of(compared, model) if r["labels"]["setting"] == best["lm2"]] for model in models}
-        title = f"The same with every model in lm2's setting ({best['lm2']})"
-        lines += ["", *_gains(title, {model: _by_set_and_multiple(own) for model, own in alike.items() if own}, sets)]
-    return "\n".join([*lines, ""])
+    first = min(result["labels"]["seed"] for result in results)
+    others = [result for result in results if result["labels"]["seed"] > first]
+    alike = [result for result in compared if result["labels"]["setting"] == best.get("lm2")]
+    lines += _gains("Mean accuracy over 1, 2, 4 and 8 times the trained length", results, sets)
+    if others:
+        lines += _gains("The same without the seed by which settings were chosen", others, sets)
+    if len(set(best.values())) > 1:
+        lines += _gains(f"The same with every model in lm2's setting ({best.get('lm2')})", alike, sets)
+    return "\n".join(lines)
 
 
-def _gains(
-    title: str, accuracy: Mapping[str, Mapping[tuple[str, float], list[float]]], sets: Sequence[str]
-) -> list[str]:
+def _gains(title: str, results: Sequence[Result], sets: Sequence[str]) -> list[str]:
     """How many times better lm2's mean accuracy from the trained length to 8 times it is."""
+    accuracy = {model: _by_set_and_multiple(_of(results, model)) for model in _in_order(results, "model")}
     others = [model for model in ("rmt", "none") if model in accuracy]
     if "lm2" not in accuracy or not others:
         return []
@@ -114,7 +119,7 @@ def _gains(
     for group, names in groups.items():
         means = {model: _mean_to_8x(cells, names) for model, cells in accuracy.items()}
         rows.append([group, f"{means['lm2']:.1%}", *(_ratio(means["lm2"], means[other]) for other in others)])
-    return [f"**{title}**", "", *_table(["questions", "lm2", *(f"lm2 / {other}" for other in others)], rows)]
+    return [f"**{title}**", "", *_table(["questions", "lm2", *(f"lm2 / {other}" for other in others)], rows), ""]
 
 
 def _mean_to_8x(cells: Mapping[tuple[str, float], list[float]], names: Sequence[str]) -> float:
@@ -186,18 +191,39 @@ def _plot_comparison(
 
 def _grid(results: Sequence[Result], picture: Path) -> str:
     _plot_settings(results, picture)
-    rows, sets = [], _sets(results[0])
-    groups = [*([name] for name in sets), _of_generator(sets)]
+    taken = {model: best_setting(_of(results, model)) for model in _in_order(results, "model")}
+    lines = [
+        "## Every setting: exact match in per cent",
+        "",
+        "By set of questions the mean over 1 to 8 times the trained length, by length the mean over the generator's,",
+        "then the mean of all that with its 95% interval over seeds, and that of every seed. A model takes the setting",
+        "that is best with the first seed.",
+        "",
+        *_by_setting(results, taken),
+    ]
+    return "\n".join([*lines, ""])
+
+
+def _by_setting(results: Sequence[Result], taken: Mapping[str, str]) -> list[str]:
+    """A table of models and settings; those a model has taken are marked."""
+    sets = _sets(results[0])
+    asked = _of_generator(sets)
+    multiples = [m for m in sorted({m for _, m in _by_set_and_multiple(results)}) if 1 <= m <= 8]
+    rows = []
     for model in _in_order(results, "model"):
         own = _of(results, model)
-        best = best_setting(own)
-        for result in sorted(own, key=lambda result: (result["labels"]["setting"], result["labels"]["seed"])):
-            cells, setting = _by_set_and_multiple([result]), result["labels"]["setting"]
-            means = [f"{_mean_to_8x(cells, names):.1%}" for names in groups]
-            rows.append([model, setting + " (taken)" * (setting == best), str(result["labels"]["seed"]), *means])
-    table = _table(["model", "setting", "seed", *sets, "all of the generator"], rows)
-    title = "## Every run: mean over 1, 2, 4 and 8 times the trained length; settings are taken by the first seed's"
-    return "\n".join([title, "", *table, ""])
+        for setting in sorted({result["labels"]["setting"] for result in own}):
+            runs = sorted((r for r in own if r["labels"]["setting"] == setting), key=lambda r: r["labels"]["seed"])
+            cells = _by_set_and_multiple(runs)
+            by_set = [_mean_to_8x(cells, [name]) for name in sets]
+            by_length = [statistics.fmean(statistics.fmean(cells[name, m]) for name in asked) for m in multiples]
+            of_seeds = [_mean_to_8x(_by_set_and_multiple([run]), asked) for run in runs]
+            means = (f"{100 * mean:.1f}" for mean in (*by_set, *by_length))
+            each = " ".join(f"{100 * mean:.1f}" for mean in of_seeds)
+            name = setting + " (taken)" * (setting == taken.get(model))
+            rows.append([model, name, *means, _percent(of_seeds).replace("%", ""), each])
+    lengths = [f"{multiple:g}x" for multiple in multiples]
+    return _table(["model", "setting", *sets, *lengths, "mean", "seeds"], rows)
 
 
 def _plot_settings(results: Sequence[Result], path: Path) -> None:

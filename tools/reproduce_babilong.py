@@ -55,6 +55,7 @@ class Preset:
       settings: changes that every model's learning rate and training window are chosen from, with the first seed. A
         model with a window of its own has those of the learning rate alone.
       seeds: of the comparison.
+      longer: models that are trained twice as long, too, in their best setting with the first seed.
       ablations: changes of lm2 by name, for the table of its parts; all have as many parameters as lm2.
       ablation_base: changes for those cells.
       ablation_seeds: of those cells.
@@ -66,6 +67,7 @@ class Preset:
     models: Mapping[str, Changes]
     settings: Mapping[str, Changes]
     seeds: tuple[int, ...]
+    longer: tuple[str, ...]
     ablations: Mapping[str, Changes]
     ablation_base: Changes
     ablation_seeds: tuple[int, ...]
@@ -95,6 +97,7 @@ PRESETS = {
         },
         settings={"as it is": {}},
         seeds=(0, 1),
+        longer=("none",),
         ablations={"as it is": {}},
         ablation_base={},
         ablation_seeds=(0,),
@@ -140,6 +143,7 @@ PRESETS = {
             "no convolution, 2e-3": {"model": {"conv_width": 0}},
         },
         seeds=(0, 1, 2),
+        longer=("lm2", "rmt", "none"),
         ablations={
             "as it is": {},
             "independent gates": {"memory": {"gates": "independent"}},
@@ -170,6 +174,7 @@ PRESETS = {
             "train": {
                 "steps": 900,
                 "remat": "block",
+                "unroll": 1,
                 "curriculum": _stages((1, 72, 0.95, None), (3, 24, 0.95, 250), (6, 24, None, None)),
             },
             "eval": {"lengths": [6, 12, 24, 48, 96], "questions": 500, "every_steps": 0},
@@ -221,8 +226,25 @@ PRESETS = {
             "4 segments, 1e-4": {},
             "4 segments, 3e-5": {"optim": {"learning_rate": 3e-5}},
             "4 segments, 3e-4": {"optim": {"learning_rate": 3e-4}},
+            "8 segments, 1e-4": {  # as many tokens in fewer steps, as in the next
+                "data": {"segments_per_window": 8},
+                "train": {
+                    "steps": 3250,
+                    "curriculum": _stages((1, 1920, None, 1500), (4, 1920, None, 500), (8, 1920, None, None)),
+                },
+            },
+            "up to 8 segments, 1e-4": {
+                "data": {"segments_per_window": 8},
+                "train": {
+                    "steps": 4375,
+                    "curriculum": _stages(
+                        (1, 1920, None, 1500), (2, 1920, None, 1000), (4, 1920, None, 1250), (8, 1920, None, None)
+                    ),
+                },
+            },
         },
         seeds=(0, 1, 2),
+        longer=(),
         ablations={},
         ablation_base={},
         ablation_seeds=(),
@@ -285,9 +307,23 @@ class Plan:
         first = next(iter(self._preset.settings))
         for seed in self._preset.seeds[1:]:
             for model in self._preset.models:
-                own = [result for result in grid if result["labels"]["model"] == model]
-                for setting in dict.fromkeys((first, best_setting(own) if own else first)):
+                for setting in dict.fromkeys((first, self._best(model, grid))):
                     yield self._compared(model, setting, seed)
+
+    def longer(self, grid: Sequence[Result]) -> Iterator[Cell]:
+        """Models in their best setting with the first seed, every stage and the whole of twice as many steps."""
+        for model in self._preset.longer:
+            cell = self._compared(model, self._best(model, grid), self._preset.seeds[0])
+            train = cell.config.model_dump()["train"]
+            for stage in train["curriculum"]:
+                stage["steps"] = stage["steps"] and 2 * stage["steps"]
+            config = replace(cell.config, train={"steps": 2 * train["steps"], "curriculum": train["curriculum"]})
+            yield dataclasses.replace(cell, labels={**cell.labels, "phase": "longer"}, config=config)
+
+    def _best(self, model: str, grid: Sequence[Result]) -> str:
+        """The setting that was best for it, or the first while the grid has none of its results."""
+        own = [result for result in grid if result["labels"]["model"] == model]
+        return best_setting(own) if own else next(iter(self._preset.settings))
 
     def _compared(self, model: str, setting: str, seed: int) -> Cell:
         labels = {"phase": "comparison", "model": model, "setting": setting, "seed": seed}
@@ -490,7 +526,7 @@ def main() -> None:
 
 
 def run(preset: Preset, arguments: argparse.Namespace) -> None:
-    """Trains what is missing: the comparison's grid, its other seeds, and the ablations."""
+    """Trains what is missing: the comparison's grid, its other seeds, longer runs, and the ablations."""
     files = {name: path.resolve() for name in _OPTIONS if (path := getattr(arguments, name))}
     if "babi" in files and not files["babi"].is_dir():
         raise UserError(f"--babi: {files['babi']} is no directory; give the one with qa1_..._test.txt")
@@ -501,7 +537,9 @@ def run(preset: Preset, arguments: argparse.Namespace) -> None:
         for cell in plan.grid():
             print(runner.write_config(cell))
         return
-    runner.results(plan.comparison(runner.results(plan.grid())))
+    grid = runner.results(plan.grid())
+    runner.results(plan.comparison(grid))
+    runner.results(plan.longer(grid))
     runner.results(plan.ablations())
 
 
