@@ -155,10 +155,12 @@ def test_longer():
     plan = study.Plan(study.PRESETS["cpu"], {})
     usual = {cell.labels["model"]: cell.config for cell in plan.grid() if cell.labels["setting"] == "4 segments, 2e-3"}
     longer = {cell.labels["model"]: cell.config for cell in plan.longer([])}
-    assert list(longer) == ["lm2", "rmt", "none"]
+    assert list(longer) == ["lm2", "rmt", "none", "full attention"]
     for model, config in longer.items():
         assert config.train.steps == 2 * usual[model].train.steps
-        assert [stage.steps for stage in config.train.curriculum] == [1400, 1200, 1800, None]
+        assert [stage.steps for stage in config.train.curriculum] == [
+            stage.steps and 2 * stage.steps for stage in usual[model].train.curriculum
+        ]
         same = {"train": {"steps": 4800, "curriculum": []}}
         assert replace(config, **same) == replace(usual[model], **same)
 
@@ -202,7 +204,7 @@ def test_kept_results(tmp_path):
     assert drawn and drawn == {path.name for path in kept.glob("*.png")}
 
 
-@pytest.mark.parametrize("heading", ["## Every setting"])
+@pytest.mark.parametrize("heading", ["## Every setting", "## The settings taken", "## Ablations of lm2"])
 def test_tables_in_readme(heading):
     """The README shows the report's."""
     report = (ROOT / "tools" / "results" / "babilong_cpu" / "report.md").read_text()

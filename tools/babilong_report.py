@@ -105,9 +105,9 @@ def _comparison(compared: Sequence[Result], picture: Path) -> str:
 
 
 def _gains(title: str, results: Sequence[Result], sets: Sequence[str]) -> list[str]:
-    """How many times better lm2's mean accuracy from the trained length to 8 times it is."""
+    """How many times better lm2's mean accuracy from the trained length to 8 times it is, and by how many points."""
     accuracy = {model: _by_set_and_multiple(_of(results, model)) for model in _in_order(results, "model")}
-    others = [model for model in ("rmt", "none") if model in accuracy]
+    others = [model for model in ("rmt", "none", "full attention") if model in accuracy]
     if "lm2" not in accuracy or not others:
         return []
     sets = [name for name in sets if all((name, 1) in cells for cells in accuracy.values())]
@@ -119,7 +119,20 @@ def _gains(title: str, results: Sequence[Result], sets: Sequence[str]) -> list[s
     for group, names in groups.items():
         means = {model: _mean_to_8x(cells, names) for model, cells in accuracy.items()}
         rows.append([group, f"{means['lm2']:.1%}", *(_ratio(means["lm2"], means[other]) for other in others)])
-    return [f"**{title}**", "", *_table(["questions", "lm2", *(f"lm2 / {other}" for other in others)], rows), ""]
+    of_seeds = {model: _means_of_seeds(_of(results, model), _of_generator(sets)) for model in ("lm2", *others)}
+    ahead = []
+    for other in others:
+        theirs = of_seeds[other]
+        differences = [mean - theirs[seed] for seed, mean in of_seeds["lm2"].items() if seed in theirs]
+        ahead.append(f"{_percent(differences).replace('%', '')} to {other}")
+    return [
+        f"**{title}**",
+        "",
+        *_table(["questions", "lm2", *(f"lm2 / {other}" for other in others)], rows),
+        "",
+        f"Points between them, seed by seed, over all of the generator: {', '.join(ahead)}.",
+        "",
+    ]
 
 
 def _mean_to_8x(cells: Mapping[tuple[str, float], list[float]], names: Sequence[str]) -> float:
@@ -127,6 +140,12 @@ def _mean_to_8x(cells: Mapping[tuple[str, float], list[float]], names: Sequence[
     return statistics.fmean(
         statistics.fmean(values) for (name, multiple), values in cells.items() if name in names and 1 <= multiple <= 8
     )
+
+
+def _means_of_seeds(results: Sequence[Result], names: Sequence[str]) -> dict[int, float]:
+    """`_mean_to_8x` of a model's runs in one setting, by their seeds."""
+    ordered = sorted(results, key=lambda result: result["labels"]["seed"])
+    return {run["labels"]["seed"]: _mean_to_8x(_by_set_and_multiple([run]), names) for run in ordered}
 
 
 def _by_set_and_multiple(results: Sequence[Result]) -> dict[tuple[str, float], list[float]]:
@@ -166,16 +185,16 @@ def _plot_comparison(
     rows = -(-len(sets) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.6 * rows), squeeze=False, sharey=True)
     for axis, name in zip(axes.flat, sets, strict=False):
-        for model, cells in accuracy.items():
+        for number, (model, cells) in enumerate(accuracy.items()):
             there = [multiple for multiple in multiples if (name, multiple) in cells]
-            x = [multiples.index(multiple) for multiple in there]
+            x = [multiples.index(multiple) + 0.06 * number for multiple in there]
             points = [mean_and_interval(cells[name, multiple]) for multiple in there]
             spread = [0 if math.isnan(half) else half for _, half in points]
             axis.errorbar(
                 x, [mean for mean, _ in points], yerr=spread, marker="o", markersize=4, capsize=2, label=model
             )
         axis.set_xticks(range(len(multiples)), [f"{multiple:g}x" if multiple else "facts" for multiple in multiples])
-        axis.set(title=name, ylim=(0, 1.02), xlabel="context, multiples of the longest in training")
+        axis.set(title=name, ylim=(0, 1.02), xlabel="context, multiples of the first setting's windows")
         axis.grid(alpha=0.3)
     for axis in list(axes.flat)[len(sets) :]:
         axis.set_axis_off()
@@ -213,11 +232,11 @@ def _by_setting(results: Sequence[Result], taken: Mapping[str, str]) -> list[str
     for model in _in_order(results, "model"):
         own = _of(results, model)
         for setting in sorted({result["labels"]["setting"] for result in own}):
-            runs = sorted((r for r in own if r["labels"]["setting"] == setting), key=lambda r: r["labels"]["seed"])
+            runs = [result for result in own if result["labels"]["setting"] == setting]
             cells = _by_set_and_multiple(runs)
             by_set = [_mean_to_8x(cells, [name]) for name in sets]
             by_length = [statistics.fmean(statistics.fmean(cells[name, m]) for name in asked) for m in multiples]
-            of_seeds = [_mean_to_8x(_by_set_and_multiple([run]), asked) for run in runs]
+            of_seeds = [*_means_of_seeds(runs, asked).values()]
             means = (f"{100 * mean:.1f}" for mean in (*by_set, *by_length))
             each = " ".join(f"{100 * mean:.1f}" for mean in of_seeds)
             name = setting + " (taken)" * (setting == taken.get(model))
@@ -246,7 +265,7 @@ def _plot_settings(results: Sequence[Result], path: Path) -> None:
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(lambda multiple, _: f"{multiple:g}x")
     axis.set(ylim=(0, 1.02), ylabel="accuracy (exact match)")
-    axis.set_xlabel("context, multiples of the longest in training in the first setting")
+    axis.set_xlabel("context, multiples of the first setting's windows")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
@@ -395,10 +414,11 @@ def _ratio(value: float, other: float) -> str:
 
 
 def _percent(values: Sequence[float] | None) -> str:
-    if not values:
-        return ""
+    """The mean with its 95% interval, or one or two values as they are, which tell of no interval worth the name."""
+    if not values or len(values) < 3:
+        return " / ".join(f"{value:.1%}" for value in values or ())
     mean, half = mean_and_interval(values)
-    return f"{mean:.1%}" if math.isnan(half) else f"{mean:.1%} ± {half:.1%}"
+    return f"{mean:.1%} ± {half:.1%}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -143,7 +143,7 @@ PRESETS = {
             "no convolution, 2e-3": {"model": {"conv_width": 0}},
         },
         seeds=(0, 1, 2),
-        longer=("lm2", "rmt", "none"),
+        longer=("lm2", "rmt", "none", "full attention"),
         ablations={
             "as it is": {},
             "independent gates": {"memory": {"gates": "independent"}},
@@ -180,7 +180,7 @@ PRESETS = {
             "eval": {"lengths": [6, 12, 24, 48, 96], "questions": 500, "every_steps": 0},
             "checkpoint": {"every_steps": 250},
         },
-        ablation_seeds=(0, 1, 2),
+        ablation_seeds=(0, 1),
     ),
     "full": Preset(  # for a v5e:4x4; rmt's 64 memory tokens on either side make 2,048 positions
         config="lm2_1b7.yaml",
