@@ -27,7 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
-from babilong_report import best_setting, write_report
+from babilong_report import best_setting, longer_is_better, write_report
 
 from lm2_jax.config import Config, dump_config, load_config, parse_config, replace
 from lm2_jax.errors import TrainingFailed, UserError, run_command
@@ -55,7 +55,7 @@ class Preset:
       settings: changes that every model's learning rate and training window are chosen from, with the first seed. A
         model with a window of its own has those of the learning rate alone.
       seeds: of the comparison.
-      longer: models that are trained twice as long, too, in their best setting with the first seed.
+      longer: models that are trained twice as long, too, in their best setting.
       ablations: changes of lm2 by name, for the table of its parts; all have as many parameters as lm2.
       ablation_base: changes for those cells.
       ablation_seeds: of those cells.
@@ -310,15 +310,20 @@ class Plan:
                 for setting in dict.fromkeys((first, self._best(model, grid))):
                     yield self._compared(model, setting, seed)
 
-    def longer(self, grid: Sequence[Result]) -> Iterator[Cell]:
-        """Models in their best setting with the first seed, every stage and the whole of twice as many steps."""
+    def longer(self, grid: Sequence[Result], found: Sequence[Result] = ()) -> Iterator[Cell]:
+        """Models in their best setting, every stage and the whole of twice as many steps.
+
+        With the first seed, and with the others where what was found so is better than the grid's.
+        """
         for model in self._preset.longer:
-            cell = self._compared(model, self._best(model, grid), self._preset.seeds[0])
-            train = cell.config.model_dump()["train"]
-            for stage in train["curriculum"]:
-                stage["steps"] = stage["steps"] and 2 * stage["steps"]
-            config = replace(cell.config, train={"steps": 2 * train["steps"], "curriculum": train["curriculum"]})
-            yield dataclasses.replace(cell, labels={**cell.labels, "phase": "longer"}, config=config)
+            usual, own = ([r for r in results if r["labels"]["model"] == model] for results in (grid, found))
+            for seed in self._preset.seeds if longer_is_better(own, usual) else self._preset.seeds[:1]:
+                cell = self._compared(model, self._best(model, grid), seed)
+                train = cell.config.model_dump()["train"]
+                for stage in train["curriculum"]:
+                    stage["steps"] = stage["steps"] and 2 * stage["steps"]
+                config = replace(cell.config, train={"steps": 2 * train["steps"], "curriculum": train["curriculum"]})
+                yield dataclasses.replace(cell, labels={**cell.labels, "phase": "longer"}, config=config)
 
     def _best(self, model: str, grid: Sequence[Result]) -> str:
         """The setting that was best for it, or the first while the grid has none of its results."""
@@ -539,7 +544,7 @@ def run(preset: Preset, arguments: argparse.Namespace) -> None:
         return
     grid = runner.results(plan.grid())
     runner.results(plan.comparison(grid))
-    runner.results(plan.longer(grid))
+    runner.results(plan.longer(grid, runner.results(plan.longer(grid))))
     runner.results(plan.ablations())
 
 
