@@ -260,7 +260,8 @@ def _longer(longer: Sequence[Result], compared: Sequence[Result]) -> str:
     results: list[Result] = []
     for model in _in_order(compared, "model"):
         usual, own = _of(compared, model), _of(longer, model)
-        taken = [result for result in usual if result["labels"]["setting"] == best_setting(usual)]
+        best = best_setting(usual)
+        taken = [result for result in usual if result["labels"]["setting"] == best]
         results += own if longer_is_better(own, usual) else taken
     title = "Mean accuracy, every model trained for the length that was better with the first seed"
     return "\n".join([*lines, *_gains(title, results, _sets(longer[0]))])
