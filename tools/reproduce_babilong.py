@@ -55,7 +55,7 @@ class Preset:
       settings: changes that every model's learning rate and training window are chosen from, with the first seed. A
         model with a window of its own has those of the learning rate alone.
       seeds: of the comparison.
-      longer: models that are trained twice as long, too, in their best setting.
+      longer: models that are trained twice as long, too, in their best setting, and with how many seeds at least.
       ablations: changes of lm2 by name, for the table of its parts; all have as many parameters as lm2.
       ablation_base: changes for those cells.
       ablation_seeds: of those cells.
@@ -67,7 +67,7 @@ class Preset:
     models: Mapping[str, Changes]
     settings: Mapping[str, Changes]
     seeds: tuple[int, ...]
-    longer: tuple[str, ...]
+    longer: Mapping[str, int]
     ablations: Mapping[str, Changes]
     ablation_base: Changes
     ablation_seeds: tuple[int, ...]
@@ -97,7 +97,7 @@ PRESETS = {
         },
         settings={"as it is": {}},
         seeds=(0, 1),
-        longer=("none",),
+        longer={"none": 1},
         ablations={"as it is": {}},
         ablation_base={},
         ablation_seeds=(0,),
@@ -143,7 +143,7 @@ PRESETS = {
             "no convolution, 2e-3": {"model": {"conv_width": 0}},
         },
         seeds=(0, 1, 2),
-        longer=("lm2", "rmt", "none", "full attention"),
+        longer={"lm2": 1, "rmt": 2, "none": 1, "full attention": 1},  # rmt's seeds are the furthest apart
         ablations={
             "as it is": {},
             "independent gates": {"memory": {"gates": "independent"}},
@@ -244,7 +244,7 @@ PRESETS = {
             },
         },
         seeds=(0, 1, 2),
-        longer=(),
+        longer={},
         ablations={},
         ablation_base={},
         ablation_seeds=(),
@@ -313,11 +313,11 @@ class Plan:
     def longer(self, grid: Sequence[Result], found: Sequence[Result] = ()) -> Iterator[Cell]:
         """Models in their best setting, every stage and the whole of twice as many steps.
 
-        With the first seed, and with the others where what was found so is better than the grid's.
+        With as many seeds as the preset says, and with all where the first is better than it is in the grid.
         """
-        for model in self._preset.longer:
+        for model, at_least in self._preset.longer.items():
             usual, own = ([r for r in results if r["labels"]["model"] == model] for results in (grid, found))
-            for seed in self._preset.seeds if longer_is_better(own, usual) else self._preset.seeds[:1]:
+            for seed in self._preset.seeds if longer_is_better(own, usual) else self._preset.seeds[:at_least]:
                 cell = self._compared(model, self._best(model, grid), seed)
                 train = cell.config.model_dump()["train"]
                 for stage in train["curriculum"]:
