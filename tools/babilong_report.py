@@ -55,16 +55,6 @@ def best_setting(results: Sequence[Result]) -> str:
     return max(grid, key=_accuracy)["labels"]["setting"]
 
 
-def longer_is_better(longer: Sequence[Result], usual: Sequence[Result]) -> bool:
-    """Whether a model gained by longer training, with the first seed and in what `best_setting` goes by."""
-    first = min((result["labels"]["seed"] for result in usual), default=0)
-
-    def best(results: Sequence[Result]) -> float:
-        return max((_accuracy(result) for result in results if result["labels"]["seed"] == first), default=0)
-
-    return best(longer) > best(usual)
-
-
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
     """The mean, and half the width of its 95% interval by Student's t (nan for a single value)."""
     mean = statistics.fmean(values)
