@@ -247,7 +247,7 @@ def _by_setting(results: Sequence[Result], taken: Mapping[str, str]) -> list[str
 
 def _longer(longer: Sequence[Result]) -> str:
     lines = ["## The settings taken, trained twice as long: exact match in per cent", "", *_by_setting(longer, {}), ""]
-    title = "Mean accuracy, every model trained twice as long, with the seeds that it was"
+    title = "Mean accuracy, every model trained twice as long, over the seeds there are"
     return "\n".join([*lines, *_gains(title, longer, _sets(longer[0]))])
 
 
