@@ -11,6 +11,6 @@ def __getattr__(name: str) -> Any:
     """`load` and `load_memory`, imported when first asked for: jax and Orbax take seconds nobody should wait for."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from lm2_jax import checkpoint
+    from lm2_jax import loading
 
-    return getattr(checkpoint, name)
+    return getattr(loading, name)

@@ -7,7 +7,7 @@ It is the train step that `train` runs, and the step that decodes one token a la
 
 from __future__ import annotations
 
-from lm2_jax.command_line import aot_arguments, before_imports
+from lm2_jax.common.command_line import aot_arguments, before_imports
 
 if __name__ == "__main__":
     before_imports(aot_arguments)
@@ -24,13 +24,13 @@ from typing import Any
 
 import jax
 
+from lm2_jax.common.errors import TrainingFailed, UserError, run_command
+from lm2_jax.compiled import costs, hlo, topology
+from lm2_jax.compiled.chips import Chip, roofline
+from lm2_jax.compiled.explain import explain_sharding
+from lm2_jax.compiled.lowered import Programs
 from lm2_jax.config import Config, load_config
-from lm2_jax.data.pipeline import with_vocabulary
-from lm2_jax.errors import TrainingFailed, UserError, run_command
-from lm2_jax.program import costs, hlo, topology
-from lm2_jax.program.chips import Chip, roofline
-from lm2_jax.program.explain import explain_sharding
-from lm2_jax.program.lowered import Programs
+from lm2_jax.tokenizer import with_vocabulary
 
 Figures = dict[str, Any]  # JSON
 _GIB = 2**30

@@ -8,7 +8,7 @@ The tokens are random; the weights are fresh.
 
 from __future__ import annotations
 
-from lm2_jax.command_line import before_imports, bench_arguments
+from lm2_jax.common.command_line import before_imports, bench_arguments
 
 if __name__ == "__main__":
     before_imports(bench_arguments)
@@ -25,17 +25,17 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from lm2_jax import decoding
+from lm2_jax.common.errors import UserError, run_command
 from lm2_jax.config import Config, StageConfig, load_config, replace
-from lm2_jax.data.pipeline import with_vocabulary
-from lm2_jax.errors import UserError, run_command
+from lm2_jax.decoding import sampling
 from lm2_jax.model import build_model
 from lm2_jax.model.sizes import memory_size, parameters, with_parameters
-from lm2_jax.optim import make_optimizer
+from lm2_jax.parallel.mesh import make_mesh, to_devices, use_mesh
 from lm2_jax.segments import choose_schedule
-from lm2_jax.sharding import make_mesh, to_devices, use_mesh
-from lm2_jax.state import create_state
-from lm2_jax.step import make_train_step
+from lm2_jax.tokenizer import with_vocabulary
+from lm2_jax.training.optim import make_optimizer
+from lm2_jax.training.state import create_state
+from lm2_jax.training.step import make_train_step
 
 _LEAST_SECONDS = 0.2  # a turn repeats its program for so long
 _ROWS = 8  # decoded at once
@@ -105,11 +105,11 @@ def decode_runner(config: Config) -> Runner:
         jax.random.key(config.train.seed)
     )
     tokens_BQ, count_B = np.ones((_ROWS, 1), np.int32), np.ones(_ROWS, np.int32)
-    held = [decoding.start(model, params, _ROWS, T)]
+    held = [sampling.start(model, params, _ROWS, T)]
 
     def run(times: int) -> None:
         for _ in range(times * T):
-            logits_BV, held[0] = decoding.advance(model, params, tokens_BQ, count_B, held[0])
+            logits_BV, held[0] = sampling.advance(model, params, tokens_BQ, count_B, held[0])
         jax.block_until_ready(logits_BV)
 
     return Runner(run, _ROWS * T, config)

@@ -5,7 +5,7 @@ Each task is a module of evals/ with three functions: `evaluate` gives JSON, `ta
 
 from __future__ import annotations
 
-from lm2_jax.command_line import before_imports, evaluate_arguments
+from lm2_jax.common.command_line import before_imports, evaluate_arguments
 
 if __name__ == "__main__":
     before_imports(evaluate_arguments)
@@ -14,11 +14,11 @@ import json
 
 from rich.console import Console
 
-from lm2_jax.errors import UserError, run_command
+from lm2_jax.common.errors import UserError, run_command
+from lm2_jax.common.files import write_atomically
 from lm2_jax.evals import babilong, harness, mmlu, perplexity
-from lm2_jax.evals.loaded import load_for_evaluation
-from lm2_jax.files import write_atomically
-from lm2_jax.sharding import use_mesh
+from lm2_jax.evals.model import load_for_evaluation
+from lm2_jax.parallel.mesh import use_mesh
 
 TASKS = {"perplexity": perplexity, "babilong": babilong, "mmlu": mmlu, "harness": harness}
 

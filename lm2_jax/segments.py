@@ -17,10 +17,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from lm2_jax.errors import UserError
+from lm2_jax.common.errors import UserError
 from lm2_jax.model.decoder import Decoder, gate_name
-from lm2_jax.model.kind import Memory
-from lm2_jax.model.placement import constrain
+from lm2_jax.model.memory.base import Memory
+from lm2_jax.parallel.fsdp import constrain
 
 Schedule = Literal["auto", "segment", "layer"]
 

@@ -5,7 +5,7 @@ A run directory (train.run_dir) that holds a checkpoint is resumed, and goes on 
 
 from __future__ import annotations
 
-from lm2_jax.command_line import before_imports, train_arguments
+from lm2_jax.common.command_line import before_imports, train_arguments
 
 if __name__ == "__main__":
     before_imports(train_arguments)
@@ -19,23 +19,26 @@ from typing import Any
 
 import jax
 
-from lm2_jax.checkpoint import Checkpoints, Progress, load, load_memory, read_run_config
+from lm2_jax.common.errors import TrainingFailed, UserError, run_command
+from lm2_jax.common.files import lock_directory, write_atomically
+from lm2_jax.compiled.explain import explain_sharding
 from lm2_jax.config import Config, StageConfig, dump_config, load_config
 from lm2_jax.convert.engine import by_path
-from lm2_jax.curves import Run, plot_runs
 from lm2_jax.data.lanes import make_iterator
-from lm2_jax.data.pipeline import Pipeline, check_vocabulary, with_vocabulary
-from lm2_jax.distributed import is_alone, is_first, joined, stop_signals
-from lm2_jax.errors import TrainingFailed, UserError, run_command
-from lm2_jax.evals.stories import Accuracy, accuracy_by_length
-from lm2_jax.files import lock_directory, write_atomically
-from lm2_jax.health import Health
-from lm2_jax.loss import zero_sums
+from lm2_jax.data.pipeline import Pipeline
+from lm2_jax.loading import load, load_memory
 from lm2_jax.model import build_model
 from lm2_jax.model.decoder import Decoder
-from lm2_jax.optim import make_optimizer
-from lm2_jax.program.explain import explain_sharding
-from lm2_jax.reporting import (
+from lm2_jax.parallel.mesh import make_mesh, own_lanes, to_devices, use_mesh
+from lm2_jax.parallel.processes import is_alone, is_first, joined, stop_signals
+from lm2_jax.plots.runs import Run, plot_runs
+from lm2_jax.tokenizer import check_vocabulary, load_tokenizer, with_vocabulary
+from lm2_jax.training.accuracy import Accuracy, accuracy_by_length
+from lm2_jax.training.checkpoint import Checkpoints, Progress
+from lm2_jax.training.health import Health
+from lm2_jax.training.loss import zero_sums
+from lm2_jax.training.optim import make_optimizer
+from lm2_jax.training.reporting import (
     Record,
     Reporter,
     SilentReporter,
@@ -43,11 +46,10 @@ from lm2_jax.reporting import (
     drop_records_after,
     read_records,
 )
-from lm2_jax.sharding import make_mesh, own_lanes, to_devices, use_mesh
-from lm2_jax.state import TrainState, create_state
-from lm2_jax.step import make_eval_step, make_fresh_memory, make_train_step
-from lm2_jax.tokenizer import load_tokenizer
-from lm2_jax.verify import verify
+from lm2_jax.training.run_dir import read_run_config
+from lm2_jax.training.state import TrainState, create_state
+from lm2_jax.training.step import make_eval_step, make_fresh_memory, make_train_step
+from lm2_jax.training.verify import verify
 
 # Keys that may differ between a run directory and the command that resumes it: none of them changes what is learnt,
 # but for train.steps, which moves the learning rate's decay.

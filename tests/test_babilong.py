@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from helpers import on_one_device, random_checkpoint
 
+from lm2_jax.common.errors import UserError, run_command
 from lm2_jax.config import parse_config
-from lm2_jax.data.babi import Question, Statement, question_samples, read_babi
-from lm2_jax.data.babilong import (
+from lm2_jax.data.babi.babilong import (
     Books,
     BuiltSamples,
     Sample,
@@ -22,15 +22,15 @@ from lm2_jax.data.babilong import (
     parse_length,
     read_samples,
 )
-from lm2_jax.data.stories import QuestionSource
-from lm2_jax.errors import UserError, run_command
+from lm2_jax.data.babi.files import Question, Statement, question_samples, read_babi
+from lm2_jax.data.babi.sources import QuestionSource
+from lm2_jax.decoding.sampling import generate
 from lm2_jax.evals import babilong
 from lm2_jax.evals.babilong import is_correct
 from lm2_jax.evals.babilong_prompts import TASKS, official_prompt
-from lm2_jax.evals.loaded import load_for_evaluation
+from lm2_jax.evals.model import load_for_evaluation
 from lm2_jax.evaluate import main
-from lm2_jax.generate import generate
-from lm2_jax.sharding import use_mesh
+from lm2_jax.parallel.mesh import use_mesh
 from lm2_jax.tokenizer import BytesTokenizer
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

@@ -7,8 +7,8 @@ import pytest
 from helpers import TINY
 
 from lm2_jax import bench
+from lm2_jax.common.errors import UserError
 from lm2_jax.config import parse_config
-from lm2_jax.errors import UserError
 
 SMALL = ("model.vocab_size=32", "data.batch_size=8", "train.curriculum=[]", "mesh.data=-1", "mesh.fsdp=1")
 

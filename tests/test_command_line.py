@@ -12,7 +12,7 @@ import pytest
 from helpers import interruptible
 
 from lm2_jax import evaluate
-from lm2_jax.command_line import EVALUATION_TASKS
+from lm2_jax.common.command_line import EVALUATION_TASKS
 
 ROOT = Path(__file__).parents[1]
 _FILES = [path for folder in ("lm2_jax", "tools") for path in sorted((ROOT / folder).glob("*.py"))]

@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from lm2_jax.common.errors import UserError
 from lm2_jax.config import Config, dump_config, load_config, parse_config, replace, save_config
-from lm2_jax.data.pipeline import check_vocabulary
-from lm2_jax.errors import UserError
 from lm2_jax.model import KINDS, build_model
-from lm2_jax.tokenizer import load_tokenizer
+from lm2_jax.tokenizer import check_vocabulary, load_tokenizer
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("**/*.yaml"))
 

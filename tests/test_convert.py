@@ -15,11 +15,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import lm2_jax
+from lm2_jax.common.errors import UserError, run_command
 from lm2_jax.config import dump_config, load_config, parse_config
 from lm2_jax.convert import directory, engine
 from lm2_jax.convert.tensors import open_tensors, write_tensors
-from lm2_jax.decoding import generate
-from lm2_jax.errors import UserError, run_command
+from lm2_jax.decoding.sampling import generate
 from lm2_jax.model import build_model
 
 torch = pytest.importorskip("torch", reason="torch is not installed (requirements-dev.txt)")

@@ -15,10 +15,10 @@ from safetensors.numpy import load_file
 from test_convert import V, convert, random_llama, random_own, random_tokens, torch_logits
 
 import lm2_jax
+from lm2_jax.common.errors import UserError
 from lm2_jax.config import TokenizerConfig, parse_config
 from lm2_jax.convert.tokenizer_files import special_ids, write_tokenizer
-from lm2_jax.decoding import generate
-from lm2_jax.errors import UserError
+from lm2_jax.decoding.sampling import generate
 from lm2_jax.segments import run_segments
 from lm2_jax.tokenizer import load_tokenizer
 from lm2_jax.train import train

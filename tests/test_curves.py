@@ -7,8 +7,8 @@ import matplotlib.figure
 import pytest
 from plot_run import main
 
-from lm2_jax.curves import plot_runs, read_runs
-from lm2_jax.errors import UserError
+from lm2_jax.common.errors import UserError
+from lm2_jax.plots.runs import plot_runs, read_runs
 
 
 def write_run(path, steps=300, gates=True, finished=True):

@@ -16,11 +16,11 @@ import pytest
 from helpers import Run, assert_same_run, checkpoint_steps, text_overrides, tiny_config
 from quick import xla_flags
 
+from lm2_jax.common.errors import UserError
 from lm2_jax.config import save_config
 from lm2_jax.data.pipeline import Pipeline
-from lm2_jax.errors import UserError
-from lm2_jax.reporting import read_records
 from lm2_jax.tokenizer import load_tokenizer
+from lm2_jax.training.reporting import read_records
 
 SIZES = ("mesh.data=2", "mesh.fsdp=4", "data.batch_size=8", "eval.every_steps=4", "checkpoint.every_steps=3")
 
@@ -170,7 +170,7 @@ def test_an_error_of_one_ends_both(tmp_path):
 
 _BROKEN = """
 import time
-from lm2_jax import distributed
+from lm2_jax.parallel import processes as distributed
 with distributed.joined():
     if not distributed.is_first():
         1 // 0

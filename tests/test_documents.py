@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lm2_jax.common.errors import UserError
 from lm2_jax.data.documents import BinSource, JsonLinesSource, TextSource, split_documents
 from lm2_jax.data.paths import expand_paths
-from lm2_jax.errors import UserError
 from lm2_jax.tokenizer import BytesTokenizer
 
 EXTRAS = Path(__file__).parents[2] / "shared" / "golden" / "extras"

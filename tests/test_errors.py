@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lm2_jax.common.errors import TrainingFailed, UserError, run_command
 from lm2_jax.config import parse_config, save_config
-from lm2_jax.errors import TrainingFailed, UserError, run_command
 from lm2_jax.train import main
 
 ROOT = Path(__file__).parents[1]

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from lm2_jax.config import parse_config
+from lm2_jax.data.babi.sources import QuestionSource
 from lm2_jax.data.pipeline import Pipeline
-from lm2_jax.data.stories import QuestionSource
-from lm2_jax.evals.stories import accuracy_by_length, wilson_interval
 from lm2_jax.model import build_model
-from lm2_jax.optim import make_optimizer
+from lm2_jax.parallel.mesh import make_mesh, use_mesh
 from lm2_jax.segments import run_segments
-from lm2_jax.sharding import make_mesh, use_mesh
-from lm2_jax.state import create_state
 from lm2_jax.tokenizer import load_tokenizer
+from lm2_jax.training.accuracy import accuracy_by_length, wilson_interval
+from lm2_jax.training.optim import make_optimizer
+from lm2_jax.training.state import create_state
 
 T, LENGTHS, QUESTIONS = 32, (0, 1, 3), 20
 CONFIG = f"""

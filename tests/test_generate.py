@@ -13,11 +13,13 @@ import pytest
 import safetensors.numpy
 from helpers import REPOSITORY, quick_training, tiny_config
 
-from lm2_jax import decoding
+from lm2_jax.common.errors import UserError, run_command
 from lm2_jax.config import parse_config, save_config
-from lm2_jax.errors import UserError, run_command
-from lm2_jax.generate import TextStream, generate, main
-from lm2_jax.memory_file import load_state, save_state
+from lm2_jax.decoding import sampling
+from lm2_jax.decoding.memory_file import load_state, save_state
+from lm2_jax.decoding.sampling import generate
+from lm2_jax.decoding.text_stream import TextStream
+from lm2_jax.generate import main
 from lm2_jax.model import build_model
 from lm2_jax.segments import run_segments
 from lm2_jax.tokenizer import BytesTokenizer
@@ -76,7 +78,7 @@ def test_pieces_are_the_whole(kind, overrides):
     model, params = make(*overrides, kind=kind)
     rows, rng = texts(45, 30, 37), np.random.default_rng(1)
     expected = teacher_forced(model, params, rows)
-    state, read, most = decoding.start(model, params, len(rows)), np.zeros(len(rows), int), 5
+    state, read, most = sampling.start(model, params, len(rows)), np.zeros(len(rows), int), 5
     finish = jax.jit(lambda *arguments: model.apply({"params": params}, *arguments, method="finish"))
 
     @jax.jit
@@ -106,13 +108,13 @@ def test_prompts_then_tokens(kind):
     prompts, lengths = (3, 8, 21), np.array((3, 8, 21)) + 25
     rows = texts(*lengths)
     expected = teacher_forced(model, params, rows)
-    start = decoding.start(model, params, len(rows))
-    logits, state = decoding.read(model, params, [row[:n] for row, n in zip(rows, prompts, strict=True)], start)
+    start = sampling.start(model, params, len(rows))
+    logits, state = sampling.read(model, params, [row[:n] for row, n in zip(rows, prompts, strict=True)], start)
     for step in range(25):
         for row, n in enumerate(prompts):
             assert_close(logits[row], expected[row, n + step - 1])
         tokens_B1 = np.array([[row[n + step]] for row, n in zip(rows, prompts, strict=True)])
-        logits, state = decoding.advance(model, params, tokens_B1, np.ones(len(rows)), state)
+        logits, state = sampling.advance(model, params, tokens_B1, np.ones(len(rows)), state)
     np.testing.assert_array_equal(state.read_B, lengths)
 
 
@@ -121,8 +123,8 @@ def test_what_memory_holds_is_heard(kind):
     """Without its memory a continuation is another one, so the equalities above say something about memory."""
     model, params = make(kind=kind)
     (text,) = texts(20)
-    with_memory, _ = decoding.read(model, params, [text], decoding.start(model, params, 1))
-    last_segment_only, _ = decoding.read(model, params, [text[16:]], decoding.start(model, params, 1))
+    with_memory, _ = sampling.read(model, params, [text], sampling.start(model, params, 1))
+    last_segment_only, _ = sampling.read(model, params, [text[16:]], sampling.start(model, params, 1))
     moved = float(jnp.max(jnp.abs(with_memory - last_segment_only)))
     assert moved < 1e-4 if kind == "none" else moved > 1e-2
 
@@ -130,20 +132,20 @@ def test_what_memory_holds_is_heard(kind):
 def test_the_bank_is_projected_once_a_segment():
     """Tokens read keys and values that were made at the segment's start; the next segment makes its own."""
     model, params = make()
-    _, state = decoding.read(model, params, texts(3), decoding.start(model, params, 1))
+    _, state = sampling.read(model, params, texts(3), sampling.start(model, params, 1))
     memory = params["bank_blocks"]["memory"]
     changed = {
         **params,
         "bank_blocks": {**params["bank_blocks"], "memory": {**memory, "read_key": memory["read_key"] * 9}},
     }
     for count, same in ((T - 3, True), (T - 2, False)):
-        logits, others = (decoding.read(model, p, texts(count, seed=1), state)[0] for p in (params, changed))
+        logits, others = (sampling.read(model, p, texts(count, seed=1), state)[0] for p in (params, changed))
         assert (np.max(np.abs(logits - others)) == 0) == same
 
 
 def test_state_does_not_grow():
     model, params = make()
-    short, long = (decoding.read(model, params, texts(n), decoding.start(model, params, 1))[1] for n in (3, 43))
+    short, long = (sampling.read(model, params, texts(n), sampling.start(model, params, 1))[1] for n in (3, 43))
     assert jax.tree.map(jnp.shape, short) == jax.tree.map(jnp.shape, long)
 
 
@@ -186,7 +188,7 @@ def test_draws_have_the_shares_asked_for(varied):
     seed_B, index_B = (many, one) if varied == "seed" else (one, many)
 
     def shares(temperature=1.0, top_k=np.inf, top_p=np.inf):
-        drawn = decoding.draw(np.tile(logits, (count, 1)), seed_B, index_B, temperature, top_k, top_p)
+        drawn = sampling.draw(np.tile(logits, (count, 1)), seed_B, index_B, temperature, top_k, top_p)
         return np.bincount(drawn, minlength=4) / count
 
     np.testing.assert_allclose(shares(), [0.1, 0.4, 0.2, 0.3], atol=0.03)
@@ -225,7 +227,7 @@ def test_saved_memory_goes_on(tmp_path, kind, dtype, length):
     model, params = make(f"train.dtype={dtype}", kind=kind)
     (text,) = texts(length)
     options = {"temperature": 1.0, "seed": 5}
-    before, state = decoding.decode(model, params, [text], decoding.start(model, params, 1), max_new_tokens=6)
+    before, state = sampling.decode(model, params, [text], sampling.start(model, params, 1), max_new_tokens=6)
     save_state(tmp_path / "m.safetensors", model, params, state)
     loaded = load_state(tmp_path / "m.safetensors", model, params)
     jax.tree.map(np.testing.assert_array_equal, loaded, state)
@@ -265,7 +267,7 @@ def _edited(path, change):
 def test_memory_files_are_read_strictly(tmp_path, change, said):
     model, params = make()
     path = tmp_path / "m.safetensors"
-    save_state(path, model, params, decoding.read(model, params, texts(5), decoding.start(model, params, 1))[1])
+    save_state(path, model, params, sampling.read(model, params, texts(5), sampling.start(model, params, 1))[1])
     _edited(path, change)
     with pytest.raises(UserError) as error:
         load_state(path, model, params)
@@ -275,7 +277,7 @@ def test_memory_files_are_read_strictly(tmp_path, change, said):
 def test_memory_of_another_model(tmp_path):
     model, params = make()
     path = tmp_path / "m.safetensors"
-    save_state(path, model, params, decoding.start(model, params, 1))
+    save_state(path, model, params, sampling.start(model, params, 1))
     with pytest.raises(UserError, match=r"m\.safetensors: memory of another model:\n  memory\.kind: 'lm2' in the file"):
         load_state(path, *make(kind="rmt"))
     with pytest.raises(UserError, match="the same sizes, but other parameters"):
@@ -285,7 +287,7 @@ def test_memory_of_another_model(tmp_path):
         with pytest.raises(UserError, match=f"m.safetensors: cannot be read as a memory file .*{said}"):
             load_state(path, model, params)
     with pytest.raises(UserError, match=r"no/m\.safetensors: cannot be written \(No such file or directory\)"):
-        save_state(tmp_path / "no" / "m.safetensors", model, params, decoding.start(model, params, 1))
+        save_state(tmp_path / "no" / "m.safetensors", model, params, sampling.start(model, params, 1))
 
 
 # --- Text ----------------------------------------------------------------------------------------------------------
@@ -430,7 +432,7 @@ def test_memory_of_many_rows(command, run_dir):
     from lm2_jax import load
 
     model, params = load(run_dir)
-    save_state("two.safetensors", model, params, decoding.start(model, params, 2))
+    save_state("two.safetensors", model, params, sampling.start(model, params, 2))
     assert command("--prompt", "a", "--load-memory", "two.safetensors") == (
         2,
         "",

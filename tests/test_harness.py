@@ -13,14 +13,14 @@ import pytest
 import yaml
 from helpers import on_one_device, random_checkpoint
 
-from lm2_jax.errors import UserError, run_command
+from lm2_jax.common.errors import UserError, run_command
+from lm2_jax.decoding.sampling import generate
 from lm2_jax.evals import harness, mmlu, scoring
-from lm2_jax.evals.finished import Finished
-from lm2_jax.evals.loaded import load_for_evaluation
+from lm2_jax.evals.model import load_for_evaluation
+from lm2_jax.evals.results import Finished
 from lm2_jax.evaluate import main
-from lm2_jax.generate import generate
+from lm2_jax.parallel.mesh import use_mesh
 from lm2_jax.segments import run_segments
-from lm2_jax.sharding import use_mesh
 
 T = 16
 SETTINGS = ("data.batch_size=8", f"data.segment_length={T}", "data.segments_per_window=1", "eval.mmlu.shots=0")

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from helpers import random_checkpoint
 
+from lm2_jax.common.errors import UserError
 from lm2_jax.config import parse_config
-from lm2_jax.data.worlds import PEOPLE
-from lm2_jax.errors import UserError
+from lm2_jax.data.babi.world import PEOPLE
 from lm2_jax.inspection import pictures
 from lm2_jax.inspection.reading import look_at_segment, read_text, sketch
 from lm2_jax.inspection.report import inspect

@@ -9,9 +9,9 @@ import grain
 import numpy as np
 import pytest
 
+from lm2_jax.common.errors import UserError
 from lm2_jax.data.documents import Document
 from lm2_jax.data.lanes import LaneDataset, make_iterator, shuffled_documents
-from lm2_jax.errors import UserError
 
 BOUNDARIES = ("segment", "packed", "stream")
 KEYS = {"tokens_BST", "targets_BST", "document_BST", "reset_BS", "answers_BST"}

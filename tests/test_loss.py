@@ -6,11 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from lm2_jax import loss
 from lm2_jax.config import Config, DataConfig, MemoryConfig, ModelConfig
-from lm2_jax.loss import loss_weights, window_loss
 from lm2_jax.model import build_model
-from lm2_jax.sharding import make_mesh, use_mesh
+from lm2_jax.parallel.mesh import make_mesh, use_mesh
+from lm2_jax.training import loss
+from lm2_jax.training.loss import loss_weights, window_loss
 
 B, S, T, V = 8, 2, 6, 37
 

@@ -10,7 +10,7 @@ import pytest
 from lm2_jax.config import parse_config
 from lm2_jax.model import build_model
 from lm2_jax.model.layers import CausalConv, Layout, rope_frequencies
-from lm2_jax.model.memory import initial_bank
+from lm2_jax.model.memory.lm2 import initial_bank
 from lm2_jax.segments import run_segments
 
 B, S, T, V = 3, 4, 8, 50

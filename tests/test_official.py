@@ -10,19 +10,19 @@ import optax
 import pytest
 from safetensors.numpy import load_file
 
-from lm2_jax.checkpoint import load
 from lm2_jax.config import parse_config, replace
 from lm2_jax.convert import directory, engine, official, tables
+from lm2_jax.loading import load
 from lm2_jax.model import build_model
 from lm2_jax.model.decoder import Block
 from lm2_jax.model.layers import Layout, rms_norm, rope_frequencies
-from lm2_jax.model.official import attend, gates, layer_norm, update
-from lm2_jax.optim import decay_mask, learning_rate, make_optimizer
+from lm2_jax.model.memory.official import attend, gates, layer_norm, update
+from lm2_jax.parallel.mesh import make_mesh, use_mesh
 from lm2_jax.segments import run_segments
-from lm2_jax.sharding import make_mesh, use_mesh
-from lm2_jax.state import create_state
-from lm2_jax.step import make_train_step
 from lm2_jax.train import start_from
+from lm2_jax.training.optim import decay_mask, learning_rate, make_optimizer
+from lm2_jax.training.state import create_state
+from lm2_jax.training.step import make_train_step
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the recorded vectors are not on this machine")

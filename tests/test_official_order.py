@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
+from lm2_jax.common.errors import UserError
 from lm2_jax.config import parse_config
 from lm2_jax.data.lanes import make_iterator
 from lm2_jax.data.official_order import torch_permutation
 from lm2_jax.data.pipeline import Pipeline
-from lm2_jax.errors import UserError
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**31])

@@ -10,12 +10,12 @@ import optax
 import pytest
 from helpers import on_one_device, random_checkpoint
 
-from lm2_jax.errors import UserError, run_command
+from lm2_jax.common.errors import UserError, run_command
 from lm2_jax.evals import perplexity
-from lm2_jax.evals.loaded import load_for_evaluation
+from lm2_jax.evals.model import load_for_evaluation
 from lm2_jax.evaluate import main
+from lm2_jax.parallel.mesh import use_mesh
 from lm2_jax.segments import run_segments
-from lm2_jax.sharding import use_mesh
 
 T = 16
 WORDS = ("the", "memory", "slots", "keep", "what", "a", "segment", "said", "and", "forget", "née")

@@ -19,13 +19,13 @@ import pyarrow.parquet
 import pytest
 from helpers import interruptible
 
+from lm2_jax.common.errors import UserError
 from lm2_jax.config import TokenizerConfig
-from lm2_jax.data import prepare as prepare_module
 from lm2_jax.data.documents import BinSource, JsonLinesSource, TextSource
-from lm2_jax.data.inputs import HubInput, TextInput, Unreachable, open_inputs
-from lm2_jax.data.prepare import Settings, group_inputs, prepare, run_locally
+from lm2_jax.data.prepare import shards as prepare_module
+from lm2_jax.data.prepare.inputs import HubInput, TextInput, Unreachable, open_inputs
+from lm2_jax.data.prepare.shards import Settings, group_inputs, prepare, run_locally
 from lm2_jax.data.prepared import PreparedSource, read_manifest, verify
-from lm2_jax.errors import UserError
 from lm2_jax.tokenizer import BytesTokenizer, find_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -195,7 +195,7 @@ def test_a_hub_that_cannot_be_reached_costs_no_document(tmp_path, monkeypatch, f
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows())
     source = HubInput("owner/corpus", None, "train", "text", "abc")
     settings = settings_of(tmp_path / "out", on_error="skip", shard_bytes=5)
-    monkeypatch.setattr("lm2_jax.data.inputs.CHUNK_BYTES", 4)
+    monkeypatch.setattr("lm2_jax.data.prepare.inputs.CHUNK_BYTES", 4)
     with pytest.raises(
         Unreachable, match=r"owner/corpus: the hub's rows come no more \(\w+: no route\); the same comma"
     ):
@@ -247,14 +247,14 @@ SMALL = {"shard_bytes": 1500, "on_error": "skip"}
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr("lm2_jax.data.inputs.CHUNK_BYTES", 400)
+    monkeypatch.setattr("lm2_jax.data.prepare.inputs.CHUNK_BYTES", 400)
 
 
 @pytest.fixture(scope="module")
 def prepared(corpus, tmp_path_factory):
     output = tmp_path_factory.mktemp("prepared") / "out"
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("lm2_jax.data.inputs.CHUNK_BYTES", 400)
+        monkeypatch.setattr("lm2_jax.data.prepare.inputs.CHUNK_BYTES", 400)
         manifest = prepare(inputs_of([corpus / "*"]), settings_of(output, **SMALL), run_locally(1))
     assert len(manifest.shards) > 3 and len(manifest.sources) == 4
     return files_in(output)
@@ -267,7 +267,7 @@ def test_any_number_of_workers(corpus, prepared, tmp_path):
 
 def test_on_beam(corpus, prepared, tmp_path):
     pytest.importorskip("apache_beam", reason="apache-beam is not installed")
-    from lm2_jax.data.prepare_beam import run_on_beam
+    from lm2_jax.data.prepare.beam import run_on_beam
 
     prepare(inputs_of([corpus / "*"]), settings_of(tmp_path, **SMALL), run_on_beam())
     assert files_in(tmp_path) == prepared
@@ -310,7 +310,7 @@ def test_killed_at_every_step(corpus, prepared, tmp_path, monkeypatch):
 def test_killed_processes(corpus, prepared, tmp_path):
     """SIGKILL to the command with two workers; none of them stays behind."""
     output = tmp_path / "out"
-    program = "import lm2_jax.data.inputs as i; i.CHUNK_BYTES = 400\nimport prepare_data; prepare_data.main()"
+    program = "import lm2_jax.data.prepare.inputs as i; i.CHUNK_BYTES = 400\nimport prepare_data; prepare_data.main()"
     arguments = ["--input", str(corpus / "*"), "--output", str(output), "--tokenizer", "bytes", "--workers", "2"]
     arguments += ["--shard-mb", "0.0015", "--on-error", "skip"]
     for kill_at in (2, 4):
@@ -409,8 +409,10 @@ def test_a_data_set_that_has_moved_on_says_how_to_name_the_old_one(tmp_path, mon
 
 def test_ctrl_c_does_not_wait_for_workers(tmp_path, corpus):
     """However often it is pressed."""
-    program = "import prepare_data as p, lm2_jax.data.inputs as i; i.CHUNK_BYTES = 400\n"
-    program += "import lm2_jax.data.prepare as q; q._start_worker = __import__('stuck').start; p.run_command(p.main)"
+    program = "import prepare_data as p, lm2_jax.data.prepare.inputs as i; i.CHUNK_BYTES = 400\n"
+    program += (
+        "import lm2_jax.data.prepare.shards as q; q._start_worker = __import__('stuck').start; p.run_command(p.main)"
+    )
     stuck = "import time\nfrom pathlib import Path\ndef start():\n    import signal\n"
     stuck += "    signal.signal(signal.SIGINT, signal.SIG_IGN)\n    Path('started').touch()\n    time.sleep(1000)\n"
     write(tmp_path / "stuck.py", stuck.encode())

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from helpers import tiny_config
 
+from lm2_jax.common.errors import UserError
 from lm2_jax.config import TokenizerConfig, load_config, save_config
-from lm2_jax.data.inputs import JsonLinesInput
 from lm2_jax.data.lanes import make_iterator
 from lm2_jax.data.mixture import Mixture
 from lm2_jax.data.pipeline import Pipeline
-from lm2_jax.data.prepare import Settings, prepare, run_locally
+from lm2_jax.data.prepare.inputs import JsonLinesInput
+from lm2_jax.data.prepare.shards import Settings, prepare, run_locally
 from lm2_jax.data.prepared import PreparedSource, read_manifest, tokenizer_of, verify
-from lm2_jax.errors import UserError
 from lm2_jax.tokenizer import BytesTokenizer
 
 BYTES = BytesTokenizer()
@@ -40,7 +40,7 @@ def prepare_texts(directory, texts, **changes):
 @pytest.fixture(autouse=True, scope="module")
 def small_chunks():
     with pytest.MonkeyPatch.context() as monkeypatch:  # several shards
-        monkeypatch.setattr("lm2_jax.data.inputs.CHUNK_BYTES", 1500)
+        monkeypatch.setattr("lm2_jax.data.prepare.inputs.CHUNK_BYTES", 1500)
         yield
 
 

@@ -14,11 +14,11 @@ from compile_configs import table, topology_of
 from jax.sharding import AxisType, PartitionSpec
 
 from lm2_jax.aot import describe, too_large
+from lm2_jax.common.errors import UserError
+from lm2_jax.compiled import costs, hlo
+from lm2_jax.compiled.chips import CHIPS, roofline
+from lm2_jax.compiled.explain import explain_sharding
 from lm2_jax.config import load_config
-from lm2_jax.errors import UserError
-from lm2_jax.program import costs, hlo
-from lm2_jax.program.chips import CHIPS, roofline
-from lm2_jax.program.explain import explain_sharding
 
 ROOT = Path(__file__).parents[1]
 RECORDED = json.loads((ROOT / "tests" / "compiled_figures.json").read_text())

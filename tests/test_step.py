@@ -8,15 +8,15 @@ import numpy as np
 import optax
 import pytest
 
+from lm2_jax.common.errors import UserError
 from lm2_jax.config import parse_config
-from lm2_jax.errors import UserError
-from lm2_jax.loss import loss_weights
 from lm2_jax.model import build_model
-from lm2_jax.optim import decay_mask, learning_rate, make_optimizer
+from lm2_jax.parallel.mesh import RULES, make_mesh, use_mesh
 from lm2_jax.segments import run_segments
-from lm2_jax.sharding import RULES, make_mesh, use_mesh
-from lm2_jax.state import create_state
-from lm2_jax.step import make_eval_step, make_train_step
+from lm2_jax.training.loss import loss_weights
+from lm2_jax.training.optim import decay_mask, learning_rate, make_optimizer
+from lm2_jax.training.state import create_state
+from lm2_jax.training.step import make_eval_step, make_train_step
 
 V, B, S, T = 64, 8, 3, 8
 

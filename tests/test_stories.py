@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lm2_jax.common.errors import UserError
 from lm2_jax.config import DataConfig, StoriesConfig
-from lm2_jax.data.babi import Question, Statement, question_samples, read_babi
-from lm2_jax.data.background import BACKGROUND_LEXICON, BookBackground, builtin_sentences, split_sentences
-from lm2_jax.data.lexicon import StoriesTokenizer
-from lm2_jax.data.stories import QuestionSource, Scatterer, StorySource, is_held_out
-from lm2_jax.data.worlds import LEXICON, World, answer, generate_story
-from lm2_jax.errors import UserError
+from lm2_jax.data.babi.background import BACKGROUND_LEXICON, BookBackground, builtin_sentences, split_sentences
+from lm2_jax.data.babi.files import Question, Statement, question_samples, read_babi
+from lm2_jax.data.babi.sources import QuestionSource, Scatterer, StorySource, is_held_out
+from lm2_jax.data.babi.world import LEXICON, World, answer, generate_story
+from lm2_jax.tokenizer.stories import StoriesTokenizer
 
 TASKS = ("qa1", "qa2", "qa3", "qa4", "qa5")
 PLACES = {"bathroom", "bedroom", "garden", "hallway", "kitchen", "office"}

@@ -14,8 +14,8 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
+from lm2_jax.common.errors import UserError
 from lm2_jax.config import TokenizerConfig
-from lm2_jax.errors import UserError
 from lm2_jax.tokenizer import convert_llama3, encode_long, load_tokenizer
 
 ROOT = Path(__file__).parents[1]

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lm2_jax.common.errors import UserError
 from lm2_jax.config import parse_config
-from lm2_jax.data.babi import Question, Statement
-from lm2_jax.errors import UserError
+from lm2_jax.data.babi.files import Question, Statement
 from lm2_jax.inspection.two_hops import FATES, ask, make_questions, table, two_hops
 from lm2_jax.model import build_model
 from lm2_jax.segments import run_segments

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
-from lm2_jax.errors import TrainingFailed, UserError, run_command
+from lm2_jax.common.errors import TrainingFailed, UserError, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import track
 
 import lm2_jax
-from lm2_jax.errors import UserError, run_command
+from lm2_jax.common.errors import UserError, run_command
 
 if TYPE_CHECKING:
     from lm2_jax.convert.engine import Checkpoint

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
-from lm2_jax.errors import run_command
+from lm2_jax.common.errors import run_command
 
 
 def main() -> None:

@@ -18,10 +18,10 @@ import tokenizers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
+from lm2_jax.common.errors import run_command
 from lm2_jax.config import parse_config
 from lm2_jax.data.paths import expand_paths
 from lm2_jax.data.prepared import read_manifest, tokenizer_of
-from lm2_jax.errors import run_command
 from lm2_jax.tokenizer import load_tokenizer
 
 _EXAMPLES = """examples:
@@ -139,7 +139,8 @@ def _timed(work: Callable[[], object]) -> tuple[object, float, float]:
 def lanes(args: argparse.Namespace) -> None:
     """Tokens a second of the lanes of a prepared directory, for each `boundaries`, without a model."""
     from lm2_jax.data.lanes import make_iterator  # grain and jax take seconds, which --help should not
-    from lm2_jax.data.pipeline import Pipeline, with_vocabulary
+    from lm2_jax.data.pipeline import Pipeline
+    from lm2_jax.tokenizer import with_vocabulary
 
     (directory,) = args.input
     tokenizer = tokenizer_of(directory, read_manifest(directory, "--input"))

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout that 
 
 import numpy as np
 
+from lm2_jax.common.errors import run_command
 from lm2_jax.config import Config, parse_config
-from lm2_jax.errors import run_command
 
 EXAMPLE = (
     "model={vocab_size: 512, d_model: 128, num_layers: 16, num_heads: 4, num_kv_heads: 4, d_ff: 512}",
@@ -33,10 +33,10 @@ def temporary_bytes(config: Config, segments: int) -> int:
     import jax  # takes seconds, which --help should not
 
     from lm2_jax.model import build_model
-    from lm2_jax.optim import make_optimizer
-    from lm2_jax.sharding import make_mesh, use_mesh
-    from lm2_jax.state import create_state
-    from lm2_jax.step import make_train_step
+    from lm2_jax.parallel.mesh import make_mesh, use_mesh
+    from lm2_jax.training.optim import make_optimizer
+    from lm2_jax.training.state import create_state
+    from lm2_jax.training.step import make_train_step
 
     model, optimizer = build_model(config), make_optimizer(config.optim)
     mesh = make_mesh(config, jax.devices()[:1])

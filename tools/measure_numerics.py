@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 
 import numpy as np
 
+from lm2_jax.common.errors import TrainingFailed, UserError, run_command
 from lm2_jax.config import Config, replace
-from lm2_jax.errors import TrainingFailed, UserError, run_command
 from lm2_jax.tokenizer import load_tokenizer
 
 BLOCK = 100  # segments read together
@@ -42,7 +42,7 @@ def main() -> None:
     if not arguments.output.absolute().parent.is_dir():
         raise UserError(f"--output: found {arguments.output}; its directory does not exist")
 
-    from lm2_jax.checkpoint import load  # jax takes seconds, which --help should not
+    from lm2_jax.loading import load  # jax takes seconds, which --help should not
 
     model, params = load(arguments.checkpoint)
     blocks = measure(model.config, params, arguments.segments)
@@ -77,7 +77,7 @@ def measure(config: Config, params: Any, segments: int) -> list[dict[str, Any]]:
 
     from lm2_jax.model import build_model
     from lm2_jax.segments import run_segments
-    from lm2_jax.step import memory_norms
+    from lm2_jax.training.step import memory_norms
 
     models = {dtype: build_model(replace(config, train={"dtype": dtype})) for dtype in TYPES}
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout that 
 
 import numpy as np
 
-from lm2_jax.errors import UserError, run_command
+from lm2_jax.common.errors import UserError, run_command
 from lm2_jax.tokenizer import encode_long, load_text_tokenizer
 
 BLOCK = 1000  # tokens
@@ -41,7 +41,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from lm2_jax import decoding  # jax takes seconds, which --help should not
-    from lm2_jax.checkpoint import load
+    from lm2_jax.loading import load
 
     try:
         text = Path(arguments.text).read_text(encoding="utf-8")

@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
-from lm2_jax.curves import AXES, PANELS, plot_runs, read_runs
-from lm2_jax.errors import UserError, run_command
+from lm2_jax.common.errors import UserError, run_command
+from lm2_jax.plots.runs import AXES, PANELS, plot_runs, read_runs
 
 
 def main() -> None:

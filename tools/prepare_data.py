@@ -15,10 +15,11 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
+from lm2_jax.common.errors import UserError, run_command
 from lm2_jax.config import pattern_problem
 from lm2_jax.data.documents import BinSource, DocumentSource
-from lm2_jax.data.inputs import open_inputs
-from lm2_jax.data.prepare import Settings, Tally, prepare, run_locally
+from lm2_jax.data.prepare.inputs import open_inputs
+from lm2_jax.data.prepare.shards import Settings, Tally, prepare, run_locally
 from lm2_jax.data.prepared import (
     Manifest,
     PreparedSource,
@@ -28,7 +29,6 @@ from lm2_jax.data.prepared import (
     tokenizer_of,
     verify,
 )
-from lm2_jax.errors import UserError, run_command
 from lm2_jax.tokenizer import find_tokenizer, load_tokenizer
 
 _EXAMPLES = """examples:
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
         bos_id=tokenizer.bos_id,
     )
     if args.runner == "beam":
-        from lm2_jax.data.prepare_beam import run_on_beam
+        from lm2_jax.data.prepare.beam import run_on_beam
 
         manifest = prepare(inputs, settings, run_on_beam(args.beam_options.split()))
     else:

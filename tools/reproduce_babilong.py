@@ -29,11 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 
 from babilong_report import best_setting, write_report
 
+from lm2_jax.common.errors import TrainingFailed, UserError, run_command
+from lm2_jax.common.files import write_atomically
 from lm2_jax.config import Config, dump_config, load_config, parse_config, replace
-from lm2_jax.errors import TrainingFailed, UserError, run_command
-from lm2_jax.files import write_atomically
-from lm2_jax.reporting import clock, read_records
 from lm2_jax.tokenizer import load_tokenizer
+from lm2_jax.training.reporting import clock, read_records
 
 ROOT = Path(__file__).resolve().parents[1]
 Result = dict[str, Any]
@@ -282,7 +282,7 @@ class Plan:
     def __init__(self, preset: Preset, files: Files) -> None:
         """files: `babi` is asked about in the comparison, and weights in `start` are what its cells start from."""
         self._preset, self._files = preset, files
-        from lm2_jax.data.pipeline import check_vocabulary  # takes a second, which --help should not
+        from lm2_jax.tokenizer import check_vocabulary  # takes a second, which --help should not
 
         config = _changed(load_config(ROOT / "configs" / preset.config), preset.base)
         self._config = check_vocabulary(config, load_tokenizer(with_files(config, files).tokenizer))

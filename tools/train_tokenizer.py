@@ -13,9 +13,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
+from lm2_jax.common.errors import UserError, run_command
 from lm2_jax.config import TokenizerConfig
 from lm2_jax.data.paths import expand_paths
-from lm2_jax.errors import UserError, run_command
 from lm2_jax.tokenizer import load_tokenizer
 
 _EXAMPLES = """examples:

@@ -17,14 +17,14 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from lm2_jax.common.errors import UserError
+from lm2_jax.common.untrusted import beside
 from lm2_jax.config import dump_config, load_config, replace
 from lm2_jax.convert.engine import Checkpoint, Entry, Track, abstract_params, check_names, check_values
 from lm2_jax.convert.tables import Table
 from lm2_jax.convert.tensors import open_tensors, write_tensors
-from lm2_jax.errors import UserError
 from lm2_jax.model import build_model
 from lm2_jax.tokenizer import load_tokenizer
-from lm2_jax.untrusted import beside
 
 _MEMORY = "memory.safetensors"
 _ORIGIN = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")

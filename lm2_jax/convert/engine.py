@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from lm2_jax.common.errors import UserError
 from lm2_jax.config import Config
 from lm2_jax.convert.tables import Rule, Table
 from lm2_jax.convert.tensors import Tensor, read_json
-from lm2_jax.errors import UserError
 from lm2_jax.model import build_model
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}

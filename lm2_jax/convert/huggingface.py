@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm2_jax.common.errors import UserError
+from lm2_jax.common.untrusted import beside, shown
 from lm2_jax.config import Config, parse_config
 from lm2_jax.convert.engine import (
     Checkpoint,
@@ -36,9 +38,7 @@ from lm2_jax.convert.llama_config import from_llama, number, to_llama
 from lm2_jax.convert.tables import CAN_BE_ADDED, STARTS_AT_ZERO, llama, lm2
 from lm2_jax.convert.tensors import Tensor, open_tensors, read_json, write_tensors
 from lm2_jax.convert.tokenizer_files import special_ids, write_tokenizer
-from lm2_jax.errors import UserError
 from lm2_jax.model import build_model
-from lm2_jax.untrusted import beside, shown
 
 _CODE = Path(__file__).parent / "huggingface_model"
 _OURS = "lm2"  # the model_type of configuration_lm2.py, for every kind of memory

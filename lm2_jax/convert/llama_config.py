@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from lm2_jax.common.untrusted import shown
 from lm2_jax.config import LARGEST, Config
-from lm2_jax.untrusted import shown
 
 _SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _MUST_BE = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}

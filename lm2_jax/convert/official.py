@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from lm2_jax.common.errors import UserError
+from lm2_jax.common.untrusted import beside, shown
 from lm2_jax.config import Config, parse_config
 from lm2_jax.convert.engine import (
     Checkpoint,
@@ -29,8 +31,6 @@ from lm2_jax.convert.engine import (
 from lm2_jax.convert.llama_config import from_llama, number, to_llama
 from lm2_jax.convert.tables import official
 from lm2_jax.convert.tensors import open_tensors, read_json, write_tensors
-from lm2_jax.errors import UserError
-from lm2_jax.untrusted import beside, shown
 
 _BANK = "memory_bank"
 _DROPOUT = 0.9  # is written into the official code, and not in its config

@@ -19,8 +19,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from lm2_jax.errors import UserError
-from lm2_jax.untrusted import beside, read_small
+from lm2_jax.common.errors import UserError
+from lm2_jax.common.untrusted import beside, read_small
 
 SHARD_BYTES = 1 << 30
 _INDEX = ".safetensors.index.json"

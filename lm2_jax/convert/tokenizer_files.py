@@ -10,8 +10,8 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from lm2_jax.config import Config
-from lm2_jax.data.lexicon import StoriesTokenizer
 from lm2_jax.tokenizer import byte_letters, convert_llama3, load_tokenizer
+from lm2_jax.tokenizer.stories import StoriesTokenizer
 
 
 def special_ids(config: Config) -> dict[str, Any]:

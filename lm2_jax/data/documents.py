@@ -12,9 +12,9 @@ from typing import Protocol
 
 import numpy as np
 
+from lm2_jax.common.errors import UserError
 from lm2_jax.data.paths import expand_paths
 from lm2_jax.data.texts import bom_size, check_line, cut_text, decode_text, json_text, read_lines, tokenize
-from lm2_jax.errors import UserError
 from lm2_jax.tokenizer import Tokenizer
 
 

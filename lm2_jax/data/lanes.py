@@ -35,8 +35,8 @@ import grain
 import numpy as np
 from grain.experimental import ThreadPrefetchDatasetIterator
 
+from lm2_jax.common.errors import UserError
 from lm2_jax.data.documents import Document
-from lm2_jax.errors import UserError
 
 Boundaries = Literal["segment", "packed", "stream"]
 Item = TypeVar("Item")

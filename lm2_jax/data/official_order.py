@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from lm2_jax.common.errors import UserError
 from lm2_jax.data.documents import BinSource
-from lm2_jax.errors import UserError
 
 _SAMPLER_SEED = 0
 

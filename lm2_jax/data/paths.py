@@ -6,7 +6,7 @@ import glob
 from collections.abc import Sequence
 from pathlib import Path
 
-from lm2_jax.errors import UserError
+from lm2_jax.common.errors import UserError
 
 
 def expand_paths(paths: Sequence[str | Path], key: str) -> list[Path]:

@@ -9,7 +9,9 @@ from typing import Any
 
 import grain
 
+from lm2_jax.common.errors import UserError
 from lm2_jax.config import Config, DataConfig, StageConfig
+from lm2_jax.data.babi.sources import QuestionSource, StorySource
 from lm2_jax.data.documents import (
     BinSource,
     DocumentSource,
@@ -22,9 +24,7 @@ from lm2_jax.data.mixture import Mixture
 from lm2_jax.data.official_order import OfficialItems
 from lm2_jax.data.paths import expand_paths
 from lm2_jax.data.prepared import MANIFEST, PreparedSource
-from lm2_jax.data.stories import QuestionSource, StorySource
-from lm2_jax.errors import UserError
-from lm2_jax.tokenizer import Tokenizer, load_tokenizer
+from lm2_jax.tokenizer import Tokenizer
 
 
 class Pipeline:
@@ -199,19 +199,3 @@ def held_out_files(data: DataConfig) -> list[Path]:
 def _manifest_digest(directory: str) -> str:
     """Changes with anything that a prepared directory holds: its manifest has the checksums."""
     return hashlib.sha256((Path(directory) / MANIFEST).read_bytes()).hexdigest()
-
-
-def with_vocabulary(config: Config) -> Config:
-    """The config with model.vocab_size, from the tokenizer if it does not say. Raises UserError as `load_tokenizer`."""
-    return config if config.model.vocab_size else check_vocabulary(config, load_tokenizer(config.tokenizer))
-
-
-def check_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
-    """The config with model.vocab_size filled in from the tokenizer. Raises UserError if they disagree."""
-    if config.model.vocab_size not in (None, tokenizer.vocab_size):
-        raise UserError(
-            f"model.vocab_size: found {config.model.vocab_size}, but the tokenizer ({config.tokenizer.kind}"
-            f"{f', {config.tokenizer.path}' if config.tokenizer.path else ''}) has {tokenizer.vocab_size} ids; "
-            f"set it to {tokenizer.vocab_size} or to null"
-        )
-    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": tokenizer.vocab_size})})

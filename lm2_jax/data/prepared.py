@@ -27,10 +27,10 @@ import pydantic
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from pydantic import BaseModel, ConfigDict, Field
 
+from lm2_jax.common.errors import UserError
+from lm2_jax.common.untrusted import read_small, shown
 from lm2_jax.config import TokenizerConfig
 from lm2_jax.data.documents import BinSource, Document
-from lm2_jax.errors import UserError
-from lm2_jax.untrusted import read_small, shown
 
 Format = Literal["arrayrecord", "bin"]
 MANIFEST = "manifest.json"

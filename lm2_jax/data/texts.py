@@ -12,9 +12,9 @@ from typing import BinaryIO
 
 import numpy as np
 
-from lm2_jax.errors import UserError
+from lm2_jax.common.errors import UserError
+from lm2_jax.common.untrusted import shown
 from lm2_jax.tokenizer import Tokenizer, encode_long
-from lm2_jax.untrusted import shown
 
 _LONGEST_LINE = 1 << 25  # bytes: lists in lists take some 30 times as many once they are read
 

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from lm2_jax.common.errors import UserError
 from lm2_jax.config import BabilongConfig, BabilongTask, Config
-from lm2_jax.data.babilong import (
+from lm2_jax.data.babi.babilong import (
     Books,
     BuiltSamples,
     Sample,
@@ -30,14 +31,13 @@ from lm2_jax.data.babilong import (
     read_samples,
 )
 from lm2_jax.data.paths import expand_paths
-from lm2_jax.errors import UserError
-from lm2_jax.evals.answers import answer
 from lm2_jax.evals.babilong_prompts import TASKS, official_prompt
-from lm2_jax.evals.finished import Finished, finished_path
-from lm2_jax.evals.loaded import Loaded
-from lm2_jax.evals.stories import wilson_interval
-from lm2_jax.reporting import clock
+from lm2_jax.evals.generation import answer
+from lm2_jax.evals.model import Loaded
+from lm2_jax.evals.results import Finished, finished_path
 from lm2_jax.tokenizer import Tokenizer, encode_long, load_tokenizer
+from lm2_jax.training.accuracy import wilson_interval
+from lm2_jax.training.reporting import clock
 
 Result = dict[str, Any]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from lm2_jax.config import BabilongTask
-from lm2_jax.data.babilong import Sample
+from lm2_jax.data.babi.babilong import Sample
 
 _TEMPLATE = "{instruction}\n\n{examples}\n\n{post_prompt}\n\n<context>\n{context}\n</context>\n\nQuestion: {question}"
 

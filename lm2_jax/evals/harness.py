@@ -17,10 +17,10 @@ from typing import Any
 
 from rich.table import Table
 
+from lm2_jax.common.errors import UserError
 from lm2_jax.config import HarnessConfig, MmluConfig
-from lm2_jax.errors import UserError
-from lm2_jax.evals.finished import Finished, finished_path
-from lm2_jax.evals.loaded import Loaded
+from lm2_jax.evals.model import Loaded
+from lm2_jax.evals.results import Finished, finished_path
 
 Result = dict[str, Any]
 _BOOTSTRAPS = 1000  # samples, for the standard errors of metrics that are no means

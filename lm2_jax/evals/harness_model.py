@@ -17,13 +17,13 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from lm2_jax.errors import UserError
-from lm2_jax.evals.answers import answer
-from lm2_jax.evals.finished import Finished
-from lm2_jax.evals.loaded import Loaded
+from lm2_jax.common.errors import UserError
+from lm2_jax.evals.generation import answer
+from lm2_jax.evals.model import Loaded
+from lm2_jax.evals.results import Finished
 from lm2_jax.evals.scoring import score
-from lm2_jax.reporting import clock
 from lm2_jax.tokenizer import encode_long
+from lm2_jax.training.reporting import clock
 
 _NEW_TOKENS = 256  # where a task does not say; as the harness's own models have it
 _SAY_SECONDS = 5.0

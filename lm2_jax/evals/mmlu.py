@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lm2_jax.common.errors import UserError
 from lm2_jax.config import MmluConfig
-from lm2_jax.errors import UserError
 from lm2_jax.evals.harness import Result, draw, require, run, tables
-from lm2_jax.evals.loaded import Loaded
+from lm2_jax.evals.model import Loaded
 
 __all__ = ["draw", "evaluate", "read_questions", "tables"]
 

@@ -21,17 +21,17 @@ import numpy as np
 import optax
 from rich.table import Table
 
+from lm2_jax.common.errors import UserError
 from lm2_jax.config import Config
 from lm2_jax.data.documents import BinSource, DocumentSource, JsonLinesSource, TextSource
 from lm2_jax.data.lanes import LaneDataset, Placement, Window, documents_in_order
 from lm2_jax.data.paths import expand_paths
 from lm2_jax.data.pipeline import Pipeline, held_out_files
-from lm2_jax.errors import UserError
-from lm2_jax.evals.finished import Finished, finished_path
-from lm2_jax.evals.loaded import Loaded
-from lm2_jax.reporting import clock
+from lm2_jax.evals.model import Loaded
+from lm2_jax.evals.results import Finished, finished_path
+from lm2_jax.parallel.mesh import batch_sharding, memory_shardings, replicated
 from lm2_jax.segments import run_window
-from lm2_jax.sharding import batch_sharding, memory_shardings, replicated
+from lm2_jax.training.reporting import clock
 
 Result = dict[str, Any]
 _FIRST_DISTANCES = 16  # tokens up to here are one group; the groups after it double

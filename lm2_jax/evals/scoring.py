@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm2_jax.errors import UserError
-from lm2_jax.evals.loaded import Loaded
+from lm2_jax.common.errors import UserError
+from lm2_jax.evals.model import Loaded
+from lm2_jax.parallel.mesh import batch_sharding, memory_shardings, replicated
 from lm2_jax.segments import run_window
-from lm2_jax.sharding import batch_sharding, memory_shardings, replicated
 
 Request = tuple[Sequence[int], Sequence[int]]  # token ids of the context and of the continuation
 Step = Callable[..., tuple[jax.Array, jax.Array, jax.Array, Any]]

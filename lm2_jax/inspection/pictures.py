@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lm2_jax.data.worlds import PEOPLE
+from lm2_jax.data.babi.world import PEOPLE
 from lm2_jax.inspection.reading import Reading
 from lm2_jax.inspection.survival import Answers, Survival
 

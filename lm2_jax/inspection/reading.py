@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from lm2_jax.errors import UserError
+from lm2_jax.common.errors import UserError
 from lm2_jax.model.decoder import Decoder, gate_name
-from lm2_jax.model.kind import Memory
 from lm2_jax.model.layers import LOOKS
+from lm2_jax.model.memory.base import Memory
 
 
 @dataclasses.dataclass(frozen=True)

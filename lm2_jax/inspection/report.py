@@ -9,12 +9,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from lm2_jax.checkpoint import load
-from lm2_jax.errors import UserError
+from lm2_jax.common.errors import UserError
 from lm2_jax.inspection.page import write_page
 from lm2_jax.inspection.pictures import pictures, render, render_together
 from lm2_jax.inspection.reading import check_memory, read_text
 from lm2_jax.inspection.survival import Answers, Survival, answer, answers_by_age, make_contexts, probe
+from lm2_jax.loading import load
 from lm2_jax.tokenizer import Tokenizer, encode_long, load_text_tokenizer
 
 

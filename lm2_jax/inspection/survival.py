@@ -12,16 +12,16 @@ from typing import Any
 
 import numpy as np
 
+from lm2_jax.common.errors import UserError
 from lm2_jax.config import Config
-from lm2_jax.data.babi import Statement, Story
+from lm2_jax.data.babi.files import Statement, Story
+from lm2_jax.data.babi.sources import Scatterer, is_held_out
+from lm2_jax.data.babi.world import PEOPLE, generate_story
 from lm2_jax.data.documents import Document
-from lm2_jax.data.stories import Scatterer, is_held_out
-from lm2_jax.data.worlds import PEOPLE, generate_story
-from lm2_jax.errors import UserError
-from lm2_jax.evals.stories import wilson_interval
 from lm2_jax.inspection.reading import look_at_segment
 from lm2_jax.model.decoder import Decoder
 from lm2_jax.tokenizer import Tokenizer
+from lm2_jax.training.accuracy import wilson_interval
 
 CANDIDATES = 8  # segments among which a probe has to find the right one
 FEWEST_SEGMENTS = 64  # of a text, for a probe

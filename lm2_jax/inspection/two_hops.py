@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm2_jax.config import Config
-from lm2_jax.data.babi import Story
-from lm2_jax.data.worlds import World
+from lm2_jax.data.babi.files import Story
+from lm2_jax.data.babi.world import World
 from lm2_jax.inspection.survival import statement_starts, told_stories
 from lm2_jax.model.decoder import Decoder
 from lm2_jax.tokenizer import Tokenizer

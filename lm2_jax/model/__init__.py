@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from lm2_jax.common.errors import UserError
 from lm2_jax.config import Config
-from lm2_jax.errors import UserError
 from lm2_jax.model.decoder import Decoder
-from lm2_jax.model.kind import MemoryKind
-from lm2_jax.model.memory import LM2
-from lm2_jax.model.official import Official
-from lm2_jax.model.rmt import RMT
+from lm2_jax.model.memory.base import MemoryKind
+from lm2_jax.model.memory.lm2 import LM2
+from lm2_jax.model.memory.official import Official
+from lm2_jax.model.memory.rmt import RMT
 
 KINDS: dict[str, type[MemoryKind]] = {"lm2": LM2, "rmt": RMT, "none": MemoryKind, "official": Official}
 

@@ -15,7 +15,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import PartitionSpec
 
-from lm2_jax.model.placement import LANES, splits_lanes
+from lm2_jax.parallel.fsdp import LANES, splits_lanes
 
 _LANES = 128  # of a TPU's vector registers: the kernel's tiles are multiples of it
 _LARGEST_TILE = 512

@@ -18,9 +18,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from lm2_jax.config import Config
-from lm2_jax.model.kind import Memory, MemoryKind, Parameters
-from lm2_jax.model.layers import LOOKS, CausalConv, Layout, Past, RMSNorm, SelfAttention, SwiGLU, put, unbox
-from lm2_jax.model.placement import constrain, fetch, on_own_lanes, splits_lanes
+from lm2_jax.model.layers import LOOKS, CausalConv, Layout, Past, RMSNorm, SelfAttention, SwiGLU, put
+from lm2_jax.model.memory.base import Memory, MemoryKind, Parameters
+from lm2_jax.parallel.fsdp import constrain, fetch, on_own_lanes, splits_lanes
+from lm2_jax.parallel.mesh import unbox
 
 # What a block keeps for the backward pass, its input, waits in the host's memory.
 _INPUTS_ON_HOST = jax.checkpoint_policies.save_and_offload_only_these_names(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -77,12 +76,6 @@ def linear_init(axes: tuple[str | None, ...], scale: float = 1.0) -> Initializer
 def vector(value: float, axis: str | None) -> Initializer:
     """Initialiser of a constant vector and its logical axis."""
     return nn.with_logical_partitioning(nn.initializers.constant(value), (axis,))
-
-
-def unbox(tree: Any) -> Any:
-    """Plain arrays (or shapes) of a tree that carries logical axes; unlike flax's, adds no sharding constraint."""
-    boxed = nn.LogicallyPartitioned
-    return jax.tree.map(lambda x: x.value if isinstance(x, boxed) else x, tree, is_leaf=lambda x: isinstance(x, boxed))
 
 
 def dense(x: jax.Array, weight: jax.Array) -> jax.Array:

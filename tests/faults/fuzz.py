@@ -24,7 +24,7 @@ import hypothesis
 from fuzz_parsers import PARSERS
 from hypothesis import strategies as st
 
-from lm2_jax.errors import UserError
+from lm2_jax.common.errors import UserError
 
 MEMORY = 1 << 30  # bytes of address space, beyond what a process has before its first input
 SECONDS = 5  # of a processor, for an input

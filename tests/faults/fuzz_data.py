@@ -9,14 +9,14 @@ from fuzz_parser import Parser, bytes_like, in_file
 from hostile import YAML_WORDS, altered, json_text, mutated
 
 from lm2_jax.config import TokenizerConfig, load_config
-from lm2_jax.data.babi import question_samples, read_babi
-from lm2_jax.data.babilong import read_samples
+from lm2_jax.data.babi.babilong import read_samples
+from lm2_jax.data.babi.files import question_samples, read_babi
 from lm2_jax.data.documents import BinSource, JsonLinesSource, TextSource
-from lm2_jax.data.inputs import JsonLinesInput
-from lm2_jax.data.prepare import Settings, prepare, run_locally
+from lm2_jax.data.prepare.inputs import JsonLinesInput
+from lm2_jax.data.prepare.shards import Settings, prepare, run_locally
 from lm2_jax.data.prepared import PreparedSource, read_manifest, tokenizer_of, verify
-from lm2_jax.evals.finished import Finished
 from lm2_jax.evals.mmlu import read_questions
+from lm2_jax.evals.results import Finished
 from lm2_jax.tokenizer import BytesTokenizer, load_tokenizer
 
 _CONFIGS = (

@@ -12,12 +12,12 @@ import yaml
 from fuzz_parser import Directory, Parser, in_file
 from hostile import YAML_WORDS, altered, json_text, mutated
 
-from lm2_jax import decoding
 from lm2_jax.config import parse_config
 from lm2_jax.convert import directory as converted
 from lm2_jax.convert import engine, huggingface, official
 from lm2_jax.convert.tensors import open_tensors, write_tensors
-from lm2_jax.memory_file import load_state, save_state
+from lm2_jax.decoding import sampling
+from lm2_jax.decoding.memory_file import load_state, save_state
 from lm2_jax.model import build_model
 
 
@@ -135,8 +135,8 @@ class Memory(Directory):
 
     def _save(self, directory):
         _, self._model, self._params = tiny("lm2")
-        state = decoding.start(self._model, self._params, 2)
-        _, state = decoding.read(self._model, self._params, [[1, 2, 3], [4]], state)
+        state = sampling.start(self._model, self._params, 2)
+        _, state = sampling.read(self._model, self._params, [[1, 2, 3], [4]], state)
         save_state(directory / "memory", self._model, self._params, state)
 
     def _load(self, directory):

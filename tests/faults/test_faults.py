@@ -11,14 +11,14 @@ import time
 import pytest
 from helpers import Run, assert_same_run, checkpoint_steps, quick_training, short_config, text_overrides
 
-from lm2_jax import board
-from lm2_jax import checkpoint as checkpoint_module
 from lm2_jax import train as train_module
+from lm2_jax.common.errors import TrainingFailed, UserError
 from lm2_jax.config import save_config
-from lm2_jax.errors import TrainingFailed, UserError
-from lm2_jax.reporting import read_records
 from lm2_jax.train import train
-from lm2_jax.verify import verify
+from lm2_jax.training import checkpoint as checkpoint_module
+from lm2_jax.training import tensorboard as board
+from lm2_jax.training.reporting import read_records
+from lm2_jax.training.verify import verify
 
 
 @pytest.fixture(scope="module", autouse=True)

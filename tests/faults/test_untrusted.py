@@ -12,14 +12,14 @@ import tokenizers
 import torch
 from helpers import random_checkpoint
 
+from lm2_jax.common.errors import UserError
+from lm2_jax.common.untrusted import beside, read_small, shown
 from lm2_jax.config import TokenizerConfig, load_config, parse_config
 from lm2_jax.convert import directory, engine
 from lm2_jax.convert.tensors import open_tensors, read_json, write_tensors
-from lm2_jax.data.babi import read_babi
+from lm2_jax.data.babi.files import read_babi
 from lm2_jax.data.documents import JsonLinesSource
-from lm2_jax.errors import UserError
 from lm2_jax.tokenizer import BytesTokenizer, load_tokenizer
-from lm2_jax.untrusted import beside, read_small, shown
 
 
 def refused(read, *arguments):

@@ -1,0 +1,52 @@
+"""What others wrote: files are read up to a bound, names stay in their directory, values are shown in short."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lm2_jax.common.errors import UserError
+
+_LONGEST_SHOWN = 200
+
+
+def read_small(path: Path, most: int) -> bytes:
+    """The bytes of a file. Raises UserError if it has more than `most`, OSError if it cannot be read."""
+    data = bytearray()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):  # and not `most` at once, which would be allocated
+            data += part
+            if len(data) > most:
+                raise UserError(f"{path}: is longer than {most:,} bytes, the most that such a file may have")
+    return bytes(data)
+
+
+def beside(directory: Path, name: str) -> Path:
+    """The file of a directory that something in it names.
+
+    A link may lead to another file of the directory, or out of a snapshot of the Hugging Face hub's cache into its
+    `blobs`. Raises UserError for a name that is more than a name, for a link to elsewhere, and if no file is there.
+    """
+    is_name = name.isprintable() and name not in ("", "..") and Path(name).name == name
+    if not is_name:
+        raise UserError(f"{directory}: {shown(name)} is not the name of a file here")
+    path = directory / name
+    try:
+        is_file, home, real = path.is_file(), directory.resolve(), path.resolve()
+    except OSError as error:
+        raise UserError(f"{directory}: {shown(name)} cannot be read ({error.strerror})") from None
+    if not is_file:
+        raise UserError(f"{path}: is missing, or no plain file")
+    blobs = [parent.parent / "blobs" for parent in home.parents if parent.name == "snapshots"]
+    if not any(real.is_relative_to(place) for place in (home, *blobs)):
+        raise UserError(f"{path}: is a link to a file outside of its directory; put the file itself there")
+    return path
+
+
+def shown(value: Any) -> str:
+    """`repr` of a value, for a message; a long one is cut."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits; lists in lists in lists
+        text = f"{type(value).__name__} that is too large to show"
+    return text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 3] + "..."

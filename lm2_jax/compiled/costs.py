@@ -1,0 +1,267 @@
+"""What a compiled program does in one run: matrix products, traffic, and XLA's estimate of cycles.
+
+All figures are per chip, with loops followed to their ends (hlo.py), and the same for every compilation by the same
+versions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Iterable
+
+import numpy as np
+
+from lm2_jax.compiled import hlo
+from lm2_jax.compiled.hlo import Computation, Instruction, Program
+
+_COLLECTIVES = (
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast",
+)  # fmt: skip
+
+
+@dataclasses.dataclass
+class Collective:
+    """All collectives of a kind over the same mesh axes.
+
+    Attributes:
+      kind: all-gather, all-reduce, reduce-scatter, ...
+      axis: mesh axes that a group lies along, joined by +.
+      count: in one run.
+      wire_bytes: what one chip sends for them.
+      largest_bytes: of one array, whole.
+      in_loop_bytes: the largest one inside a loop.
+    """
+
+    kind: str
+    axis: str
+    count: int = 0
+    wire_bytes: float = 0
+    largest_bytes: int = 0
+    in_loop_bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Of one run, per chip.
+
+    Attributes:
+      matmul_flops: of dots and convolutions, two for every multiplication and addition.
+      kernel_flops: of matrix products in attention kernels, tiles that a causal mask rules out left out.
+      kernel_calls: of kernels.
+      cycles: XLA's own estimate, summed over fusions; kernels and waiting for the network are not in it.
+      memory_bytes: read from and written to the chip's main memory.
+      copy_bytes: that copies write.
+      collectives: by kind and axis.
+    """
+
+    matmul_flops: float
+    kernel_flops: float
+    kernel_calls: int
+    cycles: float
+    memory_bytes: float
+    copy_bytes: float
+    collectives: list[Collective]
+
+    @property
+    def wire_bytes(self) -> float:
+        """What one chip sends."""
+        return sum(c.wire_bytes for c in self.collectives)
+
+
+def count(program: Program, mesh_shape: dict[str, int]) -> Costs:
+    """Adds a program up. mesh_shape: axis name to size, in the order that devices are numbered in."""
+    flops = of_kernels = cycles = traffic = copies = 0.0
+    calls = 0
+    sent: dict[str, tuple[Instruction, Computation, int]] = {}
+    for instruction, computation, times, fused in program.run():
+        opcode = instruction.opcode.removesuffix("-start")
+        if opcode in ("convolution", "dot"):
+            flops += times * matmul_flops(instruction, computation)
+        elif opcode in _COLLECTIVES:
+            # Overlapped with products, one collective stands in several fusions, under one channel
+            channel = instruction.attribute("channel_id") if fused else None
+            channel = f"{opcode} {channel}" if channel else f"{computation.name} {instruction.name}"
+            if channel not in sent or times > sent[channel][2]:
+                sent[channel] = (instruction, computation, times)
+        elif opcode == "custom-call" and instruction.attribute("custom_call_target") == "tpu_custom_call":
+            calls += times
+            of_kernels += times * kernel_flops(instruction)
+        if not fused:
+            cycles += times * int(instruction.attribute("estimated_cycles") or 0)
+            traffic += times * memory_bytes(instruction, computation, program)
+            copies += times * hlo.size_in_bytes(instruction.type) if instruction.opcode == "copy" else 0
+    collectives = _collectives(sent.values(), mesh_shape)
+    return Costs(flops, of_kernels, calls, cycles, traffic, copies, collectives)
+
+
+# --- Matrix products -----------------------------------------------------------------------------------------------
+
+
+def matmul_flops(instruction: Instruction, computation: Computation) -> float:
+    """2 · multiplications of a dot, or of a convolution, which is what dots are made into for TPUs."""
+    (_, result), *_ = hlo.arrays(instruction.type)
+    left, right = (_shape(computation, name) for name in instruction.operands[:2])
+    if instruction.opcode == "dot":
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes).group(1)
+        return 2.0 * math.prod(result) * math.prod(left[int(axis)] for axis in contracted.split(",") if axis)
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    left_labels, right_labels, result_labels = labels.groups()
+    window = _window(instruction.attributes)
+    spatial = 1
+    for number, size in enumerate(window["size"]):
+        axis = str(number)
+        spatial *= _pairs(
+            left[left_labels.index(axis)],
+            result[result_labels.index(axis)],
+            size,
+            window["stride"][number],
+            window["pad"][number],
+            window["lhs_dilate"][number],
+            window["rhs_dilate"][number],
+        )
+    batch, features = result[result_labels.index("b")], result[result_labels.index("f")]
+    batch_groups = int(instruction.attribute("batch_group_count") or 1)
+    return 2.0 * spatial * batch * features * right[right_labels.index("i")] / batch_groups
+
+
+def _shape(computation: Computation, name: str) -> tuple[int, ...]:
+    return hlo.arrays(computation.instructions[name].type)[0][1]
+
+
+def _window(attributes: str) -> dict[str, list]:
+    """size, stride, pad (before, after), and dilations of a convolution, one for every spatial axis."""
+    written = re.search(r"window=\{([^}]*)\}", attributes)
+    values = dict(part.split("=") for part in written.group(1).split()) if written else {}
+    sizes = [int(n) for n in values.get("size", "").split("x") if n]
+    window: dict[str, list] = {"size": sizes}
+    for name in ("stride", "lhs_dilate", "rhs_dilate"):
+        window[name] = [int(n) for n in values[name].split("x")] if name in values else [1] * len(sizes)
+    pads = values.get("pad", "x".join(["0_0"] * len(sizes))).split("x")
+    window["pad"] = [tuple(int(n) for n in pad.split("_")) for pad in pads if pad]
+    return window
+
+
+def _pairs(
+    size_in: int, size_out: int, kernel: int, stride: int, pad: tuple[int, int], dilate_in: int, dilate_kernel: int
+) -> int:
+    """(position of the result, position of the kernel) that meet an element of the input, not padding or a gap."""
+    if kernel == 1 and pad == (0, 0) and dilate_in == 1:
+        return size_out
+    place = np.arange(size_out)[:, None] * stride + np.arange(kernel)[None] * dilate_kernel - pad[0]
+    return int(np.sum((place >= 0) & (place < (size_in - 1) * dilate_in + 1) & (place % dilate_in == 0)))
+
+
+# --- Kernels and memory --------------------------------------------------------------------------------------------
+
+
+def kernel_flops(kernel: Instruction) -> float:
+    """Of JAX's splash attention: q [.., heads, T, K] against k [.., U, K]; two products forward, three for the gradient
+    of q, four for those of k and v. Zero for other kernels.
+    """
+    name = kernel.name.split(".")[0]
+    products = {"fwd": 2, "dq": 3, "dkv": 4}.get(next(iter(re.findall(r"_(fwd|dq|dkv)_", f"{name}_")), ""), 0)
+    if not (products and name.startswith("splash")):
+        return 0.0
+    shapes = hlo.arrays(re.search(r"operand_layout_constraints=\{(.*?\})\}", kernel.attributes).group(1))
+    q, k = [shape for dtype, shape in shapes if dtype in ("bf16", "f32")][:2]
+    tiles = next(shape for dtype, shape in shapes if dtype == "s8")[-1]  # along the keys
+    seen = (tiles + 1) / (2 * tiles) if "causal_attention" in kernel.attributes else 1.0
+    return 2.0 * products * math.prod(q) * k[-2] * seen
+
+
+_NO_TRAFFIC = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "iota",
+    "after-all", "partition-id", "copy-done", "slice-done", "opt-barrier",
+}  # fmt: skip
+
+
+def memory_bytes(instruction: Instruction, computation: Computation, program: Program) -> float:
+    """What an instruction reads from and writes to main memory; of an array that is only sliced, the slices."""
+    if instruction.opcode in _NO_TRAFFIC or instruction.opcode.endswith("-done"):
+        return 0.0
+    operands = [computation.instructions[name] for name in instruction.operands if name in computation.instructions]
+    if instruction.opcode in ("dynamic-slice", "slice", "gather"):
+        return 2.0 * hlo.size_in_bytes(instruction.type, True)
+    if instruction.opcode == "dynamic-update-slice":
+        return 2.0 * hlo.size_in_bytes(operands[1].type, True)
+    if instruction.opcode in ("copy-start", "slice-start"):  # its type lists both ends
+        return float(hlo.size_in_bytes(instruction.type, True))
+    read = [hlo.size_in_bytes(operand.type, True) for operand in operands]
+    written = hlo.size_in_bytes(instruction.type, True)
+    if instruction.opcode == "fusion":
+        body = program.computations[instruction.called[0]]
+        for parameter in body.instructions.values():
+            if parameter.opcode != "parameter" or not read[int(parameter.arguments)]:
+                continue
+            users = [user for user in body.instructions.values() if parameter.name in user.operands]
+            updates = [user for user in users if user.opcode == "dynamic-update-slice"]
+            if users and all(user.opcode in ("dynamic-slice", "slice", "gather") for user in users):
+                read[int(parameter.arguments)] = sum(hlo.size_in_bytes(user.type) for user in users)
+            elif updates and updates == users:  # in place
+                size = sum(hlo.size_in_bytes(body.instructions[user.operands[1]].type) for user in updates)
+                written += size - read[int(parameter.arguments)]
+                read[int(parameter.arguments)] = 0
+    return float(sum(read) + max(written, 0))
+
+
+# --- Collectives ---------------------------------------------------------------------------------------------------
+
+
+def _collectives(sent: Iterable[tuple[Instruction, Computation, int]], mesh_shape: dict[str, int]) -> list[Collective]:
+    sums: dict[tuple[str, str], Collective] = {}
+    for instruction, computation, times in sent:
+        kind = instruction.opcode.removesuffix("-start")
+        groups = _groups(instruction.attributes, math.prod(mesh_shape.values()))
+        operands = sum(hlo.size_in_bytes(computation.instructions[name].type) for name in instruction.operands)
+        size = max(len(groups[0]), 1)
+        if kind == "all-reduce" and "all-reduce-scatter" in computation.name:  # each chip keeps its part only
+            kind = "reduce-scatter"
+        whole = operands * size if kind == "all-gather" else operands
+        passes = {"all-reduce": 2 * (size - 1) / size, "collective-permute": 1.0}.get(kind, (size - 1) / size)
+        axis = _differing(groups, mesh_shape)
+        total = sums.setdefault((kind, axis), Collective(kind, axis))
+        total.count += times
+        total.wire_bytes += times * whole * passes
+        total.largest_bytes = max(total.largest_bytes, whole)
+        if times > 1:
+            total.in_loop_bytes = max(total.in_loop_bytes, whole)
+    return sorted(sums.values(), key=lambda c: -c.wire_bytes)
+
+
+def _groups(attributes: str, devices: int) -> list[list[int]]:
+    """Partition numbers of each group; of a permutation, (source, target)."""
+    everyone = [list(range(devices))]
+    if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes):
+        return [[int(a), int(b)] for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs.group(1))] or everyone
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh.group(1))}
+        along = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", mesh.group(2))]
+        numbers = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        last = np.moveaxis(numbers, along, range(-len(along), 0))
+        return last.reshape(-1, math.prod(numbers.shape[a] for a in along)).tolist()
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+        rows, columns, shape, order = iota.groups()
+        numbers = np.arange(int(rows) * int(columns)).reshape([int(n) for n in shape.split(",")])
+        if order:
+            numbers = numbers.transpose([int(n) for n in order.split(",")])
+        return numbers.reshape(int(rows), int(columns)).tolist()
+    if listed := re.search(r"replica_groups=\{((?:\{[\d,]+\},?)+)\}", attributes):
+        return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed.group(1))]
+    return everyone
+
+
+def mesh_axes(attributes: str, mesh_shape: dict[str, int]) -> str:
+    """The mesh axes, joined by +, along which a collective's groups lie."""
+    return _differing(_groups(attributes, math.prod(mesh_shape.values())), mesh_shape)
+
+
+def _differing(groups: list[list[int]], mesh_shape: dict[str, int]) -> str:
+    members = itertools.chain.from_iterable(itertools.pairwise(group) for group in groups)
+    differ: set[str] = set()
+    for one, other in members:
+        places = (np.unravel_index(device, tuple(mesh_shape.values())) for device in (one, other))
+        differ |= {name for name, a, b in zip(mesh_shape, *places, strict=True) if a != b}
+    return "+".join(name for name in mesh_shape if name in differ) or "none"

@@ -1,0 +1,108 @@
+"""Memory on disk: what rows have read, as one safetensors file that another process goes on from.
+
+It holds the whole state of generation (the memory and the unfinished segment, without what is derived from them) and,
+in its metadata, which model that is of: the config's sections `model` and `memory`, the segment length, and a checksum
+of every parameter.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import safetensors
+import safetensors.flax
+
+from lm2_jax.common.errors import UserError
+from lm2_jax.common.untrusted import shown
+from lm2_jax.decoding import sampling
+from lm2_jax.model.decoder import Decoder, Unfinished
+from lm2_jax.training.checkpoint import array_checksums
+
+_KEY = "lm2_jax.memory"  # of the metadata
+_LONGEST_OWNER = 1 << 20  # characters
+
+
+def save_state(path: str | Path, model: Decoder, params: Any, state: Unfinished) -> None:
+    """Writes the file; it is there whole or not at all. Raises UserError if it cannot be written."""
+    metadata = {_KEY: json.dumps(_owner(model, params) | {"segment_length": state.segment_length})}
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_bytes(safetensors.flax.save(_named(state), metadata))
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def load_state(path: str | Path, model: Decoder, params: Any) -> Unfinished:
+    """Reads what `save_state` wrote with this model.
+
+    Raises UserError, with all that is wrong, for a file that is no such file, is of another model, or lacks arrays or
+    has unknown or misshapen ones.
+    """
+    try:
+        with safetensors.safe_open(path, "flax") as file:
+            saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            text = (file.metadata() or {})[_KEY]
+            if len(text) > _LONGEST_OWNER:
+                raise ValueError(f"metadata {_KEY} of {len(text):,} characters")
+            owner = json.loads(text)
+            segment_length = owner.pop("segment_length")
+            if type(segment_length) is not int or not 0 < segment_length < 2**31:
+                raise ValueError(f"segment_length {shown(segment_length)}")
+            if not all(isinstance(owner.get(section), dict) for section in ("model", "memory")):
+                raise ValueError("it does not say of which model")
+    except KeyError:
+        raise UserError(f"{path}: no memory of lm2_jax (metadata {_KEY} is missing)") from None
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read as a memory file ({error})") from None
+    problems = list(_differences(owner, _owner(model, params)))
+    if problems:
+        raise UserError(f"{path}: memory of another model:\n" + "\n".join(problems))
+
+    batch_size = saved["count_B"].size if "count_B" in saved else 1
+    like = jax.eval_shape(lambda params: sampling.start(model, params, batch_size, segment_length), params)
+    like = like.replace(readable=None)
+    expected = _named(like)
+    problems += [f"  {name}: is missing" for name in expected.keys() - saved.keys()]
+    problems += [f"  {name}: unknown" for name in saved.keys() - expected.keys()]
+    for name in expected.keys() & saved.keys():
+        found, right = ((x.shape, str(x.dtype)) for x in (saved[name], expected[name]))
+        if found != right:
+            problems.append(f"  {name}: found {found[1]} {[*found[0]]}; should be {right[1]} {[*right[0]]}")
+    if not problems and not ((saved["count_B"] >= 0) & (saved["count_B"] <= segment_length)).all():
+        problems.append(f"  count_B: found {saved['count_B'].tolist()}; should be within 0 and {segment_length}")
+    if not problems and not (saved["read_B"] >= saved["count_B"]).all():
+        problems.append(f"  read_B: found {saved['read_B'].tolist()}; should be at least count_B")
+    problems += [f"  {name}: holds NaN or infinite numbers" for name, x in saved.items() if not jnp.isfinite(x).all()]
+    if problems:
+        raise UserError(f"{path}: does not hold the arrays of this model's memory:\n" + "\n".join(sorted(problems)))
+    state = jax.tree.unflatten(jax.tree.structure(like), [saved[name] for name in expected])
+    return sampling.derive(model, params, state)
+
+
+def _named(state: Unfinished) -> dict[str, Any]:
+    """The state's own arrays, in order, by names such as past.blocks.keys_BCGK."""
+    leaves = jax.tree_util.tree_leaves_with_path(state.replace(readable=None))
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _owner(model: Decoder, params: Any) -> dict[str, Any]:
+    config = model.config.model_dump(mode="json", include={"model", "memory"})
+    return {**config, "parameters": array_checksums(params)}
+
+
+def _differences(saved: dict[str, Any], own: dict[str, Any]) -> list[str]:
+    lines = []
+    for section in ("model", "memory"):
+        found, right = saved.get(section, {}), own[section]
+        keys = [key for key in sorted({*found, *right}) if found.get(key) != right.get(key)]
+        for key in keys:
+            lines.append(f"  {section}.{key}: {shown(found.get(key))} in the file, {right.get(key)!r} in the model")
+    if not lines and saved.get("parameters") != own["parameters"]:
+        lines.append("  the same sizes, but other parameters; take the checkpoint that it was saved with")
+    return lines

@@ -1,0 +1,237 @@
+"""Generation: prompts of any length stream through memory, then tokens are drawn one at a time.
+
+Every row of a batch has its own segment clock. Keys and values are kept of the unfinished segment only; when a row has
+filled its segment and reads on, its memory is written and the next segment begins. So cost per token and state do not
+grow with the text, and the logits are those of reading all of it segment by segment (`segments.run_segments`).
+
+Axes: B rows, Q tokens at a time, T tokens in a segment, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm2_jax.common.errors import UserError
+from lm2_jax.model.decoder import Decoder, Unfinished
+
+OnToken = Callable[[int, int], bool | None]
+_DRAW = zlib.crc32(b"lm2_jax.decoding.sampling.draw")  # names the random stream
+
+# --- State in, state out -------------------------------------------------------------------------------------------
+
+
+def start(model: Decoder, params: Any, batch_size: int, segment_length: int | None = None) -> Unfinished:
+    """`batch_size` rows at a document's start. segment_length: T; None: what the run was trained with last.
+
+    Raises UserError if the memory kind looks ahead.
+    """
+    if not model.kind.token_by_token:
+        raise UserError(
+            f"memory.kind {model.config.memory.kind}: cannot generate; its tokens look ahead to the end of their "
+            "segment, so there is no next token to ask for before the segment is complete"
+        )
+    return _start(model, params, batch_size, segment_length or model.config.trained_segment_length)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def derive(model: Decoder, params: Any, state: Unfinished) -> Unfinished:
+    """A state without its derived arrays (`memory_file` saves none), with them."""
+    return model.apply({"params": params}, state, method="derive")
+
+
+def advance(
+    model: Decoder, params: Any, tokens_BQ: np.ndarray, count_B: np.ndarray, state: Unfinished
+) -> tuple[jax.Array, Unfinished]:
+    """Reads up to Q tokens a row, which fit the row's segment or, if that is full, the next one.
+
+    Args:
+      tokens_BQ: token ids, each row padded on its right.
+      count_B: how many of a row are no padding.
+
+    Returns:
+      float32 logits [B,V] of the token after each row's last (without meaning for rows that read nothing), the state.
+    """
+    count_B = np.asarray(count_B, np.int32)
+    full_B = (np.asarray(state.count_B) == state.segment_length) & (count_B > 0)
+    if full_B.any():
+        state = _finish(model, params, full_B, state)
+    return extend(model, params, np.asarray(tokens_BQ, np.int32), count_B, state)
+
+
+def read(
+    model: Decoder, params: Any, prompts: Sequence[Sequence[int]], state: Unfinished
+) -> tuple[jax.Array, Unfinished]:
+    """Streams a prompt into each row, a segment at a time.
+
+    Returns float32 logits [B,V] of what comes next, and the state. Raises UserError for an empty prompt or an id that
+    is not in the vocabulary.
+    """
+    rests = _check_prompts(prompts, model.config.model.vocab_size)
+    T, B = state.segment_length, len(rests)
+    if len(state.count_B) != B:
+        raise ValueError(f"{B} prompts for a state of {len(state.count_B)} rows")
+    logits_BV = jnp.zeros((B, model.config.model.vocab_size))
+    while any(map(len, rests)):
+        tokens_BT, count_B = np.zeros((B, T), np.int32), np.zeros(B, np.int32)
+        for row, (rest, before) in enumerate(zip(rests, np.asarray(state.count_B), strict=True)):
+            piece = rest[: T - before % T]  # a full segment makes room for T
+            tokens_BT[row, : len(piece)], count_B[row] = piece, len(piece)
+            rests[row] = rest[len(piece) :]
+        new_BV, state = advance(model, params, tokens_BT, count_B, state)
+        logits_BV = jnp.where(count_B[:, None] > 0, new_BV, logits_BV)
+    return logits_BV, state
+
+
+# --- Drawing tokens ------------------------------------------------------------------------------------------------
+
+
+def generate(
+    model: Decoder, params: Any, prompts: Sequence[Sequence[int]], *, state: Unfinished | None = None, **options: Any
+) -> list[list[int]]:
+    """What follows each prompt: the token lists of `decode`, from a document's start unless there is a state."""
+    state = start(model, params, len(prompts)) if state is None else state
+    return decode(model, params, prompts, state, **options)[0]
+
+
+def decode(
+    model: Decoder,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    state: Unfinished,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | Sequence[int] = 0,
+    stop_ids: Collection[int] = (),
+    on_token: OnToken | None = None,
+) -> tuple[list[list[int]], Unfinished]:
+    """Reads a prompt in each row and writes what follows. What a row gets does not depend on the rows beside it.
+
+    Args:
+      prompts: token ids; lengths may differ, and each may be longer than anything.
+      state: of `start`, or of an earlier call.
+      max_new_tokens: 0: only read.
+      temperature: 0: the most likely token.
+      top_k: draw from the k most likely tokens.
+      top_p: draw from the fewest most likely tokens that together have at least this probability.
+      seed: row b draws from seed + b, or from seed[b], and the number of tokens read before.
+      stop_ids: tokens that end a row; they are left out, and not read.
+      on_token: called with (row, token) for every token; True ends the row, and that token is not read.
+
+    Returns:
+      the new tokens of each row, and the state after all that was read, the new tokens included.
+      Raises UserError for an option that makes no sense, and as `read` does.
+    """
+    _check_options(max_new_tokens, temperature, top_k, top_p)
+    logits_BV, state = read(model, params, prompts, state)
+    seeds = [seed + row for row in range(len(prompts))] if isinstance(seed, int) else seed
+    seed_B = np.array([seed % 2**32 for seed in seeds], np.uint32)
+    written: list[list[int]] = [[] for _ in prompts]
+    going_B = np.ones(len(prompts), bool)
+    for _ in range(max_new_tokens):
+        if temperature == 0:
+            token_B = np.asarray(jnp.argmax(logits_BV, axis=-1))
+        else:
+            token_B = np.asarray(draw(logits_BV, seed_B, state.read_B, temperature, top_k or jnp.inf, top_p or jnp.inf))
+        for row in np.flatnonzero(going_B).tolist():
+            token = int(token_B[row])
+            if token in stop_ids:
+                going_B[row] = False
+                continue
+            written[row].append(token)
+            if on_token is not None and on_token(row, token):
+                going_B[row] = False
+        if not going_B.any():
+            break
+        logits_BV, state = advance(model, params, token_B[:, None], going_B, state)
+    return written, state
+
+
+@jax.jit
+def draw(
+    logits_BV: jax.Array,
+    seed_B: jax.Array,
+    index_B: jax.Array,
+    temperature: jax.Array,
+    top_k: jax.Array,
+    top_p: jax.Array,
+) -> jax.Array:
+    """A token a row [B], from softmax(logits / temperature) cut to its top k and its top p (inf: not cut).
+
+    A row's randomness comes from its seed and its index alone.
+    """
+    order_BV = jnp.argsort(-logits_BV, axis=-1)  # of equal logits, the lowest id first
+    sorted_BV = jnp.take_along_axis(logits_BV, order_BV, axis=-1) / temperature
+    kept_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < top_k, sorted_BV, -jnp.inf)
+    share_BV = jax.nn.softmax(kept_BV, axis=-1)
+    before_BV = jnp.cumsum(share_BV, axis=-1) - share_BV
+    kept_BV = jnp.where(before_BV < top_p, kept_BV, -jnp.inf)
+
+    def one(seed: jax.Array, index: jax.Array, logits_V: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _DRAW), index)
+        return jax.random.categorical(key, logits_V)
+
+    rank_B = jax.vmap(one)(seed_B, index_B, kept_BV)
+    return jnp.take_along_axis(order_BV, rank_B[:, None], axis=-1)[:, 0]
+
+
+# --- Compiled programs: few for each model and batch size ----------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def _start(model: Decoder, params: Any, batch_size: int, segment_length: int) -> Unfinished:
+    memory = model.init_memory(batch_size, params)
+    return model.apply({"params": params}, memory, batch_size, segment_length, method="begin")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def extend(
+    model: Decoder, params: Any, tokens_BQ: jax.Array, count_B: jax.Array, state: Unfinished
+) -> tuple[jax.Array, Unfinished]:
+    """As `advance`, where every row's tokens fit its segment."""
+    hidden_BQD, state = model.apply({"params": params}, tokens_BQ, count_B, state, method="extend")
+    last_B11 = jnp.maximum(count_B - 1, 0)[:, None, None]
+    hidden_BD = jnp.take_along_axis(hidden_BQD, last_B11, axis=1)[:, 0]
+    return model.apply({"params": params}, hidden_BD, method="project"), state
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _finish(model: Decoder, params: Any, rows_B: jax.Array, state: Unfinished) -> Unfinished:
+    return model.apply({"params": params}, rows_B, state, method="finish")
+
+
+# --- What a caller can get wrong -----------------------------------------------------------------------------------
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> list[np.ndarray]:
+    arrays = [np.asarray(prompt) for prompt in prompts]
+    for row, array in enumerate(arrays):
+        if not array.size:
+            raise UserError(f"prompt {row} is empty; generation needs a token to go on from")
+        wrong = array[(array < 0) | (array >= vocab_size)]
+        if wrong.size:
+            raise UserError(f"prompt {row} holds token id {wrong[0]}, but the model knows ids below {vocab_size}")
+    return arrays
+
+
+def _check_options(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    problems = []
+    if max_new_tokens < 0:
+        problems.append(f"max_new_tokens: found {max_new_tokens}; give 0 (only read) or more")
+    if not 0 <= temperature < float("inf"):
+        problems.append(f"temperature: found {temperature}; give 0 (the most likely token) or more")
+    if top_k is not None and top_k < 1:
+        problems.append(f"top_k: found {top_k}; give 1 or more")
+    if top_p is not None and not 0 < top_p <= 1:
+        problems.append(f"top_p: found {top_p}; give a probability above 0 and up to 1")
+    if problems:
+        raise UserError("\n".join(problems))

@@ -1,0 +1,52 @@
+"""Answers to prompts: what a model writes from a fresh memory until a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lm2_jax.decoding import sampling
+from lm2_jax.evals.model import Loaded
+
+
+def answer(
+    loaded: Loaded,
+    prompts: Sequence[Sequence[int]],
+    rows: int,
+    max_new_tokens: int,
+    stops: Sequence[str],
+    seeds: Sequence[int] = (),
+    **options: Any,
+) -> list[str]:
+    """The text that follows each prompt, up to its first stop string or its end token.
+
+    Args:
+      prompts: token ids, of any lengths.
+      rows: read at once, at least as many as prompts: one compiled program serves batches that are not full.
+      stops: they are no part of the answer.
+      seeds: one for each prompt, where tokens are drawn.
+      options: temperature, top_k and top_p of `sampling.decode`; greedy without them.
+    """
+    tokenizer, model, spare = loaded.tokenizer, loaded.model, rows - len(prompts)
+    written: list[list[int]] = [[] for _ in prompts]
+
+    def is_over(row: int, token: int) -> bool:
+        if row >= len(prompts):
+            return True
+        written[row].append(token)
+        text = tokenizer.decode(written[row])
+        return any(stop in text for stop in stops)
+
+    sampling.decode(
+        model,
+        loaded.params,
+        [*prompts, *[[0]] * spare],
+        sampling.start(model, loaded.params, rows),
+        max_new_tokens=max_new_tokens,
+        seed=[*seeds, *[0] * spare] if seeds else 0,
+        stop_ids=[id for id in (tokenizer.eos_id,) if id is not None],
+        on_token=is_over,
+        **options,
+    )
+    texts = [tokenizer.decode(ids) for ids in written]
+    return [text[: min((text.find(stop) for stop in stops if stop in text), default=None)] for text in texts]

@@ -1,0 +1,85 @@
+"""Kind `rmt`: the Recurrent Memory Transformer (decoder form, arXiv 2207.06881; FACTS of its public code).
+
+A segment is read as [m memory tokens | T tokens | m memory tokens] under a plain causal mask. What the last layer makes
+of the back memory tokens is the memory that both ends of the next segment start from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lm2_jax.model.layers import Initializer, Layout
+from lm2_jax.model.memory.base import Memory, MemoryKind, Parameters
+
+
+class RMT(MemoryKind):
+    """Memory: hidden states of the memory tokens, float32 [B,m,D]; at a document's start a learned set of them."""
+
+    layer_by_layer = False
+
+    @property
+    def num_memory_tokens(self) -> int:
+        """The m on either side."""
+        return self.config.memory.num_slots
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.num_memory_tokens, self.config.model.d_model
+
+    def parameters(self) -> dict[str, tuple[Initializer, tuple[int, ...]]]:
+        """The memory tokens at a document's start, drawn like embeddings."""
+        initializer = nn.initializers.normal(self.config.model.embedding_std)
+        initializer = nn.with_logical_partitioning(initializer, (None, "embed"))
+        return {"memory_tokens": (initializer, self._shape)}
+
+    def initial(self, parameters: Parameters | None) -> Memory:
+        """The learned memory tokens, [m,D]."""
+        return jnp.zeros(self._shape) if parameters is None else parameters["memory_tokens"]
+
+    def enter(
+        self, parameters: Parameters, x_BSTD: jax.Array, layout: Layout, memory: Memory
+    ) -> tuple[jax.Array, Layout, Memory]:
+        """[m | T | m] of one segment. Memory tokens sit at position 0, where RoPE does not rotate them."""
+        B, S, _, _ = x_BSTD.shape
+        if S != 1:
+            raise ValueError("rmt runs segment by segment: one segment at a time")
+        memory = self.choose_lanes(layout.reset_BS[:, 0], self.init_memory(B, parameters), memory)
+        memory_BSmD = memory[:, None].astype(x_BSTD.dtype)
+        m = memory.shape[1]
+
+        def beside(middle_BST: jax.Array, value: int) -> jax.Array:
+            return jnp.pad(middle_BST, ((0, 0), (0, 0), (m, m)), constant_values=value)
+
+        layout = layout.replace(
+            document_BST=beside((layout.document_BST > 0).astype(jnp.int32), 1),
+            position_BST=beside(layout.position_BST, 0),
+        )
+        return jnp.concatenate([memory_BSmD, x_BSTD, memory_BSmD], axis=2), layout, memory
+
+    def leave(self, y_BSTD: jax.Array, layout: Layout, memory: Memory) -> tuple[jax.Array, Memory]:
+        """The tokens in the middle; the back memory tokens, unless the segment held no token."""
+        m = memory.shape[1]
+        tokens_B = jnp.any(layout.document_BST[:, 0, m:-m] > 0, axis=-1)
+        after_BmD = y_BSTD[:, 0, -m:].astype(jnp.float32)
+        return y_BSTD[:, :, m:-m], self.choose_lanes(tokens_B, after_BmD, memory)
+
+    def finish(
+        self, memory: Memory, block_parameters: None, inputs_LBTD: None, token_BT: jax.Array, ends_BmD: jax.Array
+    ) -> Memory:
+        """The back memory tokens, as in `leave`."""
+        return ends_BmD.astype(jnp.float32)
+
+    def slots(self, memory: Memory) -> jax.Array:
+        """The memory tokens."""
+        return memory[None]
+
+    def shares(self, looks: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+        """Tokens read the front memory tokens; the back ones, which become the memory, read the tokens."""
+        m = self.num_memory_tokens
+        shares_LBUU = looks["blocks"]["attention"]["shares"][0]
+        return shares_LBUU[:, :, m:-m, :m], shares_LBUU[:, :, -m:, m:-m]

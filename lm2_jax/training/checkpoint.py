@@ -1,0 +1,221 @@
+"""Checkpoints: Orbax, asynchronous and atomic, verified when they are read.
+
+A checkpoint is a directory named by its step, with four items: `params`, `training` (optimizer state, memory, counts),
+`progress` (JSON: where the data, the curriculum and the counts stand) and `config` (JSON: the run's whole config).
+`progress` holds checksums of every array and of itself, so that a damaged checkpoint is found out and the one before it
+is taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import shutil
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from lm2_jax.common.errors import TrainingFailed, UserError
+from lm2_jax.config import CheckpointConfig, Config
+from lm2_jax.parallel.processes import for_all, is_first, wait_for_all
+from lm2_jax.training.state import TrainState
+
+Progress = dict[str, Any]  # JSON
+
+
+class DamagedError(Exception):
+    """A checkpoint that cannot be read, or whose arrays are not the ones that were saved."""
+
+
+class Checkpoints:
+    """The checkpoints of one run directory."""
+
+    def __init__(self, run_dir: Path, config: CheckpointConfig, read_only: bool = False) -> None:
+        """Opens run_dir/checkpoints, which is made if it is not there; what an interrupted save left is removed.
+
+        read_only: nothing is made or removed. Raises UserError if there can be no such directory.
+        """
+        for noisy in ("absl", "asyncio"):  # Orbax reports every save, and an error many times over
+            logging.getLogger(noisy).setLevel(logging.CRITICAL)
+        self.directory = (run_dir / "checkpoints").absolute()
+        self._config = config
+        self._read_only = read_only
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.LatestN(self._config.keep),
+            save_decision_policy=checkpoint_managers.FixedIntervalPolicy(1),  # train.py decides when
+            cleanup_tmp_directories=not self._read_only,
+            enable_async_checkpointing=True,
+            read_only=self._read_only,
+        )
+        if not self._read_only:
+            try:
+                self.directory.mkdir(exist_ok=True)
+            except OSError as error:
+                raise UserError(f"{self.directory} is no directory to save checkpoints in ({error.strerror})") from None
+        return ocp.CheckpointManager(self.directory, options=options)
+
+    def save(self, state: TrainState, progress: Progress, config: Config) -> None:
+        """Starts to save; returns once the arrays are copied. The checkpoint appears under its step when complete.
+
+        Raises TrainingFailed if this or the save before could not be written.
+        """
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        params, training = _split(state)
+        checksums = _checksums(params, training, progress)
+        with self._writing():
+            needed = 2**20 + sum(leaf.nbytes for leaf in jax.tree.leaves((params, training)))
+            free = shutil.disk_usage(self.directory).free
+            if free < needed:  # Orbax would find out late, and at length
+                raise OSError(errno.ENOSPC, f"it needs {needed:,} bytes, the disk has {free:,} left")
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(params),
+                    training=ocp.args.StandardSave(training),
+                    progress=ocp.args.JsonSave({**progress, "checksums": checksums}),
+                    config=ocp.args.JsonSave(config.model_dump(mode="json")),
+                ),
+            )
+
+    def steps(self) -> list[int]:
+        """Of the checkpoints that are complete, newest first."""
+        return sorted(self._manager.all_steps(), reverse=True)
+
+    def restore_latest(self, like: TrainState, shardings: TrainState) -> tuple[TrainState, Progress] | None:
+        """The newest checkpoint that is whole, placed by `shardings`; None if there is none at all.
+
+        A damaged one is named on standard error and moved aside, to `damaged_checkpoints/`.
+        Raises UserError if every checkpoint is damaged.
+        """
+        steps = self.steps()
+        for step in steps:
+            restored, problem = None, ""
+            try:
+                restored = self.restore(step, like, shardings)
+            except DamagedError as error:
+                problem = f" ({error})"
+            if for_all(restored is not None):
+                return restored
+            aside = self._move_aside(step)
+            print(f"warning: checkpoint {step} is damaged{problem}; moved to {aside}", file=sys.stderr)
+        if steps:
+            raise UserError(
+                f"{self.directory}: all {len(steps)} checkpoints were damaged and moved aside; "
+                "start again in another train.run_dir, or run once more to start this one afresh"
+            )
+        return None
+
+    def wait(self) -> None:
+        """Until every save that was started is on disk. Raises TrainingFailed if one could not be written."""
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Finishes the saves and ends Orbax's threads. Raises TrainingFailed as `wait`."""
+        with self._writing():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except jax.errors.JaxRuntimeError:  # of the devices or of another process, not of the disk
+            raise
+        except Exception as error:  # whatever Orbax or TensorStore make of a full or failing disk
+            left = f"the newest whole one is {max(self.steps())}" if self.steps() else "there is none yet"
+            raise TrainingFailed(
+                f"{self.directory}: a checkpoint could not be saved ({first_line(error)}); {left}. When the disk can "
+                "be written to, the same command goes on"
+            ) from error
+
+    def restore(self, step: int, like: TrainState, shardings: TrainState) -> tuple[TrainState, Progress]:
+        """One checkpoint, placed by `shardings`. Raises DamagedError if it is not what was saved."""
+
+        def target(x: jax.Array, sharding: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        params, training = _split(jax.tree.map(target, like, shardings))
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(params),
+                    training=ocp.args.StandardRestore(training),
+                    progress=ocp.args.JsonRestore(),
+                ),
+            )
+            saved = restored.progress.pop("checksums")
+        except Exception as error:  # whatever Orbax, TensorStore or JSON make of damaged files
+            if _lacks_resources(error):
+                raise
+            raise DamagedError(first_line(error)) from error
+        found = _checksums(restored.params, restored.training, restored.progress)
+        if found != saved:
+            raise DamagedError("its contents fail their checksums")
+        return TrainState(params=restored.params, **restored.training), restored.progress
+
+    def _move_aside(self, step: int) -> Path:
+        self._manager.close()
+        aside = self.directory.parent / "damaged_checkpoints"
+        aside.mkdir(exist_ok=True)
+        number = 0
+        while (target := aside / f"{step}{f'.{number}' if number else ''}").exists():
+            number += 1
+        wait_for_all(f"name for {step}")
+        if is_first():
+            (self.directory / str(step)).rename(target)
+        wait_for_all(f"moved {step}")
+        self._manager = self._open()
+        return target
+
+
+def _split(state: TrainState) -> tuple[Any, dict[str, Any]]:
+    training = {name: getattr(state, name) for name in state.__dataclass_fields__ if name != "params"}
+    return state.params, training
+
+
+@jax.jit
+def _checksum_arrays(tree: Any) -> jax.Array:
+    def checksum(x: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(x, jnp.uint32).reshape(-1)
+        place = 2 * jax.lax.iota(jnp.uint32, bits.size) + 1  # odd: no bit of a value is lost in the product
+        return jnp.sum(bits * place, dtype=jnp.uint32)
+
+    return jnp.stack([checksum(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def array_checksums(tree: Any) -> list[int]:
+    """One 32-bit number per array, the same on any mesh: integer sums do not depend on their order."""
+    return jax.device_get(_checksum_arrays(tree)).tolist()
+
+
+def _checksums(params: Any, training: Any, progress: Progress) -> list[int]:
+    """Of every array, parameters first, and of `progress`."""
+    text = json.dumps(progress, sort_keys=True)
+    return [*array_checksums((params, training)), zlib.crc32(text.encode())]
+
+
+def _lacks_resources(error: Exception) -> bool:
+    """Whether an error is about this process or machine, and says nothing about a file's contents."""
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES):
+        return True
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
+def first_line(error: Exception) -> str:
+    """An error's type and the first line of its message, for a message of our own."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else 'no details'}"

@@ -1,0 +1,156 @@
+"""What a run tells: progress on the terminal, metrics.jsonl, TensorBoard, pictures and summary.json."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+from lm2_jax.common.errors import TrainingFailed
+from lm2_jax.common.files import write_atomically
+
+Record = dict[str, Any]
+
+
+def drop_records_after(path: Path, step: int) -> None:
+    """Cuts metrics.jsonl back to `step`, where a resumed run goes on; a half-written last line goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            break
+    write_atomically(path, "".join(kept))
+
+
+def read_records(path: Path) -> list[Record]:
+    """The lines of a metrics.jsonl; one that is being written, without its end, is left out.
+
+    Raises OSError, or ValueError for what is no metrics.jsonl.
+    """
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+class Reporter:
+    """Writes one record per step; use as a context manager."""
+
+    def __init__(self, run_dir: Path, first_step: int, last_step: int) -> None:
+        from lm2_jax.training.tensorboard import Board  # imports torch, where there is one, which takes seconds
+
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        self._board = Board(run_dir / "tensorboard", first_step + 1)
+        self._last = last_step
+        self._stage, self._stage_first, self._stage_began = "", first_step, time.monotonic()
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), console=self.console
+        )
+        self._task = self._bar.add_task("training", total=last_step, completed=first_step, note="")
+
+    def __enter__(self) -> Reporter:
+        if self.console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.console.is_terminal:
+            self._bar.stop()
+        with contextlib.suppress(OSError):  # a full disk was reported when it was written to
+            self._board.close()
+            self._file.close()
+
+    def say(self, text: str | Table) -> None:
+        """A line for people, or a table."""
+        self.console.print(text, markup=False)
+
+    def record(self, records: Iterable[Record]) -> None:
+        """Appends records to metrics.jsonl, durably, and to TensorBoard. Numbers that are not finite become null.
+
+        Raises TrainingFailed if they cannot be written.
+        """
+        try:
+            for record in records:
+                self._file.write(json.dumps({key: _finite(value) for key, value in record.items()}) + "\n")
+                self._board.add(record)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._board.flush()
+        except OSError as error:
+            raise TrainingFailed(
+                f"{self._file.name}: cannot be written ({error.strerror}). When the disk can be written to, the same "
+                "command goes on from the newest checkpoint"
+            ) from None
+
+    def show(self, record: Record, stage: str) -> None:
+        """The newest record as a line, with the time that is left if its stage, and its speed, are to last."""
+        step, now = record["step"], time.monotonic()
+        left = (now - self._stage_began) / max(step - self._stage_first, 1) * (self._last - step)
+        if stage != self._stage:
+            self._stage, self._stage_first, self._stage_began = stage, step, now
+        parts = [f"step {step}/{self._last}", f"loss {record['loss']:.4f}"]
+        if record.get("accuracy") is not None:
+            parts.append(f"answers {record['accuracy']:.1%}")
+        if record.get("validation_loss") is not None:
+            parts.append(f"validation {record['validation_loss']:.4f}")
+        parts += [stage, f"{record['tokens_per_second']:,.0f} tokens/s", f"{clock(left)} left"]
+        if self.console.is_terminal:
+            self._bar.update(self._task, completed=step, note="  ".join(parts))
+        else:
+            self.say("  ".join(parts))
+
+
+class SilentReporter(contextlib.AbstractContextManager):
+    """What all processes of a run but the first report: nothing."""
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def say(self, text: str | Table) -> None:
+        """Nothing, as `record` and `show`."""
+
+    def record(self, records: Iterable[Record]) -> None:
+        """Nothing."""
+
+    def show(self, record: Record, stage: str) -> None:
+        """Nothing."""
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{second:02}" if hours else f"{minutes}:{second:02}"
+
+
+def accuracy_table(table: Sequence[Mapping[str, Any]], trained_segments: int) -> Table:
+    """The accuracy of evals/stories.py, for the terminal."""
+    shown = Table(title="Accuracy by context length (exact match, held-out stories)")
+    for column in ("questions", "segments", "tokens", "accuracy", "95% interval", "asked"):
+        shown.add_column(column, justify="left" if column == "questions" else "right")
+    for cell in table:
+        ratio = cell["segments"] / trained_segments
+        shown.add_row(
+            cell["questions"],
+            f"{cell['segments']}{' (trained)' if ratio == 1 else f' ({ratio:g}x)' if ratio > 1 else ''}",
+            f"{cell['tokens']:,}",
+            f"{cell['accuracy']:.1%}",
+            f"{cell['low']:.1%} - {cell['high']:.1%}",
+            f"{cell['asked']:,}",
+        )
+    return shown
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

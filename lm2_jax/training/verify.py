@@ -1,0 +1,101 @@
+"""Checks a run directory without changing it: `python -m lm2_jax.train --verify RUN_DIR`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from lm2_jax.common.errors import TrainingFailed, UserError
+from lm2_jax.config import replace
+from lm2_jax.model import build_model
+from lm2_jax.parallel.mesh import make_mesh, use_mesh
+from lm2_jax.training.checkpoint import Checkpoints, DamagedError
+from lm2_jax.training.optim import make_optimizer
+from lm2_jax.training.run_dir import read_run_config
+from lm2_jax.training.state import abstract_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """About one part of a run directory; `problem` is empty where it is sound."""
+
+    part: str
+    problem: str
+    detail: str = ""
+
+
+def verify(run_dir: Path) -> None:
+    """Says what is sound in a run directory and what is not. Raises TrainingFailed if anything is not."""
+    unsound = 0
+    for finding in verify_run(run_dir):
+        print(f"{finding.part}: {finding.problem or f'sound ({finding.detail})'}", flush=True)
+        unsound += bool(finding.problem)
+    if unsound:
+        raise TrainingFailed(f"{run_dir}: {unsound} part(s) unsound")
+
+
+def verify_run(run_dir: Path) -> Iterator[Finding]:
+    """Findings on config.yaml, every checkpoint (newest first), metrics.jsonl and summary.json.
+
+    Each array of a checkpoint is read, and compared with its checksum. Raises UserError if it is no run directory.
+    """
+    config = read_run_config(run_dir)
+    if config is None:
+        raise UserError(f"{run_dir}: no run directory (no config.yaml)")
+    yield Finding("config.yaml", "", f"{config.memory.kind}, {config.train.steps} steps")
+
+    config = replace(config, mesh={"data": 1, "fsdp": 1, "tensor": 1})
+    mesh = make_mesh(config, jax.devices()[:1])
+    newest = 0
+    with use_mesh(mesh), contextlib.closing(Checkpoints(run_dir, config.checkpoint, read_only=True)) as checkpoints:
+        model, optimizer = build_model(config), make_optimizer(config.optim)
+        state, shardings = abstract_state(model, optimizer, mesh, config.data.batch_size)
+        for step in checkpoints.steps():
+            try:
+                _, progress = checkpoints.restore(step, state, shardings)
+            except DamagedError as error:
+                yield Finding(f"checkpoints/{step}", f"damaged: {error}")
+            else:
+                newest = max(newest, step)
+                yield Finding(f"checkpoints/{step}", "", f"whole, {progress['tokens']:,} tokens read")
+    if not newest:
+        yield Finding("checkpoints", "no whole checkpoint: the run would start afresh")
+    yield _metrics(run_dir, newest)
+    if (run_dir / "summary.json").exists():
+        yield _summary(run_dir)
+
+
+def _metrics(run_dir: Path, newest: int) -> Finding:
+    """A run that goes on cuts its metrics back to the newest checkpoint; until there, no step may be missing."""
+    part = "metrics.jsonl"
+    try:
+        lines = (run_dir / part).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        return Finding(part, f"cannot be read ({error})")
+    step = 0
+    for number, line in enumerate(lines, 1):
+        try:
+            found = json.loads(line)["step"]
+        except (ValueError, TypeError, KeyError):
+            if number == len(lines):  # cut short by a kill; it is left out on resuming
+                break
+            return Finding(part, f"line {number} is no record: {line[:60]!r}")
+        if found != step + 1:
+            return Finding(part, f"line {number} is of step {found}; expected {step + 1}")
+        step = found
+    if step < newest:
+        return Finding(part, f"ends at step {step}, before the newest checkpoint ({newest})")
+    return Finding(part, "", f"steps 1 to {step}")
+
+
+def _summary(run_dir: Path) -> Finding:
+    try:
+        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+        return Finding("summary.json", "", f"complete, step {summary['step']}")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        return Finding("summary.json", f"cannot be read ({error})")
