@@ -48,7 +48,7 @@ def main() -> None:
         raise UserError(f"--output: found {arguments.output}; its directory does not exist")
     config = load_config(arguments.config, arguments.set)
     figures = compile_for(
-        config, arguments.topology, arguments.slices, arguments.program, say=print, keep=arguments.hlo
+        config, arguments.topology, arguments.slices, arguments.program, log=print, keep=arguments.hlo
     )
     for name, program in figures["programs"].items():
         print(f"\n{name} step\n" + describe(program))
@@ -64,7 +64,7 @@ def compile_for(
     topology_name: str,
     slices: int = 1,
     program: str = "both",
-    say: Callable[[str], None] = lambda text: None,
+    log: Callable[[str], None] = lambda text: None,
     keep: Path | None = None,
 ) -> Figures:
     """Figures of a config's programs on a topology. program: train, decode or both. keep: directory for HLO texts.
@@ -76,7 +76,7 @@ def compile_for(
     config = with_vocabulary(config)
     programs = Programs(config, devices)
     mesh_shape = dict(programs.mesh.shape)
-    say(
+    log(
         f"{config.memory.kind}: {programs.parameters:,} parameters, {topology_name}"
         f"{f' x {slices} slices' if slices > 1 else ''} ({' x '.join(f'{a} {n}' for a, n in mesh_shape.items())})"
     )
@@ -90,12 +90,12 @@ def compile_for(
         "config": config.model_dump(mode="json"),
     }
     lowerings = {"train": programs.lower_train_step, "decode": programs.lower_decode_step}
-    if not programs.model.kind.token_by_token:
+    if not programs.model.kind.is_causal:
         del lowerings["decode"]
     for name, lower in lowerings.items():
         if program not in (name, "both"):
             continue
-        say(f"compiling the {name} step ...")
+        log(f"compiling the {name} step ...")
         lowered, tokens = lower()
         began = time.monotonic()
         try:

@@ -42,7 +42,7 @@ _ROWS = 8  # decoded at once
 
 
 @dataclasses.dataclass(frozen=True)
-class Runner:
+class Program:
     """A compiled program that can be run again and again.
 
     Attributes:
@@ -57,18 +57,18 @@ class Runner:
 
 
 @dataclasses.dataclass(frozen=True)
-class Race:
+class Comparison:
     """Programs to be compared: each is made from a config when its turn to compile comes."""
 
     title: str
-    make: Callable[[Config], Runner]
-    entrants: Mapping[str, Config]  # the first is what the others are compared with
+    make: Callable[[Config], Program]
+    variants: Mapping[str, Config]  # the first is what the others are compared with
 
 
 # --- What runs -----------------------------------------------------------------------------------------------------
 
 
-def train_runner(config: Config) -> Runner:
+def train_runner(config: Config) -> Program:
     """The train step that `train` runs, on the config's last stage."""
     model, optimizer, mesh = build_model(config), make_optimizer(config.optim), make_mesh(config)
     B, stage = config.data.batch_size, config.stages[-1]
@@ -83,7 +83,7 @@ def train_runner(config: Config) -> Runner:
             held[0], metrics = step(held[0], batch)
         jax.block_until_ready(metrics)
 
-    return Runner(run, B * stage.segments * stage.segment_length, config)
+    return Program(run, B * stage.segments * stage.segment_length, config)
 
 
 def random_window(B: int, stage: StageConfig, vocab_size: int) -> dict[str, np.ndarray]:
@@ -98,7 +98,7 @@ def random_window(B: int, stage: StageConfig, vocab_size: int) -> dict[str, np.n
     }
 
 
-def decode_runner(config: Config) -> Runner:
+def decode_runner(config: Config) -> Program:
     """A whole segment decoded token by token, its end (where memory is written) included."""
     model, T = build_model(config), config.stages[-1].segment_length
     params = jax.jit(lambda key: model.init(key, np.zeros((1, 1), np.int32), model.init_memory(1))["params"])(
@@ -112,33 +112,35 @@ def decode_runner(config: Config) -> Runner:
             logits_BV, held[0] = sampling.advance(model, params, tokens_BQ, count_B, held[0])
         jax.block_until_ready(logits_BV)
 
-    return Runner(run, _ROWS * T, config)
+    return Program(run, _ROWS * T, config)
 
 
 # --- What is compared ----------------------------------------------------------------------------------------------
 
 
-def races(config: Config) -> Iterator[Race]:
+def comparisons(config: Config) -> Iterator[Comparison]:
     """All of a config, whose memory is lm2."""
     stage = config.stages[-1]
     S, T = stage.segments, stage.segment_length
     config = _windows(config, S, T)
     kinds = _kinds(config)
-    yield Race("Training, by kind of memory (equal parameters, equal tokens)", train_runner, kinds)
-    yield Race("Decoding a segment, by kind of memory", decode_runner, kinds)
+    yield Comparison("Training, by kind of memory (equal parameters, equal tokens)", train_runner, kinds)
+    yield Comparison("Decoding a segment, by kind of memory", decode_runner, kinds)
     schedules = {name: replace(config, train={"schedule": name}) for name in ("segment", "layer")}
-    yield Race("Training, by schedule", train_runner, schedules)
+    yield Comparison("Training, by schedule", train_runner, schedules)
     lengths = (S, 2 * S, 4 * S)
-    yield Race("Training, by segments in a window", train_runner, {f"S {s}": _windows(config, s, T) for s in lengths})
+    yield Comparison(
+        "Training, by segments in a window", train_runner, {f"S {s}": _windows(config, s, T) for s in lengths}
+    )
     slots = (config.memory.num_slots, 2 * config.memory.num_slots, 4 * config.memory.num_slots)
     by_slots = {f"N {n}": replace(config, memory={"num_slots": n}) for n in slots}
-    yield Race("Training, by slots", train_runner, by_slots)
-    yield Race("Decoding a segment, by slots", decode_runner, by_slots)
+    yield Comparison("Training, by slots", train_runner, by_slots)
+    yield Comparison("Decoding a segment, by slots", decode_runner, by_slots)
     # full attention over the whole window, beside segments that share it through memory
     contexts = {f"lm2, {s} x {T}": _windows(config, s, T) for s in lengths}
     contexts |= {f"none, 1 x {s * T}": _windows(kinds["none"], 1, s * T) for s in lengths}
-    yield Race("Training, by context: segments with memory, and full attention", train_runner, contexts)
-    yield Race("Decoding, by context: segments with memory, and full attention", decode_runner, contexts)
+    yield Comparison("Training, by context: segments with memory, and full attention", train_runner, contexts)
+    yield Comparison("Decoding, by context: segments with memory, and full attention", decode_runner, contexts)
 
 
 def _kinds(config: Config) -> dict[str, Config]:
@@ -160,17 +162,17 @@ def _windows(config: Config, segments: int, segment_length: int) -> Config:
 # --- Measuring -----------------------------------------------------------------------------------------------------
 
 
-def measure(race: Race, rounds: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def measure(race: Comparison, rounds: int, log: Callable[[str], None]) -> list[dict[str, Any]]:
     """Seconds of a run of every entrant (least, median, largest of `rounds` turns), and what follows from them."""
     runners, repeats = {}, {}
-    for name, config in race.entrants.items():
-        say(f"compiling: {name}")
+    for name, config in race.variants.items():
+        log(f"compiling: {name}")
         runners[name] = race.make(config)
         runners[name].run(1)
         repeats[name] = max(1, round(_LEAST_SECONDS / max(_seconds(runners[name], 1), 1e-6)))
     turns: dict[str, list[float]] = {name: [] for name in runners}
     for number in range(rounds):
-        say(f"round {number + 1} of {rounds}")
+        log(f"round {number + 1} of {rounds}")
         for name, runner in runners.items():
             turns[name].append(_seconds(runner, repeats[name]))
     per_token = {name: np.array(turns[name]) / runner.tokens for name, runner in runners.items()}
@@ -192,13 +194,13 @@ def measure(race: Race, rounds: int, say: Callable[[str], None]) -> list[dict[st
     return rows
 
 
-def _seconds(runner: Runner, times: int) -> float:
+def _seconds(runner: Program, times: int) -> float:
     began = time.perf_counter()
     runner.run(times)
     return (time.perf_counter() - began) / times
 
 
-def table_of(race: Race, rows: Sequence[Mapping[str, Any]]) -> Table:
+def table_of(race: Comparison, rows: Sequence[Mapping[str, Any]]) -> Table:
     """For people: medians, and the time a token takes as a multiple of the first row's."""
     table = Table(title=race.title, title_justify="left")
     for header in ("", "parameters", "tokens", "ms", "tokens/s", "time a token", "range"):
@@ -230,9 +232,9 @@ def main() -> None:
     config = with_vocabulary(load_config(arguments.config, arguments.set))
     if config.memory.kind != "lm2":
         raise UserError(f"memory.kind: found {config.memory.kind}; bench compares a config of lm2 with none and rmt")
-    wanted = [race for race in races(config) if arguments.only.lower() in race.title.lower()]
+    wanted = [race for race in comparisons(config) if arguments.only.lower() in race.title.lower()]
     if not wanted:
-        titles = "\n".join(f"  {race.title}" for race in races(config))
+        titles = "\n".join(f"  {race.title}" for race in comparisons(config))
         raise UserError(f"--only: found {arguments.only!r}, which is in no title; there are\n{titles}")
     console, device = Console(highlight=False, soft_wrap=True), jax.devices()[0].device_kind
     console.print(

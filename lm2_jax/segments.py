@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from lm2_jax.common.errors import UserError
 from lm2_jax.model.decoder import Decoder, gate_name
 from lm2_jax.model.memory.base import Memory
-from lm2_jax.parallel.fsdp import constrain
+from lm2_jax.parallel.fsdp import with_logical_constraint
 
 Schedule = Literal["auto", "segment", "layer"]
 
@@ -104,15 +104,15 @@ def run_window(
         keys_S = None if dropout_key is None else jax.random.split(dropout_key, tokens_BST.shape[1])
         memory, (hidden_SBTD, gates) = jax.lax.scan(body, memory, (arrays, keys_S), unroll=model.config.train.unroll)
         hidden_BSTD = jnp.moveaxis(hidden_SBTD, 0, 1)
-    hidden_BSTD = constrain(hidden_BSTD, "batch", None, None, "activation")
+    hidden_BSTD = with_logical_constraint(hidden_BSTD, "batch", None, None, "activation")
     return hidden_BSTD, memory, _mean_by_name(gates)
 
 
 def choose_schedule(model: Decoder, schedule: Schedule) -> Literal["segment", "layer"]:
     """What `auto` means for this model. Raises UserError if the kind does not allow the schedule asked for."""
     if schedule == "auto":
-        return "layer" if model.kind.layer_by_layer else "segment"
-    if schedule == "layer" and not model.kind.layer_by_layer:
+        return "layer" if model.kind.supports_layer_schedule else "segment"
+    if schedule == "layer" and not model.kind.supports_layer_schedule:
         raise UserError(f"schedule layer: memory.kind {model.config.memory.kind} allows segment only")
     return schedule
 

@@ -115,11 +115,11 @@ def train(config: Config) -> dict[str, Any]:
         reporter = Reporter(run_dir, first_step, config.train.steps) if is_first() else SilentReporter()
         cleanup.enter_context(reporter)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-        reporter.say(f"{config.memory.kind}: {parameters:,} parameters, {_describe(mesh)}, run directory {run_dir}")
+        reporter.log(f"{config.memory.kind}: {parameters:,} parameters, {_describe(mesh)}, run directory {run_dir}")
         if restored is not None:
-            reporter.say(f"resuming after step {first_step}")
+            reporter.log(f"resuming after step {first_step}")
         elif config.train.init_from:
-            reporter.say(f"starting from the weights of {config.train.init_from}")
+            reporter.log(f"starting from the weights of {config.train.init_from}")
         log = _Log(reporter, progress, config.train.max_skipped_steps)
         stages, windows = config.stages, None
         stopped = False
@@ -163,15 +163,15 @@ def train(config: Config) -> dict[str, Any]:
             log.flush("")
             checkpoints.save(state, progress, config)
             checkpoints.wait()
-            reporter.say(f"stopped after step {progress['step']}; the same command goes on from there")
+            reporter.log(f"stopped after step {progress['step']}; the same command goes on from there")
             raise KeyboardInterrupt
         checkpoints.wait()
 
         # --- The end: accuracy by length, pictures, summary ----------------------------------------------------------
         table: list[Accuracy] = []
         if config.data.source == "stories":
-            table = accuracy_by_length(config, model, pipeline, mesh, state, shardings, reporter.say)
-            reporter.say(accuracy_table(table, stages[-1].segments))
+            table = accuracy_by_length(config, model, pipeline, mesh, state, shardings, reporter.log)
+            reporter.log(accuracy_table(table, stages[-1].segments))
         if not is_first():
             return {}
         records = read_records(run_dir / "metrics.jsonl")
@@ -189,7 +189,7 @@ def train(config: Config) -> dict[str, Any]:
             plot_runs(written[-1], [Run(run_dir.name, records, table)], ("loss", "answers", "length"))
         except UserError:  # no loss was finite
             written.pop()
-        reporter.say(f"written: {' and '.join(map(str, written))}")
+        reporter.log(f"written: {' and '.join(map(str, written))}")
     return summary
 
 
@@ -273,7 +273,7 @@ class _Log:
         self._reporter.record(records)
         for record in records:
             for warning in self._health.look(record):
-                self._reporter.say(f"warning: {warning}")
+                self._reporter.log(f"warning: {warning}")
         self._reporter.show(records[-1], stage)
         if self._max_skipped and records[-1]["skipped_in_a_row"] >= self._max_skipped:
             raise TrainingFailed(

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
 from lm2_jax.model import attention as module
-from lm2_jax.model.attention import attention, attention_shares
+from lm2_jax.model.attention import attention, attention_weights
 
 B, T, U, K = 2, 256, 128, 64
 
@@ -72,5 +72,5 @@ def test_shares_are_what_attention_mixes_by(H, G):
     seen_BU = jnp.arange(K) < jnp.array([[K], [10]])
     groups = {"groups_BT": jnp.ones((B, T), jnp.int32), "groups_BU": seen_BU.astype(jnp.int32)}
     mixed_BTHU = attention(q_BTHK, k_BUGK, one_hot_BUGU, **groups)
-    shares_BTU = attention_shares(q_BTHK, k_BUGK, seen_BU[:, None])
+    shares_BTU = attention_weights(q_BTHK, k_BUGK, seen_BU[:, None])
     np.testing.assert_allclose(shares_BTU, mixed_BTHU.mean(2), atol=1e-5)

@@ -21,13 +21,13 @@ def run(monkeypatch, tmp_path, *arguments):
 
 
 def test_races_are_at_equal_parameters_and_equal_tokens():
-    races = {race.title: race for race in bench.races(parse_config(TINY, SMALL))}
-    kinds = races["Training, by kind of memory (equal parameters, equal tokens)"].entrants
+    comparisons = {race.title: race for race in bench.comparisons(parse_config(TINY, SMALL))}
+    kinds = comparisons["Training, by kind of memory (equal parameters, equal tokens)"].variants
     assert list(kinds) == ["none", "lm2", "rmt"]
     counts = [bench.parameters(config) for config in kinds.values()]
     assert max(counts) - min(counts) <= 3 * kinds["lm2"].model.d_model
     assert len({(c.stages[-1].segments, c.stages[-1].segment_length, c.data.batch_size) for c in kinds.values()}) == 1
-    contexts = races["Training, by context: segments with memory, and full attention"].entrants
+    contexts = comparisons["Training, by context: segments with memory, and full attention"].variants
     assert [c.stages[-1].segments * c.stages[-1].segment_length for c in contexts.values()] == [32, 64, 128] * 2
     assert {c.stages[-1].segments for name, c in contexts.items() if name.startswith("none")} == {1}
 

@@ -17,7 +17,7 @@ from lm2_jax.common.errors import UserError, run_command
 from lm2_jax.decoding.sampling import generate
 from lm2_jax.evals import harness, mmlu, scoring
 from lm2_jax.evals.model import load_for_evaluation
-from lm2_jax.evals.results import Finished
+from lm2_jax.evals.results import ResultLog
 from lm2_jax.evaluate import main
 from lm2_jax.parallel.mesh import use_mesh
 from lm2_jax.segments import run_segments
@@ -137,7 +137,7 @@ def test_what_looks_ahead_is_refused(tmp_path):
 def make_model(loaded, finished=None):
     from lm2_jax.evals.harness_model import HarnessModel
 
-    return HarnessModel(loaded, finished or Finished(None, {}, ("request",)), lambda _: None)
+    return HarnessModel(loaded, finished or ResultLog(None, {}, ("request",)), lambda _: None)
 
 
 def ask(loaded, kind, *arguments, **options):

@@ -210,9 +210,9 @@ def check_page(written, names):
     assert all(loaded.startswith("data:") for loaded in page.loaded)
     assert len([loaded for loaded in page.loaded if loaded.startswith("data:image/png")]) == len(names)
     assert not re.search(r"https?://|@import|url\(", written[0].read_text(encoding="utf-8"))
-    for shown in page.maps:
-        assert len(base64.b64decode(shown["float32"])) == 4 * len(shown["rows"]) * len(shown["columns"])
-        assert len(shown["rows"]) <= pictures.MOST_COLUMNS and len(shown["columns"]) <= pictures.MOST_COLUMNS
+    for short_repr in page.maps:
+        assert len(base64.b64decode(short_repr["float32"])) == 4 * len(short_repr["rows"]) * len(short_repr["columns"])
+        assert len(short_repr["rows"]) <= pictures.MOST_COLUMNS and len(short_repr["columns"]) <= pictures.MOST_COLUMNS
 
 
 @pytest.mark.parametrize(

@@ -219,7 +219,7 @@ def test_reset_lane_is_a_fresh_lane(kind):
     fresh = apply(model, params, batch, model.init_memory(B, params))
     carried = apply(model, params, batch, memory)
     expected = jnp.where(reset_B[:, None, None], fresh[0], carried[0])
-    assert_same((got[0], got[1]), (expected, model.kind.choose_lanes(reset_B, fresh[1], carried[1])))
+    assert_same((got[0], got[1]), (expected, model.kind.select_lanes(reset_B, fresh[1], carried[1])))
     if kind != "none":
         assert relative_difference(fresh[0], carried[0]) > 1e-3
 

@@ -307,8 +307,8 @@ def _pilots(results: Sequence[Result], picture: Path) -> str:
         name = result["labels"]["model"]
         axis.plot(tokens, accuracy, label=name, color=plt.cm.tab20(number % 20))
         learnt = next((t for t, a in zip(tokens, accuracy, strict=True) if a >= 0.9), None)
-        shown = f"at {learnt:.1f} M" if learnt else f"not in {tokens[-1]:.1f} M"
-        rows.append([name, str(model["d_ff"]), str(data["batch_size"]), f"{accuracy[-1]:.0%}", shown])
+        steps = f"at {learnt:.1f} M" if learnt else f"not in {tokens[-1]:.1f} M"
+        rows.append([name, str(model["d_ff"]), str(data["batch_size"]), f"{accuracy[-1]:.0%}", steps])
     axis.set(xlabel="tokens, millions", ylabel="answers right in training, one segment of 64 tokens", ylim=(0.4, 1))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -327,8 +327,10 @@ def _second_stage(results: Sequence[Result]) -> str:
         labels, curves = result["labels"], result["curves"]
         places = _last_stage(curves)
         start = curves["step"][places[0]] - 25
-        shown = [f"{curves['accuracy'][i]:.0%} at {curves['step'][i] - start}" for i in (*places[5::6], places[-1])]
-        rows.append([labels["weights"], labels["model"], str(labels["seed"]), ", ".join(dict.fromkeys(shown))])
+        steps = [
+            f"{curves['accuracy'][i]:.0%} at {curves['step'][i] - start}" for i in (*places[5::6], places[-1])
+        ]
+        rows.append([labels["weights"], labels["model"], str(labels["seed"]), ", ".join(dict.fromkeys(steps))])
     table = _table(["weights at first", "change", "seed of the data", "answers right in training, at step"], rows)
     title = "## What it takes to use the memory (lm2, two segments of 32 tokens; means of 25 steps)"
     return "\n".join([title, "", *table, ""])

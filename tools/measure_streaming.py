@@ -54,7 +54,7 @@ def main() -> None:
     if len(blocks) < 2 * turns + ROWS:
         raise UserError(f"--text: {arguments.text} has {len(ids):,} tokens; give more, or fewer --turns")
 
-    def read(block: np.ndarray, state: decoding.Unfinished) -> tuple[float, decoding.Unfinished]:
+    def read(block: np.ndarray, state: decoding.DecodeState) -> tuple[float, decoding.DecodeState]:
         """Microseconds per token, and the state after the block."""
         began = time.perf_counter()
         logits_BV, state = decoding.read(model, params, block, state)

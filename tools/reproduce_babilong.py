@@ -355,7 +355,7 @@ def _changed(config: Config, *changes: Changes) -> Config:
 # --- Running -------------------------------------------------------------------------------------------------------
 
 
-class Runner:
+class Program:
     """Trains cells, several at a time, each on its share of the cores, and keeps their results."""
 
     def __init__(self, output: Path, files: Files, workers: int, only: str, until: float) -> None:
@@ -533,7 +533,7 @@ def run(preset: Preset, arguments: argparse.Namespace) -> None:
         raise UserError(f"--babi: {files['babi']} is no directory; give the one with qa1_..._test.txt")
     plan = Plan(preset, files)
     until = time.monotonic() + arguments.hours * 3600
-    runner = Runner(arguments.output, files, arguments.workers, arguments.only, until)
+    runner = Program(arguments.output, files, arguments.workers, arguments.only, until)
     if arguments.write_configs:
         for cell in plan.grid():
             print(runner.write_config(cell))

@@ -10,7 +10,7 @@ from lm2_jax.common.errors import UserError
 _LONGEST_SHOWN = 200
 
 
-def read_small(path: Path, most: int) -> bytes:
+def read_limited(path: Path, most: int) -> bytes:
     """The bytes of a file. Raises UserError if it has more than `most`, OSError if it cannot be read."""
     data = bytearray()
     with path.open("rb") as file:
@@ -21,7 +21,7 @@ def read_small(path: Path, most: int) -> bytes:
     return bytes(data)
 
 
-def beside(directory: Path, name: str) -> Path:
+def resolve_inside(directory: Path, name: str) -> Path:
     """The file of a directory that something in it names.
 
     A link may lead to another file of the directory, or out of a snapshot of the Hugging Face hub's cache into its
@@ -29,12 +29,12 @@ def beside(directory: Path, name: str) -> Path:
     """
     is_name = name.isprintable() and name not in ("", "..") and Path(name).name == name
     if not is_name:
-        raise UserError(f"{directory}: {shown(name)} is not the name of a file here")
+        raise UserError(f"{directory}: {short_repr(name)} is not the name of a file here")
     path = directory / name
     try:
         is_file, home, real = path.is_file(), directory.resolve(), path.resolve()
     except OSError as error:
-        raise UserError(f"{directory}: {shown(name)} cannot be read ({error.strerror})") from None
+        raise UserError(f"{directory}: {short_repr(name)} cannot be read ({error.strerror})") from None
     if not is_file:
         raise UserError(f"{path}: is missing, or no plain file")
     blobs = [parent.parent / "blobs" for parent in home.parents if parent.name == "snapshots"]
@@ -43,7 +43,7 @@ def beside(directory: Path, name: str) -> Path:
     return path
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """`repr` of a value, for a message; a long one is cut."""
     try:
         text = repr(value)

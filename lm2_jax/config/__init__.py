@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from pydantic_core import PydanticCustomError
 
 from lm2_jax.common.errors import UserError
-from lm2_jax.common.untrusted import read_small, shown
+from lm2_jax.common.untrusted import read_limited, short_repr
 
 LARGEST = 2**31 - 1  # of whole numbers: an array's sizes are int32
 PositiveInt = Annotated[int, Field(gt=0, le=LARGEST)]
@@ -599,7 +599,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """
     path = Path(path)
     try:
-        text = read_small(path, _LONGEST).decode()
+        text = read_limited(path, _LONGEST).decode()
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -718,7 +718,7 @@ def _explain(item: Mapping[str, Any], key: str) -> list[str]:
         return []  # its items were refused one by one
     expected = _EXPECTED.get(item["type"], item["msg"]).replace("Input should be", "should be")
     expected = expected.replace("Tuple", "list").replace(" after validation", "")  # what YAML calls it
-    return [f"{key}: found {shown(found)}; {expected[0].lower()}{expected[1:]}"]
+    return [f"{key}: found {short_repr(found)}; {expected[0].lower()}{expected[1:]}"]
 
 
 def _known_keys(location: Sequence[str | int]) -> list[str]:

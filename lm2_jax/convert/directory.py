@@ -18,7 +18,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from lm2_jax.common.errors import UserError
-from lm2_jax.common.untrusted import beside
+from lm2_jax.common.untrusted import resolve_inside
 from lm2_jax.config import dump_config, load_config, replace
 from lm2_jax.convert.engine import Checkpoint, Entry, Track, abstract_params, check_names, check_values
 from lm2_jax.convert.tables import Table
@@ -41,10 +41,10 @@ def read(path: Path, track: Track | None = None) -> Checkpoint:
 
     track: also look at every number, with this progress.
     """
-    config = load_config(beside(path, "config.yaml"))
+    config = load_config(resolve_inside(path, "config.yaml"))
     if (name := config.tokenizer.path) is not None:
         try:
-            config = replace(config, tokenizer={"path": str(beside(path, name))})
+            config = replace(config, tokenizer={"path": str(resolve_inside(path, name))})
         except UserError as error:
             raise UserError(f"{path / 'config.yaml'}: tokenizer.path: {error}") from None
     tensors = open_tensors(path, "params")
@@ -54,9 +54,9 @@ def read(path: Path, track: Track | None = None) -> Checkpoint:
         check_values(track(wanted, "checking"), tensors, path)
     memory = None
     if (path / _MEMORY).is_file():
-        if not build_model(config).kind.bank_passes_through:
+        if not build_model(config).kind.shares_one_bank:
             raise UserError(f"{path / _MEMORY}: memory.kind {config.memory.kind} carries no start memory; remove it")
-        found, N = open_tensors(beside(path, _MEMORY), "memory"), config.memory.num_slots
+        found, N = open_tensors(resolve_inside(path, _MEMORY), "memory"), config.memory.num_slots
         lanes = found["memory_bank"].shape[:1] if "memory_bank" in found else (1,)
         bank = [Entry("memory_bank", None, "memory_bank", (), (*lanes, N, N), False)]
         check_names(bank, found, Table({}), path / _MEMORY)
@@ -85,7 +85,7 @@ def write(checkpoint: Checkpoint, directory: Path, track: Track) -> None:
     if checkpoint.origin is not None:
         (directory / "origin").mkdir()
         for name in filter(lambda name: (checkpoint.origin / name).is_file(), _ORIGIN):
-            shutil.copyfile(beside(checkpoint.origin, name), directory / "origin" / name)
+            shutil.copyfile(resolve_inside(checkpoint.origin, name), directory / "origin" / name)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm2_jax.common.errors import UserError
-from lm2_jax.common.untrusted import beside, shown
+from lm2_jax.common.untrusted import resolve_inside, short_repr
 from lm2_jax.config import Config, parse_config
 from lm2_jax.convert.engine import (
     Checkpoint,
@@ -67,7 +67,7 @@ def read(path: Path, overrides: Sequence[str], track: Track) -> Checkpoint:
         return _read_llama(path, theirs, overrides, track)
     if theirs.get("model_type") == _OURS:
         return _read_lm2(path, theirs, overrides, track)
-    found = shown(theirs.get("model_type"))
+    found = short_repr(theirs.get("model_type"))
     raise UserError(f"{path}/config.json: model_type: found {found}; expected llama or {_OURS}")
 
 
@@ -94,7 +94,7 @@ def write(checkpoint: Checkpoint, directory: Path, dtype: str, track: Track) -> 
     write_tokenizer(config, directory)
     for name in _FILES:
         if checkpoint.origin is not None and (checkpoint.origin / name).is_file():
-            shutil.copyfile(beside(checkpoint.origin, name), directory / name)
+            shutil.copyfile(resolve_inside(checkpoint.origin, name), directory / name)
 
 
 # --- Llama ---------------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def _read_lm2(path: Path, theirs: Mapping[str, Any], overrides: Sequence[str], t
     tensors, shapes = open_tensors(path, "model"), abstract_params(config)
     table = lm2(config.model.tie_embeddings)
     wanted = entries(table, shapes, config.num_memory_layers)
-    passes_through, bank = build_model(config).kind.bank_passes_through, []
+    passes_through, bank = build_model(config).kind.shares_one_bank, []
     if config.num_memory_layers:
         name, N, M = _bank_name(config), config.memory.num_slots, config.memory_width
         lanes = tensors[name].shape[:1] if passes_through and name in tensors else (1,) * passes_through
@@ -191,18 +191,18 @@ def _start(checkpoint: Checkpoint) -> list[tuple[str, np.ndarray]]:
     if checkpoint.memory is not None:
         return [(_bank_name(checkpoint.config), checkpoint.memory)]
     start = np.asarray(model.init_memory(1))
-    return [(_bank_name(checkpoint.config), start if model.kind.bank_passes_through else start[0, 0])]
+    return [(_bank_name(checkpoint.config), start if model.kind.shares_one_bank else start[0, 0])]
 
 
 def _bank_name(config: Config) -> str:
-    return "model.memory_bank" if build_model(config).kind.bank_passes_through else "model.initial_bank"
+    return "model.memory_bank" if build_model(config).kind.shares_one_bank else "model.initial_bank"
 
 
 def _config(path: Path, values: dict[str, Any], overrides: Sequence[str], problems: list[str]) -> Config:
     tokenizer = [("tokenizers", path / "tokenizer.json"), ("sentencepiece", path / "tokenizer.model")]
     for kind, file in tokenizer:
         if file.is_file():
-            values["tokenizer"] = {"kind": kind, "path": str(beside(path, file.name))}
+            values["tokenizer"] = {"kind": kind, "path": str(resolve_inside(path, file.name))}
             values["data"] |= {"source": "text", "path": ["text/*.txt"]}
             break
     if problems:

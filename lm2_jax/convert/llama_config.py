@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lm2_jax.common.untrusted import shown
+from lm2_jax.common.untrusted import short_repr
 from lm2_jax.config import LARGEST, Config
 
 _SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -16,10 +16,10 @@ def from_llama(theirs: dict[str, Any], problems: list[str]) -> dict[str, Any]:
     """Sections `model` and `data` of a config; what is missing or not supported is added to `problems`."""
     for key, right in _MUST_BE.items():
         if theirs.get(key, right) != right:
-            problems.append(f"{key}: found {shown(theirs[key])}; only {right!r} is supported")
+            problems.append(f"{key}: found {short_repr(theirs[key])}; only {right!r} is supported")
     tied = theirs.get("tie_word_embeddings", False)
     if not isinstance(tied, bool):
-        problems.append(f"tie_word_embeddings: found {shown(tied)}; expected true or false")
+        problems.append(f"tie_word_embeddings: found {short_repr(tied)}; expected true or false")
     heads = number(theirs, "num_attention_heads", problems)
     head_dim = number(theirs, "head_dim", problems, default=0)
     if not head_dim and heads:
@@ -69,7 +69,7 @@ def number(theirs: dict[str, Any], key: str, problems: list[str], default: float
     value = default if value is None else value
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not (0 < value <= most or value == default):
-        problems.append(f"{key}: found {shown(value)}; expected a positive number up to {most:,}")
+        problems.append(f"{key}: found {short_repr(value)}; expected a positive number up to {most:,}")
         return 1
     return value
 
@@ -78,13 +78,15 @@ def _rope(theirs: dict[str, Any], problems: list[str]) -> tuple[float, dict[str,
     """theta and scaling, from rope_parameters (transformers 5) or rope_theta and rope_scaling (before it)."""
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        problems.append(f"rope_parameters: found {shown(rope)}; expected an object")
+        problems.append(f"rope_parameters: found {short_repr(rope)}; expected an object")
         return 10_000.0, None
     theta = number({**theirs, **rope}, "rope_theta", problems, default=10_000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
     if kind != "llama3":
-        problems.append(f"rope_parameters: found rope_type {shown(kind)}; only 'default' and 'llama3' are supported")
+        problems.append(
+            f"rope_parameters: found rope_type {short_repr(kind)}; only 'default' and 'llama3' are supported"
+        )
         return theta, None
     return theta, {key: number(rope, key, problems) for key in _SCALING}

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lm2_jax.common.errors import UserError
-from lm2_jax.common.untrusted import beside, shown
+from lm2_jax.common.untrusted import resolve_inside, short_repr
 from lm2_jax.config import Config, parse_config
 from lm2_jax.convert.engine import (
     Checkpoint,
@@ -46,7 +46,7 @@ def read(path: Path, overrides: Sequence[str], track: Track) -> Checkpoint:
     if not file.is_file():
         raise UserError(f"{file}: no such file; expected the official state dict")
     if path.is_dir():  # a file that the user names may lie anywhere
-        beside(directory, file.name)
+        resolve_inside(directory, file.name)
     config = _config_of(directory / "config.json", overrides)
     tensors = open_tensors(file, "state_dict")
     shapes = abstract_params(config)
@@ -86,7 +86,7 @@ def _config_of(path: Path, overrides: Sequence[str]) -> Config:
     values = from_llama(theirs, problems)
     with_memory = theirs.get("use_memory", False)
     if not isinstance(with_memory, bool):
-        problems.append(f"use_memory: found {shown(with_memory)}; expected true or false")
+        problems.append(f"use_memory: found {short_repr(with_memory)}; expected true or false")
     slots = number(theirs, "memory_slots", problems, default=16)
     T = number(theirs, "seq_len", problems, default=slots if with_memory else 2048)
     values["data"] |= {"segment_length": T, "segments_per_window": number(theirs, "segments", problems, default=1)}

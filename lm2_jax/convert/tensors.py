@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lm2_jax.common.errors import UserError
-from lm2_jax.common.untrusted import beside, read_small
+from lm2_jax.common.untrusted import read_limited, resolve_inside
 
 SHARD_BYTES = 1 << 30
 _INDEX = ".safetensors.index.json"
@@ -66,9 +66,9 @@ def open_tensors(path: Path, stem: str) -> dict[str, Tensor]:
     if single.is_file() and index.is_file():
         raise UserError(f"{path}: holds both {single.name} and {index.name}; remove the one that is not meant")
     if single.is_file():
-        return _open_safetensors(beside(path, single.name))
+        return _open_safetensors(resolve_inside(path, single.name))
     if index.is_file():
-        return _open_shards(beside(path, index.name))
+        return _open_shards(resolve_inside(path, index.name))
     raise UserError(f"{path}: holds neither {single.name} nor {index.name}")
 
 
@@ -109,7 +109,7 @@ def write_tensors(
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object of a file. Raises UserError if it is missing, a link to elsewhere, too long, or holds none."""
     try:
-        values = json.loads(read_small(beside(path.parent, path.name), _LONGEST_JSON).decode())
+        values = json.loads(read_limited(resolve_inside(path.parent, path.name), _LONGEST_JSON).decode())
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
@@ -165,7 +165,7 @@ def _open_shards(index: Path) -> dict[str, Tensor]:
     problems = []
     for file in sorted(set(weight_map.values())):
         try:
-            shard = _open_safetensors(beside(index.parent, file))
+            shard = _open_safetensors(resolve_inside(index.parent, file))
         except UserError as error:
             problems.append(str(error))
             continue

@@ -28,7 +28,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from pydantic import BaseModel, ConfigDict, Field
 
 from lm2_jax.common.errors import UserError
-from lm2_jax.common.untrusted import read_small, shown
+from lm2_jax.common.untrusted import read_limited, short_repr
 from lm2_jax.config import TokenizerConfig
 from lm2_jax.data.documents import BinSource, Document
 
@@ -96,7 +96,7 @@ def read_manifest(directory: str | Path, key: str = "data.path") -> Manifest:
     """The manifest of a directory. Raises UserError if it is not there, damaged, or of another version."""
     path = Path(directory) / MANIFEST
     try:
-        manifest = Manifest.model_validate_json(read_small(path, _LARGEST_MANIFEST))
+        manifest = Manifest.model_validate_json(read_limited(path, _LARGEST_MANIFEST))
     except FileNotFoundError:
         raise UserError(
             f"{key}: {directory} has no {MANIFEST}; name a directory that tools/prepare_data.py has finished (it goes "
@@ -375,5 +375,5 @@ def tokenizer_of(directory: str | Path, manifest: Manifest) -> TokenizerConfig:
         path = str(Path(directory) / made_with.file) if made_with.file else None
         return TokenizerConfig(kind=made_with.kind, path=path)
     except pydantic.ValidationError:
-        named = f"{shown(made_with.kind)} of {made_with.file or 'no file'}"
+        named = f"{short_repr(made_with.kind)} of {made_with.file or 'no file'}"
         raise UserError(f"{Path(directory) / MANIFEST}: {named} is no tokenizer; {_REMEDY}") from None

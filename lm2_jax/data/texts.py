@@ -13,7 +13,7 @@ from typing import BinaryIO
 import numpy as np
 
 from lm2_jax.common.errors import UserError
-from lm2_jax.common.untrusted import shown
+from lm2_jax.common.untrusted import short_repr
 from lm2_jax.tokenizer import Tokenizer, encode_long
 
 _LONGEST_LINE = 1 << 25  # bytes: lists in lists take some 30 times as many once they are read
@@ -63,7 +63,7 @@ def json_text(line: str, where: str, field: str = "text") -> str:
     if not isinstance(value, dict):
         raise UserError(f'{where}: holds {type(value).__name__}; expected an object, {{"{field}": "..."}}')
     if field not in value:
-        raise UserError(f"{where}: has no {field!r}; its keys are {shown(list(value))[1:-1] or 'none'}")
+        raise UserError(f"{where}: has no {field!r}; its keys are {short_repr(list(value))[1:-1] or 'none'}")
     text = value[field]
     if not isinstance(text, str):
         raise UserError(f"{where}: {field!r} is {type(text).__name__}; expected a string")

@@ -17,16 +17,16 @@ import safetensors
 import safetensors.flax
 
 from lm2_jax.common.errors import UserError
-from lm2_jax.common.untrusted import shown
+from lm2_jax.common.untrusted import short_repr
 from lm2_jax.decoding import sampling
-from lm2_jax.model.decoder import Decoder, Unfinished
+from lm2_jax.model.decoder import Decoder, DecodeState
 from lm2_jax.training.checkpoint import array_checksums
 
 _KEY = "lm2_jax.memory"  # of the metadata
 _LONGEST_OWNER = 1 << 20  # characters
 
 
-def save_state(path: str | Path, model: Decoder, params: Any, state: Unfinished) -> None:
+def save_state(path: str | Path, model: Decoder, params: Any, state: DecodeState) -> None:
     """Writes the file; it is there whole or not at all. Raises UserError if it cannot be written."""
     metadata = {_KEY: json.dumps(_owner(model, params) | {"segment_length": state.segment_length})}
     path = Path(path)
@@ -38,7 +38,7 @@ def save_state(path: str | Path, model: Decoder, params: Any, state: Unfinished)
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-def load_state(path: str | Path, model: Decoder, params: Any) -> Unfinished:
+def load_state(path: str | Path, model: Decoder, params: Any) -> DecodeState:
     """Reads what `save_state` wrote with this model.
 
     Raises UserError, with all that is wrong, for a file that is no such file, is of another model, or lacks arrays or
@@ -53,7 +53,7 @@ def load_state(path: str | Path, model: Decoder, params: Any) -> Unfinished:
             owner = json.loads(text)
             segment_length = owner.pop("segment_length")
             if type(segment_length) is not int or not 0 < segment_length < 2**31:
-                raise ValueError(f"segment_length {shown(segment_length)}")
+                raise ValueError(f"segment_length {short_repr(segment_length)}")
             if not all(isinstance(owner.get(section), dict) for section in ("model", "memory")):
                 raise ValueError("it does not say of which model")
     except KeyError:
@@ -66,7 +66,7 @@ def load_state(path: str | Path, model: Decoder, params: Any) -> Unfinished:
 
     batch_size = saved["count_B"].size if "count_B" in saved else 1
     like = jax.eval_shape(lambda params: sampling.start(model, params, batch_size, segment_length), params)
-    like = like.replace(readable=None)
+    like = like.replace(project_memory=None)
     expected = _named(like)
     problems += [f"  {name}: is missing" for name in expected.keys() - saved.keys()]
     problems += [f"  {name}: unknown" for name in saved.keys() - expected.keys()]
@@ -85,9 +85,9 @@ def load_state(path: str | Path, model: Decoder, params: Any) -> Unfinished:
     return sampling.derive(model, params, state)
 
 
-def _named(state: Unfinished) -> dict[str, Any]:
+def _named(state: DecodeState) -> dict[str, Any]:
     """The state's own arrays, in order, by names such as past.blocks.keys_BCGK."""
-    leaves = jax.tree_util.tree_leaves_with_path(state.replace(readable=None))
+    leaves = jax.tree_util.tree_leaves_with_path(state.replace(project_memory=None))
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
@@ -102,7 +102,9 @@ def _differences(saved: dict[str, Any], own: dict[str, Any]) -> list[str]:
         found, right = saved.get(section, {}), own[section]
         keys = [key for key in sorted({*found, *right}) if found.get(key) != right.get(key)]
         for key in keys:
-            lines.append(f"  {section}.{key}: {shown(found.get(key))} in the file, {right.get(key)!r} in the model")
+            lines.append(
+                f"  {section}.{key}: {short_repr(found.get(key))} in the file, {right.get(key)!r} in the model"
+            )
     if not lines and saved.get("parameters") != own["parameters"]:
         lines.append("  the same sizes, but other parameters; take the checkpoint that it was saved with")
     return lines

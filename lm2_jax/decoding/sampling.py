@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm2_jax.common.errors import UserError
-from lm2_jax.model.decoder import Decoder, Unfinished
+from lm2_jax.model.decoder import Decoder, DecodeState
 
 OnToken = Callable[[int, int], bool | None]
 _DRAW = zlib.crc32(b"lm2_jax.decoding.sampling.draw")  # names the random stream
@@ -27,12 +27,12 @@ _DRAW = zlib.crc32(b"lm2_jax.decoding.sampling.draw")  # names the random stream
 # --- State in, state out -------------------------------------------------------------------------------------------
 
 
-def start(model: Decoder, params: Any, batch_size: int, segment_length: int | None = None) -> Unfinished:
+def start(model: Decoder, params: Any, batch_size: int, segment_length: int | None = None) -> DecodeState:
     """`batch_size` rows at a document's start. segment_length: T; None: what the run was trained with last.
 
     Raises UserError if the memory kind looks ahead.
     """
-    if not model.kind.token_by_token:
+    if not model.kind.is_causal:
         raise UserError(
             f"memory.kind {model.config.memory.kind}: cannot generate; its tokens look ahead to the end of their "
             "segment, so there is no next token to ask for before the segment is complete"
@@ -41,14 +41,14 @@ def start(model: Decoder, params: Any, batch_size: int, segment_length: int | No
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def derive(model: Decoder, params: Any, state: Unfinished) -> Unfinished:
+def derive(model: Decoder, params: Any, state: DecodeState) -> DecodeState:
     """A state without its derived arrays (`memory_file` saves none), with them."""
     return model.apply({"params": params}, state, method="derive")
 
 
 def advance(
-    model: Decoder, params: Any, tokens_BQ: np.ndarray, count_B: np.ndarray, state: Unfinished
-) -> tuple[jax.Array, Unfinished]:
+    model: Decoder, params: Any, tokens_BQ: np.ndarray, count_B: np.ndarray, state: DecodeState
+) -> tuple[jax.Array, DecodeState]:
     """Reads up to Q tokens a row, which fit the row's segment or, if that is full, the next one.
 
     Args:
@@ -66,8 +66,8 @@ def advance(
 
 
 def read(
-    model: Decoder, params: Any, prompts: Sequence[Sequence[int]], state: Unfinished
-) -> tuple[jax.Array, Unfinished]:
+    model: Decoder, params: Any, prompts: Sequence[Sequence[int]], state: DecodeState
+) -> tuple[jax.Array, DecodeState]:
     """Streams a prompt into each row, a segment at a time.
 
     Returns float32 logits [B,V] of what comes next, and the state. Raises UserError for an empty prompt or an id that
@@ -93,7 +93,7 @@ def read(
 
 
 def generate(
-    model: Decoder, params: Any, prompts: Sequence[Sequence[int]], *, state: Unfinished | None = None, **options: Any
+    model: Decoder, params: Any, prompts: Sequence[Sequence[int]], *, state: DecodeState | None = None, **options: Any
 ) -> list[list[int]]:
     """What follows each prompt: the token lists of `decode`, from a document's start unless there is a state."""
     state = start(model, params, len(prompts)) if state is None else state
@@ -104,7 +104,7 @@ def decode(
     model: Decoder,
     params: Any,
     prompts: Sequence[Sequence[int]],
-    state: Unfinished,
+    state: DecodeState,
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -113,7 +113,7 @@ def decode(
     seed: int | Sequence[int] = 0,
     stop_ids: Collection[int] = (),
     on_token: OnToken | None = None,
-) -> tuple[list[list[int]], Unfinished]:
+) -> tuple[list[list[int]], DecodeState]:
     """Reads a prompt in each row and writes what follows. What a row gets does not depend on the rows beside it.
 
     Args:
@@ -188,15 +188,15 @@ def draw(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
-def _start(model: Decoder, params: Any, batch_size: int, segment_length: int) -> Unfinished:
+def _start(model: Decoder, params: Any, batch_size: int, segment_length: int) -> DecodeState:
     memory = model.init_memory(batch_size, params)
     return model.apply({"params": params}, memory, batch_size, segment_length, method="begin")
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def extend(
-    model: Decoder, params: Any, tokens_BQ: jax.Array, count_B: jax.Array, state: Unfinished
-) -> tuple[jax.Array, Unfinished]:
+    model: Decoder, params: Any, tokens_BQ: jax.Array, count_B: jax.Array, state: DecodeState
+) -> tuple[jax.Array, DecodeState]:
     """As `advance`, where every row's tokens fit its segment."""
     hidden_BQD, state = model.apply({"params": params}, tokens_BQ, count_B, state, method="extend")
     last_B11 = jnp.maximum(count_B - 1, 0)[:, None, None]
@@ -205,7 +205,7 @@ def extend(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _finish(model: Decoder, params: Any, rows_B: jax.Array, state: Unfinished) -> Unfinished:
+def _finish(model: Decoder, params: Any, rows_B: jax.Array, state: DecodeState) -> DecodeState:
     return model.apply({"params": params}, rows_B, state, method="finish")
 
 

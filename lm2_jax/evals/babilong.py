@@ -33,8 +33,8 @@ from lm2_jax.data.babi.babilong import (
 from lm2_jax.data.paths import expand_paths
 from lm2_jax.evals.babilong_prompts import TASKS, official_prompt
 from lm2_jax.evals.generation import answer
-from lm2_jax.evals.model import Loaded
-from lm2_jax.evals.results import Finished, finished_path
+from lm2_jax.evals.model import EvalModel
+from lm2_jax.evals.results import ResultLog, finished_path
 from lm2_jax.tokenizer import Tokenizer, encode_long, load_tokenizer
 from lm2_jax.training.accuracy import wilson_interval
 from lm2_jax.training.reporting import clock
@@ -82,7 +82,7 @@ class _Cell:
 _KEY = ("task", "length", "source", "index")
 
 
-def evaluate(loaded: Loaded, output: Path | None, say: Callable[[str], None]) -> Result:
+def evaluate(loaded: EvalModel, output: Path | None, log: Callable[[str], None]) -> Result:
     """Asks eval.babilong.samples questions of every task at every length, the shortest first.
 
     Answers are greedy, end at the first full stop (nothing after it counts) and at the end token. Finished samples are
@@ -96,9 +96,9 @@ def evaluate(loaded: Loaded, output: Path | None, say: Callable[[str], None]) ->
     cells = sorted(_cells(loaded), key=lambda cell: parse_length(cell.length))
     longest = cells[-1]  # whether the books have text enough, and the tokenizer all words, is known now
     encode_prompt(longest.open()[0], longest.task, ask, tokenizer)
-    finished = Finished(finished_path(output), _identity(loaded), _KEY)
+    finished = ResultLog(finished_path(output), _identity(loaded), _KEY)
     left = {cell: [i for i in range(cell.count) if cell.key(i) not in finished] for cell in cells}
-    progress = _Progress(say, loaded.config, left)
+    progress = _Progress(log, loaded.config, left)
     shards = loaded.mesh.shape["data"] * loaded.mesh.shape["fsdp"]
     for cell, indices in left.items():
         samples = cell.open() if indices else ()
@@ -129,7 +129,7 @@ def evaluate(loaded: Loaded, output: Path | None, say: Callable[[str], None]) ->
     }
 
 
-def _cells(loaded: Loaded) -> Iterator[_Cell]:
+def _cells(loaded: EvalModel) -> Iterator[_Cell]:
     config, seed = loaded.config, loaded.config.train.seed
     ask = config.eval.babilong
     if ask.path is not None:
@@ -166,7 +166,7 @@ def encode_prompt(sample: Sample, task: BabilongTask, ask: BabilongConfig, token
     return np.concatenate([np.array([id for id in (tokenizer.bos_id,) if id is not None], np.int32), ids])
 
 
-def _identity(loaded: Loaded) -> dict[str, Any]:
+def _identity(loaded: EvalModel) -> dict[str, Any]:
     """All that an answer depends on, but for what tells one record from another."""
     config, ask = loaded.config, loaded.config.eval.babilong
     return {
@@ -185,7 +185,7 @@ def _describe(files: Sequence[Path]) -> str:
     return ", ".join(f"{path.name} ({path.stat().st_size} bytes)" for path in files)
 
 
-def _score(cell: _Cell, finished: Finished) -> Result:
+def _score(cell: _Cell, finished: ResultLog) -> Result:
     records = [finished[cell.key(index)] for index in range(cell.count)]
     correct = sum(record["correct"] for record in records)
     low, high = wilson_interval(correct, cell.count)
@@ -215,8 +215,8 @@ def _leaderboard(cells: Sequence[Result]) -> dict[str, float]:
 class _Progress:
     """Says what was answered, and the time that is left if a call of the model goes on to cost what it did."""
 
-    def __init__(self, say: Callable[[str], None], config: Config, left: Mapping[_Cell, Sequence[int]]) -> None:
-        self._say, self._done, self._began = say, 0, time.monotonic()
+    def __init__(self, log: Callable[[str], None], config: Config, left: Mapping[_Cell, Sequence[int]]) -> None:
+        self._say, self._done, self._began = log, 0, time.monotonic()
         self._segment_length, self._new_tokens = config.trained_segment_length, config.eval.babilong.max_new_tokens
         self._all = sum(len(indices) * self._calls(cell) for cell, indices in left.items())
 
@@ -237,17 +237,17 @@ class _Progress:
 def tables(result: Result) -> list[Table]:
     """Accuracy by task and length, with 95% intervals, for the terminal."""
     cells, lengths = result["cells"], _lengths(result["cells"])
-    shown = Table(title=f"BABILong accuracy (prompt: {result['settings']['prompt']}), 95% interval in brackets")
-    shown.add_column("task")
+    short_repr = Table(title=f"BABILong accuracy (prompt: {result['settings']['prompt']}), 95% interval in brackets")
+    short_repr.add_column("task")
     for length in lengths:
-        shown.add_column(length, justify="right")
+        short_repr.add_column(length, justify="right")
     at = {(c["task"], c["length"]): f"{c['accuracy']:.0%} ({c['low']:.0%}-{c['high']:.0%})" for c in cells}
     for task in _tasks(cells):
-        shown.add_row(task, *(at.get((task, length), "") for length in lengths))
+        short_repr.add_row(task, *(at.get((task, length), "") for length in lengths))
     if means := result["mean_qa1_qa5"]:
-        shown.add_section()
-        shown.add_row("mean qa1-qa5", *(f"{means[length]:.1%}" if length in means else "" for length in lengths))
-    return [shown]
+        short_repr.add_section()
+        short_repr.add_row("mean qa1-qa5", *(f"{means[length]:.1%}" if length in means else "" for length in lengths))
+    return [short_repr]
 
 
 def draw(result: Result, output: Path) -> list[Path]:

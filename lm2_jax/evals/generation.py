@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from lm2_jax.decoding import sampling
-from lm2_jax.evals.model import Loaded
+from lm2_jax.evals.model import EvalModel
 
 
 def answer(
-    loaded: Loaded,
+    loaded: EvalModel,
     prompts: Sequence[Sequence[int]],
     rows: int,
     max_new_tokens: int,

@@ -19,15 +19,15 @@ from rich.table import Table
 
 from lm2_jax.common.errors import UserError
 from lm2_jax.config import HarnessConfig, MmluConfig
-from lm2_jax.evals.model import Loaded
-from lm2_jax.evals.results import Finished, finished_path
+from lm2_jax.evals.model import EvalModel
+from lm2_jax.evals.results import ResultLog, finished_path
 
 Result = dict[str, Any]
 _BOOTSTRAPS = 1000  # samples, for the standard errors of metrics that are no means
 _FEWSHOT_SEED = 1234  # the harness's own
 
 
-def evaluate(loaded: Loaded, output: Path | None, say: Callable[[str], None]) -> Result:
+def evaluate(loaded: EvalModel, output: Path | None, log: Callable[[str], None]) -> Result:
     """Runs eval.harness.tasks. Finished requests are kept beside `output`, and are not asked again.
 
     Returns JSON: `scores`, a row for each task or group and each metric (task, metric, value, its standard error where
@@ -41,13 +41,13 @@ def evaluate(loaded: Loaded, output: Path | None, say: Callable[[str], None]) ->
         )
     if ask.include is not None and not Path(ask.include).is_dir():
         raise UserError(f"eval.harness.include: {ask.include} is no directory; name one with task files (.yaml)")
-    return run(loaded, output, say, ask, "harness", ask.tasks, ask.include)
+    return run(loaded, output, log, ask, "harness", ask.tasks, ask.include)
 
 
 def run(
-    loaded: Loaded,
+    loaded: EvalModel,
     output: Path | None,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     ask: HarnessConfig | MmluConfig,
     name: str,
     wanted: Sequence[Any],
@@ -67,8 +67,8 @@ def run(
     tasks = _load(name, wanted, include)
     for task in tasks["tasks"].values():
         _set_shots(task, ask.shots)
-    finished = Finished(finished_path(output), _identity(loaded), key=("request",))
-    model = HarnessModel(loaded, finished, say)
+    finished = ResultLog(finished_path(output), _identity(loaded), key=("request",))
+    model = HarnessModel(loaded, finished, log)
     found = lm_eval.evaluate(model, tasks, limit=ask.limit, bootstrap_iters=_BOOTSTRAPS, log_samples=False)
     return {
         "task": name,
@@ -124,7 +124,7 @@ def _set_shots(task: Any, shots: int | None) -> None:
     task.set_fewshot_seed(seed=_FEWSHOT_SEED)
 
 
-def _identity(loaded: Loaded) -> dict[str, Any]:
+def _identity(loaded: EvalModel) -> dict[str, Any]:
     """All that an answer depends on besides the request."""
     return {
         "evaluation": "harness",
@@ -163,16 +163,16 @@ def _scores(found: dict[str, Any]) -> list[Result]:
 
 def tables(result: Result) -> list[Table]:
     """Every score with its standard error, for the terminal."""
-    shown = Table(title=f"{result['task']} (lm-evaluation-harness {result['harness']})")
-    shown.add_column("task")
-    shown.add_column("metric")
+    short_repr = Table(title=f"{result['task']} (lm-evaluation-harness {result['harness']})")
+    short_repr.add_column("task")
+    short_repr.add_column("metric")
     for column in ("value", "standard error", "shots", "samples"):
-        shown.add_column(column, justify="right")
+        short_repr.add_column(column, justify="right")
     for row in result["scores"]:
         optional = ("-" if row[name] is None else f"{row[name]:,}" for name in ("shots", "samples"))
         stderr = "-" if row["stderr"] is None else f"{row['stderr']:.4f}"
-        shown.add_row(row["task"], row["metric"], f"{row['value']:.4f}", stderr, *optional)
-    return [shown]
+        short_repr.add_row(row["task"], row["metric"], f"{row['value']:.4f}", stderr, *optional)
+    return [short_repr]
 
 
 def draw(result: Result, output: Path) -> list[Path]:

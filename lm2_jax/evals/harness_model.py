@@ -19,8 +19,8 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from lm2_jax.common.errors import UserError
 from lm2_jax.evals.generation import answer
-from lm2_jax.evals.model import Loaded
-from lm2_jax.evals.results import Finished
+from lm2_jax.evals.model import EvalModel
+from lm2_jax.evals.results import ResultLog
 from lm2_jax.evals.scoring import score
 from lm2_jax.tokenizer import encode_long
 from lm2_jax.training.reporting import clock
@@ -40,9 +40,9 @@ class HarnessModel(TemplateLM):
       say: is told what is going on.
     """
 
-    def __init__(self, loaded: Loaded, finished: Finished, say: Callable[[str], None]) -> None:
+    def __init__(self, loaded: EvalModel, finished: ResultLog, log: Callable[[str], None]) -> None:
         super().__init__()
-        self._loaded, self._finished, self._say = loaded, finished, say
+        self._loaded, self._finished, self._say = loaded, finished, log
 
     @property
     def eot_token_id(self) -> int | None:

@@ -14,7 +14,7 @@ from typing import Any
 from lm2_jax.common.errors import UserError
 from lm2_jax.config import MmluConfig
 from lm2_jax.evals.harness import Result, draw, require, run, tables
-from lm2_jax.evals.model import Loaded
+from lm2_jax.evals.model import EvalModel
 
 __all__ = ["draw", "evaluate", "read_questions", "tables"]
 
@@ -24,7 +24,7 @@ _COLUMNS = ("question", "choice0", "choice1", "choice2", "choice3", "answer")
 _TEST = "_test.csv"
 
 
-def evaluate(loaded: Loaded, output: Path | None, say: Callable[[str], None]) -> Result:
+def evaluate(loaded: EvalModel, output: Path | None, log: Callable[[str], None]) -> Result:
     """Asks the questions of eval.mmlu, each after `shots` solved ones of its subject.
 
     Result as of `harness.evaluate`; the group mmlu is the mean over all questions.
@@ -36,7 +36,7 @@ def evaluate(loaded: Loaded, output: Path | None, say: Callable[[str], None]) ->
         wanted = [f"mmlu_{subject}" for subject in ask.subjects] if ask.subjects else ["mmlu"]
     else:
         wanted = [_group(Path(ask.path), ask)]
-    return run(loaded, output, say, ask, "mmlu", wanted)
+    return run(loaded, output, log, ask, "mmlu", wanted)
 
 
 def read_questions(path: Path) -> list[Question]:

@@ -24,7 +24,7 @@ from lm2_jax.training.checkpoint import array_checksums
 
 
 @dataclasses.dataclass(frozen=True)
-class Loaded:
+class EvalModel:
     """What every evaluation starts from; run it within `use_mesh(mesh)`.
 
     Attributes:
@@ -51,7 +51,7 @@ class Loaded:
         return load_text_tokenizer(self.config, self.checkpoint)
 
 
-def load_for_evaluation(checkpoint: str | Path, overrides: Sequence[str] = ()) -> Loaded:
+def load_for_evaluation(checkpoint: str | Path, overrides: Sequence[str] = ()) -> EvalModel:
     """Loads a run directory, one of its checkpoints, or a converted directory.
 
     overrides: settings "a.b=c"; any but those that make the model another one.
@@ -76,4 +76,4 @@ def load_for_evaluation(checkpoint: str | Path, overrides: Sequence[str] = ()) -
 
     fingerprint = hashlib.sha256(repr(array_checksums(params)).encode()).hexdigest()[:16]
     params = jax.device_put(params, boxed_shardings(mesh, jax.eval_shape(init, jax.random.key(0))))
-    return Loaded(str(checkpoint), model, params, mesh, fingerprint)
+    return EvalModel(str(checkpoint), model, params, mesh, fingerprint)

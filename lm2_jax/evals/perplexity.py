@@ -27,8 +27,8 @@ from lm2_jax.data.documents import BinSource, DocumentSource, JsonLinesSource, T
 from lm2_jax.data.lanes import LaneDataset, Placement, Window, documents_in_order
 from lm2_jax.data.paths import expand_paths
 from lm2_jax.data.pipeline import Pipeline, held_out_files
-from lm2_jax.evals.model import Loaded
-from lm2_jax.evals.results import Finished, finished_path
+from lm2_jax.evals.model import EvalModel
+from lm2_jax.evals.results import ResultLog, finished_path
 from lm2_jax.parallel.mesh import batch_sharding, memory_shardings, replicated
 from lm2_jax.segments import run_window
 from lm2_jax.training.reporting import clock
@@ -38,7 +38,7 @@ _FIRST_DISTANCES = 16  # tokens up to here are one group; the groups after it do
 _POINTS = 100  # of the picture's curve
 
 
-def evaluate(loaded: Loaded, output: Path | None, say: Callable[[str], None]) -> Result:
+def evaluate(loaded: EvalModel, output: Path | None, log: Callable[[str], None]) -> Result:
     """Reads every document of eval.perplexity.path, or what the run held out.
 
     Finished documents are kept beside `output`, and are not read again. `say` is told what is going on.
@@ -49,7 +49,7 @@ def evaluate(loaded: Loaded, output: Path | None, say: Callable[[str], None]) ->
     Raises UserError for documents that are missing or damaged, and for a memory kind that looks ahead.
     """
     config = loaded.config
-    if not loaded.model.kind.token_by_token:
+    if not loaded.model.kind.is_causal:
         raise UserError(
             f"memory.kind {config.memory.kind}: its tokens look ahead to the end of their segment, so its loss is no "
             "language model's; there is no perplexity to measure"
@@ -69,9 +69,9 @@ def evaluate(loaded: Loaded, output: Path | None, say: Callable[[str], None]) ->
         "seed": config.train.seed,
         "tokenizer": None if isinstance(source, BinSource) else loaded.tokenizer.fingerprint(),
     }
-    finished = Finished(finished_path(output), identity, key=("document",))
+    finished = ResultLog(finished_path(output), identity, key=("document",))
     left = [index for index in range(len(source)) if (index,) not in finished]
-    progress = _Progress(say, len(left), len(source))
+    progress = _Progress(log, len(left), len(source))
     lanes = LaneDataset(
         documents_in_order(source),
         num_lanes=config.data.batch_size,
@@ -103,7 +103,7 @@ def evaluate(loaded: Loaded, output: Path | None, say: Callable[[str], None]) ->
 # --- Documents -----------------------------------------------------------------------------------------------------
 
 
-def _documents(loaded: Loaded) -> tuple[DocumentSource, list[Path]]:
+def _documents(loaded: EvalModel) -> tuple[DocumentSource, list[Path]]:
     """The documents to read, and the files they come from."""
     config = loaded.config
     ask, key = config.eval.perplexity, "eval.perplexity.path"
@@ -124,7 +124,7 @@ def _documents(loaded: Loaded) -> tuple[DocumentSource, list[Path]]:
     return TextSource(paths, loaded.tokenizer, ask.document_separator, key), paths
 
 
-def _held_out(config: Config, loaded: Loaded) -> tuple[DocumentSource, list[Path]]:
+def _held_out(config: Config, loaded: EvalModel) -> tuple[DocumentSource, list[Path]]:
     """The run's own validation documents."""
     data = config.data
     if data.source == "stories":
@@ -135,7 +135,7 @@ def _held_out(config: Config, loaded: Loaded) -> tuple[DocumentSource, list[Path
     return source, held_out_files(data)
 
 
-def _text_bytes(placement: Placement, loaded: Loaded) -> int | None:
+def _text_bytes(placement: Placement, loaded: EvalModel) -> int | None:
     """Bytes of the text that is predicted: without a begin token, nobody predicts the first one."""
     document = placement.document
     if document.text_bytes is None or loaded.tokenizer.bos_id is not None:
@@ -170,7 +170,7 @@ def _windows(
 # --- The loss ------------------------------------------------------------------------------------------------------
 
 
-def _make_step(loaded: Loaded) -> tuple[Callable[..., tuple[jax.Array, Any]], Any]:
+def _make_step(loaded: EvalModel) -> tuple[Callable[..., tuple[jax.Array, Any]], Any]:
     """A jitted (params, memory, window) -> (nats of each target [B,S,T], memory), and the memory to begin with."""
     model, mesh = loaded.model, loaded.mesh
 
@@ -265,8 +265,8 @@ class _Progress:
 
     _SECONDS = 5.0
 
-    def __init__(self, say: Callable[[str], None], left: int, total: int) -> None:
-        self._say, self._left, self._total = say, left, total
+    def __init__(self, log: Callable[[str], None], left: int, total: int) -> None:
+        self._say, self._left, self._total = log, left, total
         self._began = self._said = time.monotonic()
         self._done, self._tokens = 0, 0
 
@@ -303,12 +303,14 @@ def tables(result: Result) -> list[Table]:
         f"{result['perplexity']:,.2f}",
         "-" if bits is None else f"{bits:.4f}",
     )
-    shown = Table(title=f"Loss by distance from the document's start (segments of {result['segment_length']} tokens)")
+    by_distance = Table(
+        title=f"Loss by distance from the document's start (segments of {result['segment_length']} tokens)"
+    )
     for column in ("distance, tokens", "tokens", "nats per token"):
-        shown.add_column(column, justify="right")
+        by_distance.add_column(column, justify="right")
     for row in result["by_distance"]:
-        shown.add_row(f"{row['from']:,} - {row['to']:,}", f"{row['tokens']:,}", f"{row['nats_per_token']:.4f}")
-    return [totals, shown]
+        by_distance.add_row(f"{row['from']:,} - {row['to']:,}", f"{row['tokens']:,}", f"{row['nats_per_token']:.4f}")
+    return [totals, by_distance]
 
 
 def draw(result: Result, output: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from lm2_jax.common.files import write_atomically
 Record = dict[str, Any]
 
 
-class Finished:
+class ResultLog:
     """Records by key. The file's first line says what they are of; lines are whole or cut away.
 
     Args:

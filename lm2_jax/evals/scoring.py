@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm2_jax.common.errors import UserError
-from lm2_jax.evals.model import Loaded
+from lm2_jax.evals.model import EvalModel
 from lm2_jax.parallel.mesh import batch_sharding, memory_shardings, replicated
 from lm2_jax.segments import run_window
 
@@ -26,7 +26,7 @@ _PROJECTED = 64  # positions whose logits are held at once
 _SHORTEST = 16  # segment that is compiled for; the others are twice, four times, ... as long, up to T
 
 
-def score(loaded: Loaded, requests: Sequence[Request]) -> Iterator[list[tuple[int, float, bool]]]:
+def score(loaded: EvalModel, requests: Sequence[Request]) -> Iterator[list[tuple[int, float, bool]]]:
     """Scores continuations, data.batch_size readings at a time, the longest first.
 
     Args:
@@ -37,7 +37,7 @@ def score(loaded: Loaded, requests: Sequence[Request]) -> Iterator[list[tuple[in
       greedy decoding would write). Neither depends on the batch.
     Raises UserError if the memory kind looks ahead.
     """
-    if not loaded.model.kind.token_by_token:
+    if not loaded.model.kind.is_causal:
         raise UserError(
             f"memory.kind {loaded.config.memory.kind}: its tokens look ahead to the end of their segment, so it gives "
             "no probability of what follows"
@@ -62,7 +62,7 @@ def score(loaded: Loaded, requests: Sequence[Request]) -> Iterator[list[tuple[in
         yield scored
 
 
-def _read(loaded: Loaded, step: Step, memory: Any, texts: list[np.ndarray]) -> list[tuple[np.ndarray, ...]]:
+def _read(loaded: EvalModel, step: Step, memory: Any, texts: list[np.ndarray]) -> list[tuple[np.ndarray, ...]]:
     """Reads texts, int32 [P] each, the longest first, from the memory of fresh rows.
 
     Returns, for each text, the log-probabilities of its tokens but the first [P-1], whether they are the likeliest
@@ -91,7 +91,7 @@ def _read(loaded: Loaded, step: Step, memory: Any, texts: list[np.ndarray]) -> l
     return [(np.concatenate(a), np.concatenate(b), c) for a, b, c in zip(logs, greedy, last, strict=True)]
 
 
-def _make_step(loaded: Loaded) -> tuple[Step, Any]:
+def _make_step(loaded: EvalModel) -> tuple[Step, Any]:
     """A jitted step over one segment, and the memory to begin with.
 
     (params, memory, tokens, next tokens [B,T], tokens that are no padding [B]) -> (log-probabilities of the next tokens

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from lm2_jax.inspection.pictures import HeatMap, Picture
-from lm2_jax.inspection.reading import Reading
+from lm2_jax.inspection.reading import MemoryTrace
 
 # The pointer over a heat map: the value under it.
 _SCRIPT = """
@@ -59,7 +59,7 @@ def write_page(
     title: str,
     facts: Mapping[str, str],
     pictures: Sequence[tuple[Picture, bytes, Sequence[HeatMap]]],
-    reading: Reading,
+    reading: MemoryTrace,
     words_K: Sequence[str],
 ) -> None:
     """Writes the page.
@@ -105,7 +105,7 @@ def _overlay(found: HeatMap) -> str:
     )
 
 
-def _text_section(reading: Reading, words_K: Sequence[str]) -> str:
+def _text_section(reading: MemoryTrace, words_K: Sequence[str]) -> str:
     """The last tokens as running text; the deeper its colour, the more of a token is written."""
     written_K = reading.written_LK.mean(0)
     spans = []

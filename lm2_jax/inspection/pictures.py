@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lm2_jax.data.babi.world import PEOPLE
-from lm2_jax.inspection.reading import Reading
+from lm2_jax.inspection.reading import MemoryTrace
 from lm2_jax.inspection.survival import Answers, Survival
 
 MOST_SLOTS = 48  # shown one by one
@@ -63,7 +63,7 @@ class Picture:
 
 
 def pictures(
-    reading: Reading,
+    reading: MemoryTrace,
     words_K: Sequence[str],
     survival: Survival | None,
     answers: Answers | None = None,
@@ -224,7 +224,7 @@ def _bins(values_RS: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, list
     return means_RC, [names[p[0]] if len(p) == 1 else f"{names[p[0]]} to {names[p[-1]]}" for p in parts]
 
 
-def _draw_tokens(figure: Any, reading: Reading, words_K: Sequence[str]) -> list:
+def _draw_tokens(figure: Any, reading: MemoryTrace, words_K: Sequence[str]) -> list:
     L, K, N = reading.read_LKN.shape
     blocks = _some(L)
     axes = figure.subplots(1, len(blocks), squeeze=False)[0]
@@ -299,7 +299,7 @@ def _draw_by_segment(
     return found
 
 
-def _draw_gates(figure: Any, reading: Reading) -> list:
+def _draw_gates(figure: Any, reading: MemoryTrace) -> list:
     rows = [*([reading.gates] if reading.gates else []), {"norm": reading.norm_LSN, "change": reading.change_LSN}]
     axes = figure.subplots(len(rows), 1, squeeze=False, sharex=True)[:, 0]
     for axis, lines in zip(axes, rows, strict=True):
@@ -328,7 +328,7 @@ def _colour(block: int, count: int) -> Any:
     return matplotlib.colormaps["viridis_r"](0.2 + 0.8 * (block + 1) / count)
 
 
-def _draw_similarity(figure: Any, reading: Reading) -> list:
+def _draw_similarity(figure: Any, reading: MemoryTrace) -> list:
     banks = _some(len(reading.slots_LNM))
     axes = figure.subplots(1, len(banks), squeeze=False)[0]
     found = []

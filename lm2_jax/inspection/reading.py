@@ -23,7 +23,7 @@ from lm2_jax.model.memory.base import Memory
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
+class MemoryTrace:
     """One text, read. Shares are means over heads.
 
     Attributes:
@@ -61,7 +61,7 @@ class Reading:
 
 
 @struct.dataclass
-class Look:
+class SegmentTrace:
     """What one segment shows, for B lanes.
 
     Attributes:
@@ -89,7 +89,7 @@ def check_memory(model: Decoder) -> None:
         )
 
 
-def read_text(model: Decoder, params: Any, ids_n: np.ndarray, last: int = 48) -> Reading:
+def read_text(model: Decoder, params: Any, ids_n: np.ndarray, last: int = 48) -> MemoryTrace:
     """Reads a text from a fresh memory, in segments of the length the model was trained with.
 
     Args:
@@ -121,7 +121,7 @@ def read_text(model: Decoder, params: Any, ids_n: np.ndarray, last: int = 48) ->
             by_token["read"].append(read_LtN)
             if look.written_LBNT is not None:
                 by_token["written"].append(count * look.written_LBNT[:, 0, :, :count].mean(1))
-    return Reading(
+    return MemoryTrace(
         num_tokens=len(ids_n),
         segment_length=T,
         last_ids_K=np.asarray(ids_n[-K:]),
@@ -143,7 +143,7 @@ def read_text(model: Decoder, params: Any, ids_n: np.ndarray, last: int = 48) ->
 @functools.partial(jax.jit, static_argnums=0)
 def look_at_segment(
     model: Decoder, params: Any, tokens_BT: jax.Array, memory: Memory, document_BT: jax.Array | None = None
-) -> tuple[Memory, Look]:
+) -> tuple[Memory, SegmentTrace]:
     """Reads one segment; the memory after it, and what there is to see. The model must have a memory."""
     (logits_BTV, after), sown = model.apply(
         {"params": params}, tokens_BT, memory, document_BT=document_BT, mutable=["gates", LOOKS]
@@ -151,7 +151,7 @@ def look_at_segment(
     read_LBTN, write_LBNT = model.kind.shares(sown[LOOKS])
     before_LBNM, slots_LBNM = model.kind.slots(memory), model.kind.slots(after)
     before_LBN = jnp.linalg.norm(before_LBNM, axis=-1)
-    look = Look(
+    look = SegmentTrace(
         read_LBTN=read_LBTN,
         written_LBNT=write_LBNT,
         change_LBN=jnp.linalg.norm(slots_LBNM - before_LBNM, axis=-1) / jnp.maximum(before_LBN, 1e-9),

@@ -65,7 +65,7 @@ def inspect(
         ids_n = contexts.tokens_BST[0].ravel()[: (segments - 1) * T + contexts.asked_B[0] + 1]
         reading = read_text(model, params, ids_n, tokens)
         source = f"a story of {len(ids_n):,} tokens, up to its question"
-        if model.kind.token_by_token:
+        if model.kind.is_causal:
             answers = answer(model, params, contexts)
             survival = answers_by_age(answers)
             source += f"; of {questions} such questions {answers.right_B.mean():.1%} were answered"

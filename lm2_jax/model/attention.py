@@ -15,7 +15,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import PartitionSpec
 
-from lm2_jax.parallel.fsdp import LANES, splits_lanes
+from lm2_jax.parallel.fsdp import BATCH_AXES, can_shard_batch
 
 _LANES = 128  # of a TPU's vector registers: the kernel's tiles are multiples of it
 _LARGEST_TILE = 512
@@ -27,8 +27,8 @@ def attention(
     v_BUGK: jax.Array,
     *,
     causal: bool = False,
-    groups_BT: jax.Array | None = None,
-    groups_BU: jax.Array | None = None,
+    q_document_ids_BT: jax.Array | None = None,
+    kv_document_ids_BU: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(q kᵀ / √K) v, softmax in float32; [B,T,H,K].
 
@@ -40,14 +40,14 @@ def attention(
     """
     with jax.named_scope("causal_attention" if causal else "full_attention"):
         if _on_tpu() and _has_tiles(q_BTHK.shape[1], k_BUGK.shape[1], q_BTHK.shape[3]):
-            return _splash(q_BTHK, k_BUGK, v_BUGK, causal, groups_BT, groups_BU)
+            return _splash(q_BTHK, k_BUGK, v_BUGK, causal, q_document_ids_BT, kv_document_ids_BU)
         mask = None
-        if groups_BT is not None:
-            mask = (groups_BT[:, :, None] == groups_BU[:, None, :])[:, None]
+        if q_document_ids_BT is not None:
+            mask = (q_document_ids_BT[:, :, None] == kv_document_ids_BU[:, None, :])[:, None]
         return jax.nn.dot_product_attention(q_BTHK, k_BUGK, v_BUGK, mask=mask, is_causal=causal)
 
 
-def attention_shares(q_BTHK: jax.Array, k_BUGK: jax.Array, seen_BTU: jax.Array) -> jax.Array:
+def attention_weights(q_BTHK: jax.Array, k_BUGK: jax.Array, seen_BTU: jax.Array) -> jax.Array:
     """softmax(q kᵀ / √K), mean over the heads, float32 [B,T,U]; to look at, as `attention` never holds it on TPUs.
 
     seen_BTU: which keys a query sees; one that sees none attends to all alike.
@@ -74,18 +74,18 @@ def _splash(
     k_BUGK: jax.Array,
     v_BUGK: jax.Array,
     causal: bool,
-    groups_BT: jax.Array | None,
-    groups_BU: jax.Array | None,
+    q_document_ids_BT: jax.Array | None,
+    kv_document_ids_BU: jax.Array | None,
 ) -> jax.Array:
     """Every chip runs the kernel on its rows and heads: XLA cannot split a kernel by itself."""
     B, _, H, _ = q_BTHK.shape
     G = k_BUGK.shape[2]
     local = functools.partial(_local_splash, causal=causal)
-    groups = None if groups_BT is None else splash.SegmentIds(groups_BT, groups_BU)
+    groups = None if q_document_ids_BT is None else splash.SegmentIds(q_document_ids_BT, kv_document_ids_BU)
     mesh = jax.sharding.get_abstract_mesh()
     free = {axis: size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes}
     if math.prod(free.values()) > 1:
-        lanes = LANES if splits_lanes(B) else None
+        lanes = BATCH_AXES if can_shard_batch(B) else None
         heads = "tensor" if "tensor" in free and H % free["tensor"] == G % free["tensor"] == 0 else None
         arrays, rows = PartitionSpec(lanes, None, heads, None), PartitionSpec(lanes, None)
         groups_specs = None if groups is None else splash.SegmentIds(rows, rows)

@@ -18,9 +18,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from lm2_jax.config import Config
-from lm2_jax.model.layers import LOOKS, CausalConv, Layout, Past, RMSNorm, SelfAttention, SwiGLU, put
+from lm2_jax.model.layers import LOOKS, CausalConv, KVCache, Layout, RMSNorm, SelfAttention, SwiGLU, put
 from lm2_jax.model.memory.base import Memory, MemoryKind, Parameters
-from lm2_jax.parallel.fsdp import constrain, fetch, on_own_lanes, splits_lanes
+from lm2_jax.parallel.fsdp import can_shard_batch, fetch, per_device, with_logical_constraint
 from lm2_jax.parallel.mesh import unbox
 
 # What a block keeps for the backward pass, its input, waits in the host's memory.
@@ -41,8 +41,8 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: tuple[jax.Array, Memory], own_bank: Memory, layout: Layout, past: Past | None = None
-    ) -> tuple[tuple[jax.Array, Memory], tuple[Memory, Past | None]]:
+        self, carry: tuple[jax.Array, Memory], own_bank: Memory, layout: Layout, past: KVCache | None = None
+    ) -> tuple[tuple[jax.Array, Memory], tuple[Memory, KVCache | None]]:
         """(x [B,S,T,D], a bank that passes through or None) and the block's own bank: before the window to after.
 
         With a past, x [B,1,T,D] follows it in an unfinished segment: the past grows, and what is readable of the bank
@@ -51,7 +51,7 @@ class Block(nn.Module):
         x_BSTD, passing_bank = carry
         x_BSTD = checkpoint_name(x_BSTD, "block_input")
         carry = x_BSTD, passing_bank
-        if splits_lanes(x_BSTD.shape[0]) and layout.deterministic and not self.is_initializing():
+        if can_shard_batch(x_BSTD.shape[0]) and layout.deterministic and not self.is_initializing():
             return self._on_own_lanes(carry, own_bank, layout, past)
         bank = own_bank if passing_bank is None else passing_bank
         if self.config.train.recomputes_segments and x_BSTD.shape[1] > 1:
@@ -70,14 +70,14 @@ class Block(nn.Module):
             return outputs, sown.get("gates", {})
 
         axes = _logical_axes(self.config, self.kind, "bank_blocks" if self.with_bank else "blocks")
-        outputs, gates = on_own_lanes(run, self.variables["params"], axes, arrays)
+        outputs, gates = per_device(run, self.variables["params"], axes, arrays)
         for path, value in jax.tree_util.tree_leaves_with_path(gates):
             self.sow("gates", gate_name(path), value)
         return outputs
 
     def _window(
-        self, x_BSTD: jax.Array, bank: Memory, layout: Layout, past: Past | None
-    ) -> tuple[jax.Array, Memory, Past | None]:
+        self, x_BSTD: jax.Array, bank: Memory, layout: Layout, past: KVCache | None
+    ) -> tuple[jax.Array, Memory, KVCache | None]:
         c = self.config.model
         if c.conv_width:
             normed_BSTD = RMSNorm(c.norm_eps, name="conv_norm")(x_BSTD)
@@ -89,12 +89,12 @@ class Block(nn.Module):
         x_BSTD += attended_BSTD
         if self.with_bank:
             if past is not None:
-                past = past.replace(inputs_BCD=put(past.inputs_BCD, normed_BSTD[:, 0], layout.place_BST[:, 0]))
+                past = past.replace(inputs_BCD=put(past.inputs_BCD, normed_BSTD[:, 0], layout.cache_index_BST[:, 0]))
             added_BSTD, bank = self.kind.block_memory()(name="memory")(normed_BSTD, attended_BSTD, bank, layout)
             x_BSTD += added_BSTD
         normed_BSTD = RMSNorm(c.norm_eps, name="mlp_norm")(x_BSTD)
         x_BSTD += SwiGLU(c, self.kind.linear_init, name="mlp")(normed_BSTD)
-        return constrain(x_BSTD, "batch", None, None, "activation"), bank, past
+        return with_logical_constraint(x_BSTD, "batch", None, None, "activation"), bank, past
 
     def _segment_by_segment(self, x_BSTD: jax.Array, bank: Memory, layout: Layout) -> tuple[jax.Array, Memory]:
         """The same, holding the activations of one segment at a time: only x and the bank of each are kept."""
@@ -136,7 +136,7 @@ def _logical_axes(config: Config, kind: MemoryKind, stack: str) -> Any:
 
 
 @struct.dataclass
-class Unfinished:
+class DecodeState:
     """Rows in the middle of a segment, each with a clock of its own.
 
     Attributes:
@@ -149,8 +149,8 @@ class Unfinished:
     """
 
     memory: Memory
-    readable: Any
-    past: dict[str, Past]
+    project_memory: Any
+    past: dict[str, KVCache]
     count_B: jax.Array
     read_B: jax.Array
     segment_length: int = struct.field(pytree_node=False)
@@ -207,35 +207,35 @@ class Decoder(nn.Module):
         """
         layout = _layout(tokens_BST, document_BST, reset_BS, packed, deterministic)
         x_BSTD = self.embedding.astype(self.config.train.dtype)[tokens_BST]
-        x_BSTD = constrain(x_BSTD, "batch", None, None, "activation")
+        x_BSTD = with_logical_constraint(x_BSTD, "batch", None, None, "activation")
         x_BSTD, layout, memory = self.kind.enter(self.memory_parameters, x_BSTD, layout, memory)
         x_BSTD, memory, _ = self._all_blocks(x_BSTD, memory, layout, {})
         return self.kind.leave(self.final_norm(x_BSTD), layout, memory)
 
     def _all_blocks(
-        self, x_BSTD: jax.Array, memory: Memory, layout: Layout, past: dict[str, Past]
-    ) -> tuple[jax.Array, Memory, dict[str, Past]]:
+        self, x_BSTD: jax.Array, memory: Memory, layout: Layout, past: dict[str, KVCache]
+    ) -> tuple[jax.Array, Memory, dict[str, KVCache]]:
         past = dict(past)
         if self.bank_blocks is not None:
-            passing, own = (memory, None) if self.kind.bank_passes_through else (None, memory)
+            passing, own = (memory, None) if self.kind.shares_one_bank else (None, memory)
             (x_BSTD, passing), (own, past["bank_blocks"]) = self.bank_blocks(
                 (x_BSTD, passing), own, layout, past.get("bank_blocks")
             )
-            memory = passing if self.kind.bank_passes_through else own
+            memory = passing if self.kind.shares_one_bank else own
         if self.blocks is not None:
             (x_BSTD, _), (_, past["blocks"]) = self.blocks((x_BSTD, None), None, layout, past.get("blocks"))
         return x_BSTD, memory, past
 
-    def begin(self, memory: Memory, batch_size: int, segment_length: int) -> Unfinished:
+    def begin(self, memory: Memory, batch_size: int, segment_length: int) -> DecodeState:
         """The unfinished segment of `segment_length` tokens that `batch_size` rows begin, at a document's start."""
         c, dtype, banks = self.config.model, self.config.train.dtype, self.kind.num_bank_layers
         places = segment_length + 2 * self.kind.num_memory_tokens
 
-        def past(layers: int, with_bank: bool) -> Past:
+        def past(layers: int, with_bank: bool) -> KVCache:
             def zeros(*shape: int) -> jax.Array:
                 return jnp.zeros((layers, batch_size, *shape), dtype)
 
-            return Past(
+            return KVCache(
                 keys_BCGK=zeros(places, c.num_kv_heads, c.attention_head_dim),
                 values_BCGK=zeros(places, c.num_kv_heads, c.attention_head_dim),
                 inputs_BCD=zeros(places, c.d_model) if with_bank else None,
@@ -244,9 +244,9 @@ class Decoder(nn.Module):
 
         stacks = {"bank_blocks": (banks, True), "blocks": (c.num_layers - banks, False)}
         nothing_B = jnp.zeros(batch_size, jnp.int32)
-        state = Unfinished(
+        state = DecodeState(
             memory=memory,
-            readable=None,
+            project_memory=None,
             past={name: past(*stack) for name, stack in stacks.items() if stack[0]},
             count_B=nothing_B,
             read_B=nothing_B,
@@ -257,7 +257,7 @@ class Decoder(nn.Module):
             _, state = self._append_memory(jnp.ones(batch_size, bool), nothing_B, state)
         return state
 
-    def extend(self, tokens_BQ: jax.Array, count_B: jax.Array, state: Unfinished) -> tuple[jax.Array, Unfinished]:
+    def extend(self, tokens_BQ: jax.Array, count_B: jax.Array, state: DecodeState) -> tuple[jax.Array, DecodeState]:
         """Reads on in unfinished segments; the same numbers as `window` gives over whole ones.
 
         Args:
@@ -273,7 +273,7 @@ class Decoder(nn.Module):
         hidden_BQD, state = self._append(x_BQD, position_BQ, m + state.count_B, count_B, state)
         return hidden_BQD, state.replace(count_B=state.count_B + count_B, read_B=state.read_B + count_B)
 
-    def finish(self, rows_B: jax.Array, state: Unfinished) -> Unfinished:
+    def finish(self, rows_B: jax.Array, state: DecodeState) -> DecodeState:
         """Writes the memory of the chosen rows from their segments, and begins the next ones. Other rows stay."""
         m, T = self.kind.num_memory_tokens, state.segment_length
         ends_BmD, inputs_LBTD = None, None
@@ -284,29 +284,31 @@ class Decoder(nn.Module):
         token_BT = jnp.arange(T) < state.count_B[:, None]
         written = self.kind.finish(state.memory, self._bank_parameters(), inputs_LBTD, token_BT, ends_BmD)
         state = state.replace(
-            memory=self.kind.choose_lanes(rows_B, written, state.memory), count_B=jnp.where(rows_B, 0, state.count_B)
+            memory=self.kind.select_lanes(rows_B, written, state.memory), count_B=jnp.where(rows_B, 0, state.count_B)
         )
         state = self.derive(state)
         if m:
             _, state = self._append_memory(rows_B, jnp.zeros_like(state.count_B), state)
         return state
 
-    def derive(self, state: Unfinished) -> Unfinished:
+    def derive(self, state: DecodeState) -> DecodeState:
         """The state with what is readable of its memory."""
-        return state.replace(readable=self.kind.readable(state.memory, self._bank_parameters()))
+        return state.replace(project_memory=self.kind.project_memory(state.memory, self._bank_parameters()))
 
     def _bank_parameters(self) -> Any:
         return None if self.bank_blocks is None else self.variables["params"]["bank_blocks"]["memory"]
 
-    def _append_memory(self, rows_B: jax.Array, first_B: jax.Array, state: Unfinished) -> tuple[jax.Array, Unfinished]:
+    def _append_memory(
+        self, rows_B: jax.Array, first_B: jax.Array, state: DecodeState
+    ) -> tuple[jax.Array, DecodeState]:
         """Runs the memory tokens in the chosen rows, at RoPE position 0."""
         x_BmD = state.memory.astype(self.config.train.dtype)
         m = x_BmD.shape[1]
         return self._append(x_BmD, jnp.zeros(x_BmD.shape[:2], jnp.int32), first_B, m * rows_B, state)
 
     def _append(
-        self, x_BQD: jax.Array, position_BQ: jax.Array, first_B: jax.Array, count_B: jax.Array, state: Unfinished
-    ) -> tuple[jax.Array, Unfinished]:
+        self, x_BQD: jax.Array, position_BQ: jax.Array, first_B: jax.Array, count_B: jax.Array, state: DecodeState
+    ) -> tuple[jax.Array, DecodeState]:
         """Runs count_B of the Q embeddings of each row, whose places begin at first_B."""
         step_Q = jnp.arange(x_BQD.shape[1])
         real_BQ = step_Q < count_B[:, None]
@@ -316,9 +318,9 @@ class Decoder(nn.Module):
             position_BST=position_BQ[:, None],
             reset_BS=jnp.zeros((x_BQD.shape[0], 1), bool),
             packed=False,
-            place_BST=jnp.where(real_BQ, first_B[:, None] + step_Q, places)[:, None],
+            cache_index_BST=jnp.where(real_BQ, first_B[:, None] + step_Q, places)[:, None],
         )
-        x_B1QD, _, past = self._all_blocks(x_BQD[:, None], state.readable, layout, state.past)
+        x_B1QD, _, past = self._all_blocks(x_BQD[:, None], state.project_memory, layout, state.past)
         return self.final_norm(x_B1QD)[:, 0], state.replace(past=past)
 
     def project(self, hidden: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from lm2_jax.config import ModelConfig, RopeScaling
-from lm2_jax.model.attention import attention, attention_shares
+from lm2_jax.model.attention import attention, attention_weights
 
 Initializer = Callable[..., jax.Array]
 
@@ -42,11 +42,11 @@ class Layout:
     reset_BS: jax.Array
     packed: bool = struct.field(pytree_node=False)
     deterministic: bool = struct.field(pytree_node=False, default=True)
-    place_BST: jax.Array | None = None
+    cache_index_BST: jax.Array | None = None
 
 
 @struct.dataclass
-class Past:
+class KVCache:
     """What a block needs to know of the earlier positions of an unfinished segment, which has C places; W = conv_width.
 
     Attributes:
@@ -120,7 +120,7 @@ def rotate(x_BTHK: jax.Array, position_BT: jax.Array, frequencies_K: jax.Array) 
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTHK.dtype)
 
 
-def attention_to_past(q_BQHK: jax.Array, past: Past, place_BQ: jax.Array) -> jax.Array:
+def attention_to_cache(q_BQHK: jax.Array, past: KVCache, place_BQ: jax.Array) -> jax.Array:
     """Softmax attention to the places of an unfinished segment up to the query's own; [B,Q,H,K]."""
     mask_BQC = jnp.arange(past.keys_BCGK.shape[1]) <= place_BQ[..., None]
     return jax.nn.dot_product_attention(q_BQHK, past.keys_BCGK, past.values_BCGK, mask=mask_BQC[:, None])
@@ -133,7 +133,9 @@ class SelfAttention(nn.Module):
     linear_init: Callable[..., Initializer] = linear_init
 
     @nn.compact
-    def __call__(self, x_BSTD: jax.Array, layout: Layout, past: Past | None = None) -> tuple[jax.Array, Past | None]:
+    def __call__(
+        self, x_BSTD: jax.Array, layout: Layout, past: KVCache | None = None
+    ) -> tuple[jax.Array, KVCache | None]:
         """x [B,S,T,D], already normalised, to the same shape; and the past, its keys and values added.
 
         With a past, S = 1 and the T tokens follow it in their segment.
@@ -155,15 +157,17 @@ class SelfAttention(nn.Module):
         v_NTGK = dense(x_NTD, w_v).reshape(B * S, T, G, K)
         if self.is_mutable_collection(LOOKS):
             seen_NTT = jnp.tril(document_NT[:, :, None] == document_NT[:, None])
-            self.sow(LOOKS, "shares", attention_shares(q_NTHK, k_NTGK, seen_NTT))
+            self.sow(LOOKS, "shares", attention_weights(q_NTHK, k_NTGK, seen_NTT))
         if past is None:
-            attended_NTHK = attention(q_NTHK, k_NTGK, v_NTGK, causal=True, groups_BT=document_NT, groups_BU=document_NT)
+            attended_NTHK = attention(
+                q_NTHK, k_NTGK, v_NTGK, causal=True, q_document_ids_BT=document_NT, kv_document_ids_BU=document_NT
+            )
         else:
-            place_BT = layout.place_BST[:, 0]
+            place_BT = layout.cache_index_BST[:, 0]
             past = past.replace(
                 keys_BCGK=put(past.keys_BCGK, k_NTGK, place_BT), values_BCGK=put(past.values_BCGK, v_NTGK, place_BT)
             )
-            attended_NTHK = attention_to_past(q_NTHK, past, place_BT)
+            attended_NTHK = attention_to_cache(q_NTHK, past, place_BT)
         return dense(attended_NTHK.reshape(B, S, T, H * K), w_o), past
 
 
@@ -193,7 +197,9 @@ class CausalConv(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(self, x_BSTD: jax.Array, layout: Layout, past: Past | None = None) -> tuple[jax.Array, Past | None]:
+    def __call__(
+        self, x_BSTD: jax.Array, layout: Layout, past: KVCache | None = None
+    ) -> tuple[jax.Array, KVCache | None]:
         """As `SelfAttention`: x [B,S,T,D], already normalised, to the same shape; and the past, its tail moved on."""
         initializer = nn.with_logical_partitioning(nn.initializers.normal(1 / self.width), (None, "norm"))
         kernel_WD = self.param("kernel", initializer, (self.width, x_BSTD.shape[-1])).astype(x_BSTD.dtype)
@@ -210,8 +216,8 @@ class CausalConv(nn.Module):
         return y_BSTD, None
 
     def _after(
-        self, past: Past, x_B1TD: jax.Array, y_B1TD: jax.Array, kernel_WD: jax.Array, layout: Layout
-    ) -> tuple[jax.Array, Past]:
+        self, past: KVCache, x_B1TD: jax.Array, y_B1TD: jax.Array, kernel_WD: jax.Array, layout: Layout
+    ) -> tuple[jax.Array, KVCache]:
         """Tokens that follow others in their segment: a position tells how many there are to see."""
         T, tail = x_B1TD.shape[2], self.width - 1
         joined_BTD = jnp.concatenate([past.tail_BWD, x_B1TD[:, 0]], axis=1)

@@ -14,10 +14,10 @@ import flax.linen as nn
 import jax
 from jax.sharding import AbstractMesh, PartitionSpec
 
-LANES = ("data", "fsdp")  # the mesh axes that lanes are spread over
+BATCH_AXES = ("data", "fsdp")  # the mesh axes that lanes are spread over
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+def with_logical_constraint(x: jax.Array, *axes: str | None) -> jax.Array:
     """x with its axes along those mesh axes that the rules give their logical names."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or set(mesh.axis_names) == set(mesh.manual_axes):
@@ -32,13 +32,13 @@ def _free(mesh: AbstractMesh, axis: Any) -> Any:
     return tuple(name for name in names if name not in mesh.manual_axes) or None
 
 
-def splits_lanes(num_lanes: int) -> bool:
+def can_shard_batch(num_lanes: int) -> bool:
     """Whether there is a mesh that `num_lanes` lanes can be spread over, and they are not already."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and not mesh.manual_axes and num_lanes % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
 
 
-def on_own_lanes(run: Callable[..., Any], weights: Any, axes: Any, arrays: Any) -> tuple[Any, Any]:
+def per_device(run: Callable[..., Any], weights: Any, axes: Any, arrays: Any) -> tuple[Any, Any]:
     """run(parts, specs, arrays) -> (arrays, means) on every chip's own lanes; `fetch` makes parts whole.
 
     Args:
@@ -49,10 +49,10 @@ def on_own_lanes(run: Callable[..., Any], weights: Any, axes: Any, arrays: Any) 
     Returns:
       the arrays of all lanes, and the means over all chips, which have no gradient.
     """
-    if not splits_lanes(jax.tree.leaves(arrays)[0].shape[0]):
+    if not can_shard_batch(jax.tree.leaves(arrays)[0].shape[0]):
         return run(weights, jax.tree.map(lambda weight: PartitionSpec(*[None] * weight.ndim), weights), arrays)
     mesh = jax.sharding.get_abstract_mesh()
-    manual = {"data", "fsdp", "tensor"} if mesh.shape["tensor"] == 1 else set(LANES)
+    manual = {"data", "fsdp", "tensor"} if mesh.shape["tensor"] == 1 else set(BATCH_AXES)
 
     def stored(weight: jax.Array, axes: PartitionSpec) -> PartitionSpec:
         spec = nn.logical_to_mesh_axes(axes)
@@ -61,9 +61,9 @@ def on_own_lanes(run: Callable[..., Any], weights: Any, axes: Any, arrays: Any) 
 
     def local(parts: Any, arrays: Any) -> tuple[Any, Any]:
         arrays, means = run(parts, specs, arrays)
-        return arrays, jax.lax.pmean(jax.lax.stop_gradient(means), LANES)
+        return arrays, jax.lax.pmean(jax.lax.stop_gradient(means), BATCH_AXES)
 
-    specs, lanes = jax.tree.map(stored, weights, axes), PartitionSpec(LANES)
+    specs, lanes = jax.tree.map(stored, weights, axes), PartitionSpec(BATCH_AXES)
     split = jax.shard_map(
         local, in_specs=(specs, lanes), out_specs=(lanes, PartitionSpec()), axis_names=manual, check_vma=False
     )

@@ -15,11 +15,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lm2_jax.common.errors import UserError
 from lm2_jax.config import Config
-from lm2_jax.parallel.fsdp import LANES
+from lm2_jax.parallel.fsdp import BATCH_AXES
 
 # Logical axis of a weight or activation -> mesh axis.
 RULES = (
-    ("batch", LANES),
+    ("batch", BATCH_AXES),
     ("embed", "fsdp"),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
@@ -99,13 +99,13 @@ def boxed_shardings(mesh: Mesh, boxed: Any) -> Any:
 
 def memory_shardings(mesh: Mesh, memory: Any, lane_axis: int) -> Any:
     """Shardings of a memory, whose leaves have lanes at `lane_axis`."""
-    lanes = PartitionSpec(*[None] * lane_axis, LANES)
+    lanes = PartitionSpec(*[None] * lane_axis, BATCH_AXES)
     return jax.tree.map(lambda array: NamedSharding(mesh, _fit(mesh, lanes, array.shape)), memory)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Lanes first: [B, ...] spread over data and fsdp."""
-    return NamedSharding(mesh, PartitionSpec(LANES))
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def own_lanes(mesh: Mesh, num_lanes: int) -> list[int]:

@@ -116,14 +116,14 @@ def plot_runs(path: str | Path, runs: Sequence[Run], panels: Sequence[str] = tup
     """
     from matplotlib.figure import Figure  # slow to import; and without pyplot, a notebook's own pictures stay its own
 
-    shown = [PANELS[name] for name in panels if not PANELS[name].is_empty(runs)]
-    if not shown:
+    short_repr = [PANELS[name] for name in panels if not PANELS[name].is_empty(runs)]
+    if not short_repr:
         raise UserError(f"the runs have nothing for the panels {', '.join(panels)}")
-    columns = 2 if len(shown) == 4 else min(len(shown), 3)
-    rows = -(-len(shown) // columns)
+    columns = 2 if len(short_repr) == 4 else min(len(short_repr), 3)
+    rows = -(-len(short_repr) // columns)
     figure = Figure((5 * columns, 3.4 * rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis, panel in zip(axes, shown, strict=False):
+    for axis, panel in zip(axes, short_repr, strict=False):
         if panel.lines:
             _draw_lines(axis, panel.lines, runs, x)
         else:
@@ -134,7 +134,7 @@ def plot_runs(path: str | Path, runs: Sequence[Run], panels: Sequence[str] = tup
             axis.set_ylim(0, 1.02)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    for axis in axes[len(shown) :]:
+    for axis in axes[len(short_repr) :]:
         axis.set_axis_off()
     figure.savefig(path, dpi=110)
 

@@ -19,7 +19,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 
 from lm2_jax.common.errors import UserError
-from lm2_jax.common.untrusted import read_small
+from lm2_jax.common.untrusted import read_limited
 from lm2_jax.config import Config, TokenizerConfig
 from lm2_jax.tokenizer.stories import StoriesTokenizer
 
@@ -68,7 +68,7 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
     if config.kind == "bytes":
         return BytesTokenizer()
     try:
-        data = read_small(Path(config.path), _LONGEST_FILE)
+        data = read_limited(Path(config.path), _LONGEST_FILE)
     except OSError as error:
         raise UserError(f"tokenizer.path: {config.path} cannot be read ({error.strerror})") from None
     try:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lm2_jax.model.decoder import Decoder
-from lm2_jax.parallel.fsdp import fetch, on_own_lanes
+from lm2_jax.parallel.fsdp import fetch, per_device
 
 Batch = Mapping[str, jax.Array]  # the arrays of data/lanes.py: tokens, targets, document, answers [B,S,T]; reset [B,S]
 
@@ -74,7 +74,7 @@ def window_loss(model: Decoder, params: Any, hidden_BSTD: jax.Array, batch: Batc
         return jax.tree.map(lambda a: a[None], sums), {}
 
     axes = {name: PartitionSpec("vocab", "embed")}
-    sums, _ = on_own_lanes(run, {name: params[name]}, axes, (hidden_BSTD, columns))
+    sums, _ = per_device(run, {name: params[name]}, axes, (hidden_BSTD, columns))
     return jax.tree.map(jnp.sum, sums)
 
 

@@ -72,7 +72,7 @@ class Reporter:
             self._board.close()
             self._file.close()
 
-    def say(self, text: str | Table) -> None:
+    def log(self, text: str | Table) -> None:
         """A line for people, or a table."""
         self.console.print(text, markup=False)
 
@@ -109,7 +109,7 @@ class Reporter:
         if self.console.is_terminal:
             self._bar.update(self._task, completed=step, note="  ".join(parts))
         else:
-            self.say("  ".join(parts))
+            self.log("  ".join(parts))
 
 
 class SilentReporter(contextlib.AbstractContextManager):
@@ -117,7 +117,7 @@ class SilentReporter(contextlib.AbstractContextManager):
 
     def __exit__(self, *_: object) -> None: ...
 
-    def say(self, text: str | Table) -> None:
+    def log(self, text: str | Table) -> None:
         """Nothing, as `record` and `show`."""
 
     def record(self, records: Iterable[Record]) -> None:
@@ -136,12 +136,12 @@ def clock(seconds: float) -> str:
 
 def accuracy_table(table: Sequence[Mapping[str, Any]], trained_segments: int) -> Table:
     """The accuracy of evals/stories.py, for the terminal."""
-    shown = Table(title="Accuracy by context length (exact match, held-out stories)")
+    short_repr = Table(title="Accuracy by context length (exact match, held-out stories)")
     for column in ("questions", "segments", "tokens", "accuracy", "95% interval", "asked"):
-        shown.add_column(column, justify="left" if column == "questions" else "right")
+        short_repr.add_column(column, justify="left" if column == "questions" else "right")
     for cell in table:
         ratio = cell["segments"] / trained_segments
-        shown.add_row(
+        short_repr.add_row(
             cell["questions"],
             f"{cell['segments']}{' (trained)' if ratio == 1 else f' ({ratio:g}x)' if ratio > 1 else ''}",
             f"{cell['tokens']:,}",
@@ -149,7 +149,7 @@ def accuracy_table(table: Sequence[Mapping[str, Any]], trained_segments: int) ->
             f"{cell['low']:.1%} - {cell['high']:.1%}",
             f"{cell['asked']:,}",
         )
-    return shown
+    return short_repr
 
 
 def _finite(value: Any) -> Any:

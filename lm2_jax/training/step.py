@@ -189,7 +189,7 @@ def _restart_broken_lanes(model: Decoder, params: Any, memory: Memory) -> Memory
     finite_B = jnp.stack(
         [jnp.all(jnp.isfinite(jnp.moveaxis(x, lane_axis, 0)), axis=range(1, x.ndim)) for x in leaves]
     ).all(axis=0)
-    return model.kind.choose_lanes(finite_B, memory, model.init_memory(finite_B.shape[0], params))
+    return model.kind.select_lanes(finite_B, memory, model.init_memory(finite_B.shape[0], params))
 
 
 def _split_lanes(tree: Any, parts: int, lane_axis: int) -> Any:

@@ -16,7 +16,7 @@ from lm2_jax.data.prepare.inputs import JsonLinesInput
 from lm2_jax.data.prepare.shards import Settings, prepare, run_locally
 from lm2_jax.data.prepared import PreparedSource, read_manifest, tokenizer_of, verify
 from lm2_jax.evals.mmlu import read_questions
-from lm2_jax.evals.results import Finished
+from lm2_jax.evals.results import ResultLog
 from lm2_jax.tokenizer import BytesTokenizer, load_tokenizer
 
 _CONFIGS = (
@@ -195,6 +195,6 @@ PARSERS = {
     ),
     "finished": Parser(
         lines_of(_RECORDS, b'{"evaluation": "x"}\n'),
-        in_file("x.finished.jsonl", lambda path: Finished(path, {"evaluation": "x"}, ("task", "index"))),
+        in_file("x.finished.jsonl", lambda path: ResultLog(path, {"evaluation": "x"}, ("task", "index"))),
     ),
 }

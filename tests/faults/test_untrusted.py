@@ -13,7 +13,7 @@ import torch
 from helpers import random_checkpoint
 
 from lm2_jax.common.errors import UserError
-from lm2_jax.common.untrusted import beside, read_small, shown
+from lm2_jax.common.untrusted import read_limited, resolve_inside, short_repr
 from lm2_jax.config import TokenizerConfig, load_config, parse_config
 from lm2_jax.convert import directory, engine
 from lm2_jax.convert.tensors import open_tensors, read_json, write_tensors
@@ -42,7 +42,7 @@ def home(tmp_path):
 
 @pytest.mark.parametrize("name", ["../secret", "..", ".", "", "/etc/passwd", "a/../file", "file\0", "\ud800", "file\n"])
 def test_more_than_a_name_is_refused(home, name):
-    assert "is not the name of a file here" in refused(beside, home, name)
+    assert "is not the name of a file here" in refused(resolve_inside, home, name)
 
 
 def test_links_stay_in_their_directory(home):
@@ -50,11 +50,11 @@ def test_links_stay_in_their_directory(home):
     (home / "outside").symlink_to("../secret")
     (home / "nowhere").symlink_to("nothing")
     os.mkfifo(home / "fifo")
-    assert beside(home, "inside").read_text() == "file"
-    assert "outside: is a link to a file outside of its directory" in refused(beside, home, "outside")
+    assert resolve_inside(home, "inside").read_text() == "file"
+    assert "outside: is a link to a file outside of its directory" in refused(resolve_inside, home, "outside")
     for name in ("nowhere", "fifo", "missing"):
-        assert f"{name}: is missing, or no plain file" in refused(beside, home, name)
-    assert "cannot be read (File name too long)" in refused(beside, home, "x" * 300)
+        assert f"{name}: is missing, or no plain file" in refused(resolve_inside, home, name)
+    assert "cannot be read (File name too long)" in refused(resolve_inside, home, "x" * 300)
 
 
 def test_a_snapshot_of_the_hub_links_to_its_blobs(tmp_path):
@@ -103,9 +103,9 @@ def test_a_converted_directory_leads_nowhere_else(tmp_path, name):
 
 def test_files_are_read_up_to_a_bound(tmp_path):
     (tmp_path / "file").write_bytes(b"12345")
-    assert read_small(tmp_path / "file", 5) == b"12345"
-    assert "is longer than 4 bytes" in refused(read_small, tmp_path / "file", 4)
-    assert "is longer than" in refused(read_small, Path("/dev/zero"), 1000)
+    assert read_limited(tmp_path / "file", 5) == b"12345"
+    assert "is longer than 4 bytes" in refused(read_limited, tmp_path / "file", 4)
+    assert "is longer than" in refused(read_limited, Path("/dev/zero"), 1000)
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "x.json", "tokenizer.json", "x.jsonl", "x.safetensors"])
@@ -181,8 +181,8 @@ def test_aliases_have_their_use():
 
 
 def test_values_are_shown_in_short():
-    assert shown("a" * 500) == "'" + "a" * 196 + "..."
-    assert shown(16**5000) == "int that is too large to show"
+    assert short_repr("a" * 500) == "'" + "a" * 196 + "..."
+    assert short_repr(16**5000) == "int that is too large to show"
 
 
 # --- Data and tokenizers -------------------------------------------------------------------------------------------

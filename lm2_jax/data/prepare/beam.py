@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 
 from lm2_jax.common.errors import UserError
 from lm2_jax.data.prepare.inputs import Input
-from lm2_jax.data.prepare.shards import Report, Runner, Settings, finish_shard, is_whole, read_tasks, run_task
+from lm2_jax.data.prepare.shards import Program, Report, Settings, finish_shard, is_whole, read_tasks, run_task
 
 
-def run_on_beam(options: Sequence[str] = ()) -> Runner:
+def run_on_beam(options: Sequence[str] = ()) -> Program:
     """A runner on Beam; options are those of its command line, by default for this machine.
 
     Raises UserError if Beam is not installed or does not know the options.

@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict
 
 from lm2_jax.common.errors import UserError
 from lm2_jax.common.files import lock_directory, write_atomically
-from lm2_jax.common.untrusted import shown
+from lm2_jax.common.untrusted import short_repr
 from lm2_jax.config import TokenizerConfig
 from lm2_jax.data.prepare.inputs import Chunk, Input, Unreachable
 from lm2_jax.data.prepared import (
@@ -252,11 +252,11 @@ def finish_shard(name: str, results: Iterable[Result], settings: Settings, vocab
 # --- From a plan to a manifest -------------------------------------------------------------------------------------
 
 
-Runner = Callable[[Sequence[tuple[Input, ...]], Settings, Mapping[str, Report], int], None]
+Program = Callable[[Sequence[tuple[Input, ...]], Settings, Mapping[str, Report], int], None]
 """Makes the shards of groups, but for those that are done: (groups, settings, done, vocab_size)."""
 
 
-def prepare(inputs: Sequence[Input], settings: Settings, runner: Runner) -> Manifest:
+def prepare(inputs: Sequence[Input], settings: Settings, runner: Program) -> Manifest:
     """Fills `settings.output`, or goes on with it, or finds it done.
 
     Raises UserError for a tokenizer that cannot be read, an output that holds something else, no document at all, and,
@@ -359,7 +359,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     pairs = [(key, before.get(key), now.get(key)) for key in before | now]
-    return [f"{key}: {shown(there)} there, {shown(here)} now" for key, there, here in pairs if there != here]
+    return [f"{key}: {short_repr(there)} there, {short_repr(here)} now" for key, there, here in pairs if there != here]
 
 
 def _reports(progress_dir: Path) -> dict[str, Report]:
@@ -411,7 +411,7 @@ def _keep_tokenizer(settings: Settings, tokenizer: Tokenizer) -> TokenizerRecord
 # --- On this machine -----------------------------------------------------------------------------------------------
 
 
-def run_locally(workers: int, show: Callable[[Tally], None] = lambda tally: None) -> Runner:
+def run_locally(workers: int, show: Callable[[Tally], None] = lambda tally: None) -> Program:
     """A runner that tokenises in `workers` processes; in this one if it is 1. `show` is told how far it is."""
 
     def run(

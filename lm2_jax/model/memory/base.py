@@ -39,9 +39,9 @@ class MemoryKind:
     """
 
     config: Config
-    layer_by_layer = True
-    bank_passes_through = False
-    token_by_token = True
+    supports_layer_schedule = True
+    shares_one_bank = False
+    is_causal = True
     lane_axis = 0
     linear_init = staticmethod(linear_init)
 
@@ -72,7 +72,7 @@ class MemoryKind:
         """
         return None
 
-    def readable(self, memory: Memory, block_parameters: Any) -> Any:
+    def project_memory(self, memory: Memory, block_parameters: Any) -> Any:
         """What the blocks' modules read of the memory while a segment is unfinished; made once for all its tokens.
 
         Arrays begin with the axes [L,B]. block_parameters: as in `finish`.
@@ -133,7 +133,7 @@ class MemoryKind:
 
         return jax.tree.map(every_lane, self.initial(parameters))
 
-    def choose_lanes(self, take_B: jax.Array, taken: Memory, otherwise: Memory) -> Memory:
+    def select_lanes(self, take_B: jax.Array, taken: Memory, otherwise: Memory) -> Memory:
         """Lane by lane: `taken` where take_B, else `otherwise`; both memories of B lanes."""
 
         def choose(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 
 from lm2_jax.config import Config, MemoryConfig
 from lm2_jax.model import layers
-from lm2_jax.model.attention import attention, attention_shares
+from lm2_jax.model.attention import attention, attention_weights
 from lm2_jax.model.layers import LOOKS, Initializer, Layout, linear_init, rms_norm, vector
 from lm2_jax.model.memory.base import Memory, MemoryKind, Parameters
-from lm2_jax.parallel.fsdp import constrain
+from lm2_jax.parallel.fsdp import with_logical_constraint
 
 ReadKeys = tuple[jax.Array, jax.Array]  # keys and values
 _EXTRA_SLOTS_SEED = 2502_06049  # of the constant rows beyond the identity
@@ -43,7 +43,7 @@ def dense(x: jax.Array, weight: jax.Array) -> jax.Array:
     above 1 the gradients of a loop over segments come out wrong (tests/test_step.py holds them right).
     """
     y = layers.dense(x, weight)
-    return constrain(y, *[None] * y.ndim)
+    return with_logical_constraint(y, *[None] * y.ndim)
 
 
 def split(x: jax.Array, num_heads: int) -> jax.Array:
@@ -159,7 +159,7 @@ class BankMemory(nn.Module):
         """x' [B,S,T,D] and the bank before the window to (g_out ⊙ E_mem [B,S,T,D], the bank after the window)."""
         memory, eps = self.config.memory, self.config.model.norm_eps
         p = {name: self.param(name, init, shape) for name, (init, shape) in _parameters(self.config).items()}
-        if layout.place_BST is not None:
+        if layout.cache_index_BST is not None:
             return read(p, memory, x_BSTD[:, 0], bank_BNM)[0][:, None], None
         (B, S), (N, M) = x_BSTD.shape[:2], bank_BNM.shape[-2:]
         start_BNM = jnp.broadcast_to(initial_bank(N, M), bank_BNM.shape)
@@ -198,7 +198,7 @@ class BankMemory(nn.Module):
             ):
                 q = split(asking @ p[f"{name}_query"], memory.num_heads)
                 k = split(answering @ p[f"{name}_key"], memory.num_heads)
-                self.sow(LOOKS, name, attention_shares(q, k, seen_B1K))
+                self.sow(LOOKS, name, attention_weights(q, k, seen_B1K))
         for name, value in (("input", g_in_S), ("forget", g_f_S), ("output", g_out_BTD)):
             self.sow("gates", name, jnp.mean(value.astype(jnp.float32)))
         return gated_BTD.reshape(x_BSTD.shape), bank_BNM
@@ -252,7 +252,7 @@ class LM2(MemoryKind):
         """Read and write of one bank."""
         return functools.partial(BankMemory, self.config)
 
-    def readable(self, memory: Memory, block_parameters: Parameters) -> ReadKeys:
+    def project_memory(self, memory: Memory, block_parameters: Parameters) -> ReadKeys:
         """Keys and values of every bank, [L,B,N,D]."""
         eps, dtype = self.config.model.norm_eps, self.config.train.dtype
         return jax.lax.map(lambda layer: read_keys(layer[0], eps, layer[1], dtype), (block_parameters, memory))

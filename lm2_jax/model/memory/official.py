@@ -46,7 +46,7 @@ def heads(p: Parameters, name: str, num_heads: int, x: jax.Array) -> jax.Array:
     return projected.reshape(*x.shape[:2], num_heads, -1)
 
 
-def attention_shares(p: Parameters, num_heads: int, a_BTN: jax.Array, bank_BNN: jax.Array) -> jax.Array:
+def attention_weights(p: Parameters, num_heads: int, a_BTN: jax.Array, bank_BNN: jax.Array) -> jax.Array:
     """How much of each slot a token is given, float32 [B,H,T,N]; token t sees slots 0..t."""
     _, T, N = a_BTN.shape
     q_BTHK, k_BNHK = heads(p, "query", num_heads, a_BTN), heads(p, "key", num_heads, bank_BNN.astype(a_BTN.dtype))
@@ -62,7 +62,7 @@ def attend(
 
     dropout_BHTN: factors of the attention probabilities (0, or 1 / share kept); None: no dropout.
     """
-    shares_BHTN = attention_shares(p, num_heads, a_BTN, bank_BNN)
+    shares_BHTN = attention_weights(p, num_heads, a_BTN, bank_BNN)
     if dropout_BHTN is not None:
         shares_BHTN *= dropout_BHTN
     v_BNHK = heads(p, "value", num_heads, bank_BNN.astype(a_BTN.dtype))
@@ -131,7 +131,7 @@ class OfficialMemory(nn.Module):
         new_BNN, g_in_BNN, g_f_BNN = update(p, memory.num_heads, a_BSTD[:, 0], bank_BNN, token_BT, dropout_BHTN)
         new_BNN = jnp.where(jnp.any(token_BT, axis=1)[:, None, None], new_BNN, bank_BNN)
         if self.is_mutable_collection(LOOKS):
-            shares_BHTN = attention_shares(p, memory.num_heads, a_BSTD[:, 0], bank_BNN)
+            shares_BHTN = attention_weights(p, memory.num_heads, a_BSTD[:, 0], bank_BNN)
             self.sow(LOOKS, "read", jnp.mean(shares_BHTN, axis=1))
         for name, value in (("input", g_in_BNN), ("forget", g_f_BNN)):
             self.sow("gates", name, jnp.mean(value))
@@ -169,9 +169,9 @@ def _parameters(N: int) -> dict[str, tuple[Initializer, tuple[int, ...]]]:
 class Official(MemoryKind):
     """Memory: one bank, float32 [B,N,N], that passes through all blocks and on to the next segment."""
 
-    layer_by_layer = False
-    bank_passes_through = True
-    token_by_token = False
+    supports_layer_schedule = False
+    shares_one_bank = True
+    is_causal = False
     linear_init = staticmethod(linear_init)
 
     @property
@@ -195,7 +195,7 @@ class Official(MemoryKind):
         N = self.config.memory.num_slots
         if (S, T) != (1, N):
             raise ValueError(f"official reads one whole segment of {N} tokens at a time, not [S,T] = {[S, T]}")
-        memory = self.choose_lanes(layout.reset_BS[:, 0], self.init_memory(B, parameters), memory)
+        memory = self.select_lanes(layout.reset_BS[:, 0], self.init_memory(B, parameters), memory)
         return x_BSTD, layout, jax.lax.stop_gradient(memory)
 
     def slots(self, memory: Memory) -> jax.Array:

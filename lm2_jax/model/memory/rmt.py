@@ -20,7 +20,7 @@ from lm2_jax.model.memory.base import Memory, MemoryKind, Parameters
 class RMT(MemoryKind):
     """Memory: hidden states of the memory tokens, float32 [B,m,D]; at a document's start a learned set of them."""
 
-    layer_by_layer = False
+    supports_layer_schedule = False
 
     @property
     def num_memory_tokens(self) -> int:
@@ -48,16 +48,16 @@ class RMT(MemoryKind):
         B, S, _, _ = x_BSTD.shape
         if S != 1:
             raise ValueError("rmt runs segment by segment: one segment at a time")
-        memory = self.choose_lanes(layout.reset_BS[:, 0], self.init_memory(B, parameters), memory)
+        memory = self.select_lanes(layout.reset_BS[:, 0], self.init_memory(B, parameters), memory)
         memory_BSmD = memory[:, None].astype(x_BSTD.dtype)
         m = memory.shape[1]
 
-        def beside(middle_BST: jax.Array, value: int) -> jax.Array:
+        def resolve_inside(middle_BST: jax.Array, value: int) -> jax.Array:
             return jnp.pad(middle_BST, ((0, 0), (0, 0), (m, m)), constant_values=value)
 
         layout = layout.replace(
-            document_BST=beside((layout.document_BST > 0).astype(jnp.int32), 1),
-            position_BST=beside(layout.position_BST, 0),
+            document_BST=resolve_inside((layout.document_BST > 0).astype(jnp.int32), 1),
+            position_BST=resolve_inside(layout.position_BST, 0),
         )
         return jnp.concatenate([memory_BSmD, x_BSTD, memory_BSmD], axis=2), layout, memory
 
@@ -66,7 +66,7 @@ class RMT(MemoryKind):
         m = memory.shape[1]
         tokens_B = jnp.any(layout.document_BST[:, 0, m:-m] > 0, axis=-1)
         after_BmD = y_BSTD[:, 0, -m:].astype(jnp.float32)
-        return y_BSTD[:, :, m:-m], self.choose_lanes(tokens_B, after_BmD, memory)
+        return y_BSTD[:, :, m:-m], self.select_lanes(tokens_B, after_BmD, memory)
 
     def finish(
         self, memory: Memory, block_parameters: None, inputs_LBTD: None, token_BT: jax.Array, ends_BmD: jax.Array
