@@ -200,7 +200,7 @@ def test_gains(tmp_path):
 
 def test_kept_results(tmp_path):
     """The report in the repository is what its cells say, and all its pictures can be drawn."""
-    kept = ROOT / "tools" / "results" / "babilong_cpu"
+    kept = ROOT / "docs" / "results" / "babilong_cpu"
     (tmp_path / "cells").symlink_to(kept / "cells")
     assert babilong_report.write_report(tmp_path) == (kept / "report.md").read_text()
     drawn = {path.name for path in tmp_path.glob("*.png")}
@@ -210,6 +210,6 @@ def test_kept_results(tmp_path):
 @pytest.mark.parametrize("heading", ["## Every setting", "## The settings taken", "## Ablations of lm2"])
 def test_tables_in_readme(heading):
     """The README shows the report's first of each section."""
-    report = (ROOT / "tools" / "results" / "babilong_cpu" / "report.md").read_text()
+    report = (ROOT / "docs" / "results" / "babilong_cpu" / "report.md").read_text()
     table = "|" + report.split(heading)[1].split("\n|", 1)[1].split("\n\n")[0]
     assert table.count("\n") > 2 and table in (ROOT / "README.md").read_text()

@@ -1,6 +1,6 @@
 """Compiles every config for the topology that its comment names, and tables the figures.
 
-    python tools/compile_configs.py --output tools/results/compiled
+    python tools/compile_configs.py --output docs/results/compiled
 
 Each config is compiled by `python -m lm2_jax.aot` in a process of its own, and its figures are kept as
 OUTPUT/NAME.json; what is there already is not compiled again. A line `# Topology: v5e:4x4.` in a config names its
