@@ -223,7 +223,7 @@ def _beyond_shapes(config: Config) -> dict[str, Any]:
     return {
         "model": model.model_dump(exclude={"embedding_std"}),
         "memory": config.memory.model_dump(include={"kind", "num_heads", "gates"})
-        if config.num_memory_layers
+        if config.spec.num_memory_layers
         else None,
     }
 

@@ -152,7 +152,7 @@ def test_there_and_back(pair, tmp_path):
     before, after = (lm2_jax.load(path)[0].config for path in (ours, tmp_path / "back"))
     assert before.memory.kind == after.memory.kind
     assert before.model.model_copy(update={"head_dim": 8}) == after.model
-    assert before.memory_width == after.memory_width
+    assert before.spec.memory_width == after.spec.memory_width
 
 
 def test_official_in_transformers(tmp_path):

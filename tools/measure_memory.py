@@ -56,9 +56,9 @@ def temporary_bytes(config: Config, segments: int) -> int:
 def kept_bytes(config: Config, schedule: str) -> int:
     """Bytes per segment that the backward pass needs: banks (float32) and block inputs."""
     B, T, L = config.data.batch_size, config.data.segment_length, config.model.num_layers
-    bank = B * config.memory.num_slots * config.memory_width * 4
+    bank = B * config.memory.num_slots * config.spec.memory_width * 4
     tokens = B * T * config.model.d_model * (4 if config.train.dtype == "float32" else 2)
-    return config.num_memory_layers * bank + tokens if schedule == "segment" else bank + L * tokens
+    return config.spec.num_memory_layers * bank + tokens if schedule == "segment" else bank + L * tokens
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from pydantic_core import PydanticCustomError
 
 from lm2_jax.common.errors import UserError
 from lm2_jax.common.untrusted import read_limited, short_repr
+from lm2_jax.config.spec import ModelSpec
 
 LARGEST = 2**31 - 1  # of whole numbers: an array's sizes are int32
 PositiveInt = Annotated[int, Field(gt=0, le=LARGEST)]
@@ -277,11 +278,6 @@ class TrainConfig(Section):
     max_skipped_steps: NonNegativeInt = 20  # non-finite steps in a row before the run stops; 0: never
     curriculum: tuple[StageConfig, ...] = ()
 
-    @property
-    def recomputes_segments(self) -> bool:
-        """Whether `remat` recomputes each segment of a window by itself."""
-        return self.remat in ("full", "offload")
-
     @model_validator(mode="after")
     def _stages_end(self) -> Self:
         for number, stage in enumerate(self.curriculum[:-1]):
@@ -418,16 +414,10 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
 
     @property
-    def memory_width(self) -> int:
-        """Slot width M of the lm2 banks."""
-        return self.memory.width or self.model.d_model
-
-    @property
-    def num_memory_layers(self) -> int:
-        """How many blocks, from the first, carry a bank (0 for kinds without one)."""
-        if self.memory.kind not in ("lm2", "official"):
-            return 0
-        return self.memory.num_layers or self.model.num_layers
+    def spec(self) -> ModelSpec:
+        """Everything that the model depends on."""
+        train = self.train
+        return ModelSpec(self.model, self.memory, self.trained_segment_length, train.dtype, train.remat, train.unroll)
 
     @property
     def trained_segment_length(self) -> int:
@@ -453,7 +443,7 @@ class Config(Section):
             for name, width in (("model.d_model", self.model.d_model), ("memory.width", memory.width)):
                 if width and width % memory.num_heads:
                     problems.append(f"memory.num_heads {memory.num_heads} does not divide {name} {width}")
-            if self.num_memory_layers > self.model.num_layers:
+            if (memory.num_layers or 0) > self.model.num_layers:
                 problems.append(
                     f"memory.num_layers {memory.num_layers} is above model.num_layers {self.model.num_layers}"
                 )

@@ -180,7 +180,7 @@ def seen_as_ours(
 
 def as_theirs(table: Table, checkpoint: Checkpoint, dtype: str, track: Track) -> Iterator[tuple[str, np.ndarray]]:
     """Foreign names and arrays, one by one, in the order of their blocks."""
-    wanted = entries(table, checkpoint.params, checkpoint.config.num_memory_layers)
+    wanted = entries(table, checkpoint.params, checkpoint.config.spec.num_memory_layers)
     for entry in track(sorted(wanted, key=_in_reading_order), "writing"):
         array = checkpoint.params[entry.path].read(entry.row)
         array = (array.T if entry.transposed else array).astype(DTYPES[dtype])

@@ -116,7 +116,7 @@ def _read_llama(path: Path, theirs: Mapping[str, Any], overrides: Sequence[str],
             "its logits; kind lm2 can start as one"
         )
     theirs_too = {name: shape for name, shape in shapes.items() if place(name) in table.rules}
-    wanted = entries(table, theirs_too, config.num_memory_layers)
+    wanted = entries(table, theirs_too, config.spec.num_memory_layers)
     check_names(wanted, tensors, table, path)
     check_values(track(wanted, "checking"), tensors, path)
     params = seen_as_ours(wanted, tensors, theirs_too)
@@ -149,10 +149,10 @@ def _read_lm2(path: Path, theirs: Mapping[str, Any], overrides: Sequence[str], t
     config = _config(path, values, overrides, problems)
     tensors, shapes = open_tensors(path, "model"), abstract_params(config)
     table = lm2(config.model.tie_embeddings)
-    wanted = entries(table, shapes, config.num_memory_layers)
+    wanted = entries(table, shapes, config.spec.num_memory_layers)
     passes_through, bank = build_model(config).kind.shares_one_bank, []
-    if config.num_memory_layers:
-        name, N, M = _bank_name(config), config.memory.num_slots, config.memory_width
+    if config.spec.num_memory_layers:
+        name, N, M = _bank_name(config), config.memory.num_slots, config.spec.memory_width
         lanes = tensors[name].shape[:1] if passes_through and name in tensors else (1,) * passes_through
         bank = [Entry(name, None, name, (), (*lanes, N, M), False)]
     check_names([*bank, *wanted], tensors, table, path)
@@ -167,8 +167,8 @@ def _read_lm2(path: Path, theirs: Mapping[str, Any], overrides: Sequence[str], t
 
 def _lm2_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     config, rows = checkpoint.config, 1 if checkpoint.memory is None else len(checkpoint.memory)
-    layers = config.num_memory_layers or None
-    memory = config.memory.model_copy(update={"width": config.memory_width, "num_layers": layers})
+    layers = config.spec.num_memory_layers or None
+    memory = config.memory.model_copy(update={"width": config.spec.memory_width, "num_layers": layers})
     return {
         "model_type": _OURS,
         "architectures": ["LM2ForCausalLM"],

@@ -51,7 +51,7 @@ def read(path: Path, overrides: Sequence[str], track: Track) -> Checkpoint:
     tensors = open_tensors(file, "state_dict")
     shapes = abstract_params(config)
     table = official(config.model.tie_embeddings, _has_memory(shapes))
-    wanted = entries(table, shapes, config.num_memory_layers)
+    wanted = entries(table, shapes, config.spec.num_memory_layers)
     bank = []
     if _has_memory(shapes):
         N, lanes = config.memory.num_slots, tensors[_BANK].shape[0] if _BANK in tensors else 1
