@@ -25,8 +25,7 @@ from lm2_jax.model import build_model
 torch = pytest.importorskip("torch", reason="torch is not installed (requirements-dev.txt)")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (requirements-dev.txt)")
 
-GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
-needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the recorded vectors are not on this machine")
+GOLDEN = Path(__file__).parent / "data" / "golden"
 V = 61
 
 
@@ -62,7 +61,6 @@ def assert_same_tensors(found, expected):
 # --- The official code ---------------------------------------------------------------------------------------------
 
 
-@needs_golden
 @pytest.mark.parametrize("name", ["G1", "G2", "G3"])
 def test_official_there_and_back(tmp_path, name):
     """To the bit: every key, shape and dtype, aliases and memory_bank included; also read from a PyTorch file."""

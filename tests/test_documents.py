@@ -12,7 +12,7 @@ from lm2_jax.data.documents import BinSource, JsonLinesSource, TextSource, split
 from lm2_jax.data.paths import expand_paths
 from lm2_jax.tokenizer import BytesTokenizer
 
-EXTRAS = Path(__file__).parents[2] / "shared" / "golden" / "extras"
+EXTRAS = Path(__file__).parent / "data" / "golden" / "extras"
 BYTES = BytesTokenizer()
 
 
@@ -171,7 +171,6 @@ def test_bin_shorter_than_its_header(tmp_path):
         BinSource([write(tmp_path / "a.bin", b"\0" * 1000)], vocab_size=10)
 
 
-@pytest.mark.skipif(not EXTRAS.exists(), reason="the official sample is not beside this checkout")
 def test_official_sample():
     expected = json.loads((EXTRAS / "sample_llama3.json").read_text())
     documents = list(BinSource([EXTRAS / "sample_llama3.bin"], vocab_size=128_256))

