@@ -165,7 +165,7 @@ def test_all_mistakes_are_reported_at_once():
         "my.yaml: model.num_heads 3 does not divide d_model 100; or set head_dim",
         "my.yaml: model.num_kv_heads 2 does not divide num_heads 3",
         "my.yaml: data.path is missing; source text reads the files it names",
-        "my.yaml: data.document_separator '(' is no regular expression: missing ), unterminated subpattern at "
+        "my.yaml: data.document_separator '(' is not a regular expression: missing ), unterminated subpattern at "
         "position 0",
         "--set optim.b1: found 1; should be less than 1",
         "my.yaml: train.steps: found 0; should be greater than 0",

@@ -61,7 +61,7 @@ def write_shard(name, tokens, magic=20240801, count=None):
         ("train: {steps: many}", "bad.yaml: train.steps: found 'many'; should be a valid integer"),
         ("model: {d_model: 64, num_heads: 6}", "bad.yaml: model.num_heads 6 does not divide d_model 64"),
         ("data: {source: text}", "bad.yaml: data.path is missing"),
-        ("data: {document_separator: '('}", "bad.yaml: data.document_separator '(' is no regular expression"),
+        ("data: {document_separator: '('}", "bad.yaml: data.document_separator '(' is not a regular expression"),
         ("model: {d_model: [", "bad.yaml: line 1 is not valid YAML"),
         ("- model\n- data", "bad.yaml: holds list; expected sections"),
         (b"\x80\x81", "bad.yaml: cannot be read as a text file"),

@@ -183,7 +183,7 @@ def test_command(files, checkpoint, tmp_path, monkeypatch, capsys):
         (("eval.perplexity.path=bad.jsonl",), "bad.jsonl: line 1: has no 'text'; its keys are 'content'"),
         (("eval.perplexity.path=[latin.txt, bad.jsonl]",), "files of several kinds (jsonl, text)"),
         (("eval.perplexity.path=empty.txt", "model.d_model=32"), "the checkpoint's model cannot be set"),
-        (("eval.perplexity={path: empty.txt, document_separator: '('}",), "is no regular expression"),
+        (("eval.perplexity={path: empty.txt, document_separator: '('}",), "is not a regular expression"),
         (("eval.perplexity.paths=empty.txt",), "unknown key; did you mean 'path'?"),
         (("data.batch_size=7", "eval.perplexity.path=latin.txt"), "7 lanes do not divide"),
     ],

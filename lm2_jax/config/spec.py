@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from lm2_jax.config import MemoryConfig, ModelConfig
+from lm2_jax.config.sections import MemoryConfig, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)

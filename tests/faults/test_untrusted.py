@@ -154,9 +154,9 @@ def bomb(first, of):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (bomb("[x]", "[{}]"), "line 1 is not valid YAML: its aliases (*name) stand for far more than is written"),
-        (bomb("{x: 1}", "{{<<: [{}]}}"), "its aliases (*name) stand for far more than is written"),
-        ("model: &a [*a]", "its aliases (*name) stand for far more than is written"),
+        (bomb("[x]", "[{}]"), "line 1 is not valid YAML: its aliases (*name) expand to far more than is written"),
+        (bomb("{x: 1}", "{{<<: [{}]}}"), "its aliases (*name) expand to far more than is written"),
+        ("model: &a [*a]", "its aliases (*name) expand to far more than is written"),
         ('data: {path: "a\\0b"}', "line 1 is not valid YAML: text with a NUL"),
         ('train: {run_dir: "\\ud800"}', "text with a NUL, or with half a surrogate pair"),
         (

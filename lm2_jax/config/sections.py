@@ -1,0 +1,244 @@
+"""Settings of a model, its memory, its data and its training."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from lm2_jax.config.section import (
+    AxisSize,
+    Fraction,
+    NonEmptyStr,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Texts,
+    pattern_problem,
+    raise_problems,
+)
+
+
+class RopeScaling(Section):
+    """Llama 3's scaling of low RoPE frequencies, for contexts longer than those of pretraining."""
+
+    factor: Annotated[float, Field(ge=1)] = 32.0  # by which low frequencies are divided
+    low_freq_factor: PositiveFloat = 1.0  # wavelengths above original length / this are scaled fully
+    high_freq_factor: PositiveFloat = 4.0  # wavelengths below original length / this are kept
+    original_max_position_embeddings: PositiveInt = 8192  # original length: longest context of pretraining
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor {self.high_freq_factor} must be above low_freq_factor {self.low_freq_factor}"
+            )
+        return self
+
+
+class ModelConfig(Section):
+    """The Llama decoder that every memory kind shares."""
+
+    vocab_size: PositiveInt | None = None  # null: the tokenizer's size
+    d_model: PositiveInt = 96  # width D of the residual stream
+    num_layers: PositiveInt = 3  # blocks L
+    num_heads: PositiveInt = 4  # query heads of self-attention
+    num_kv_heads: PositiveInt = 4  # key/value heads; fewer than num_heads: grouped-query attention
+    head_dim: PositiveInt | None = None  # null: d_model / num_heads
+    d_ff: PositiveInt = 256  # width of the SwiGLU feed-forward layers
+    rope_theta: PositiveFloat = 10_000.0  # base of the RoPE frequencies
+    rope_scaling: RopeScaling | None = None  # null: none
+    norm_eps: PositiveFloat = 1e-5  # epsilon of RMSNorm
+    tie_embeddings: bool = True  # use the embedding table as output layer too
+    embedding_std: PositiveFloat = 0.02  # standard deviation of initial embeddings and of rmt's initial memory tokens
+    conv_width: Literal[0, 4, 8] = 0  # kernel of the residual causal depthwise convolution; 0: none (Llama-compatible)
+
+    @property
+    def attention_head_dim(self) -> int:
+        """Width of one self-attention head."""
+        return self.head_dim or self.d_model // self.num_heads
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        problems = []
+        if self.head_dim is None and self.d_model % self.num_heads:
+            problems.append(f"num_heads {self.num_heads} does not divide d_model {self.d_model}; or set head_dim")
+        elif self.attention_head_dim % 2:
+            problems.append(f"head_dim {self.attention_head_dim} is odd; RoPE rotates pairs, so it must be even")
+        if self.num_heads % self.num_kv_heads:
+            problems.append(f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}")
+        raise_problems(problems)
+        return self
+
+
+class MemoryConfig(Section):
+    """The memory that carries information across segments."""
+
+    kind: Literal["lm2", "rmt", "none", "official"] = "lm2"  # none: plain Llama; official: the authors' published model
+    num_slots: PositiveInt = 16  # lm2: slots N of each bank; rmt: memory tokens m
+    width: PositiveInt | None = None  # lm2: slot width M; null: d_model
+    num_heads: PositiveInt = 4  # lm2: heads of read and write attention; official: heads of its memory attention
+    num_layers: PositiveInt | None = None  # lm2: number of blocks, from the first, that have a bank; null: all
+    gates: Literal["convex", "independent"] = "convex"  # convex: input gate = 1 - forget gate
+    forget_bias: float = 2.0  # b_f; positive: memory is retained at first
+    input_bias: float = -1.0  # b_i; for independent gates only
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # official: of its memory attention; published code: 0.9
+
+
+class StoriesConfig(Section):
+    """bAbI-style question stories scattered among background sentences (data.source: stories)."""
+
+    tasks: Annotated[tuple[Literal["qa1", "qa2", "qa3", "qa4", "qa5"], ...], Field(min_length=1)] = ("qa1",)  # of bAbI
+    facts: tuple[PositiveInt, PositiveInt] = (1, 10)  # fewest and most statements of a generated story
+    questions_between: tuple[NonNegativeInt, NonNegativeInt] = (0, 3)  # fewest and most questions inside a story
+    questions_after: tuple[PositiveInt, PositiveInt] = (1, 4)  # fewest and most questions at a story's end
+    whole_lines: bool = True  # pad with background so that, where enough is left, no line straddles two segments
+    per_epoch: PositiveInt = 1_000_000  # generated stories that count as one epoch
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Self:
+        for name in ("facts", "questions_between", "questions_after"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name}: {low} is above {high}; write [fewest, most]")
+        return self
+
+
+class MixtureConfig(Section):
+    """One data set of a mixture (data.mixture)."""
+
+    path: NonEmptyStr  # a prepared directory
+    weight: PositiveFloat = 1.0  # share of the documents read, relative to the other weights
+
+
+class DataConfig(Section):
+    """Where documents come from and how they are laid into lanes of segments."""
+
+    source: Literal["stories", "text", "jsonl", "bin", "prepared"] = "stories"
+    path: Texts | None = None  # files or globs; stories: bAbI files, null: generated ones; prepared: directories
+    mixture: tuple[MixtureConfig, ...] = ()  # prepared: directories with weights, instead of path
+    validation_path: Texts | None = None  # null: validation_fraction of the documents is held out
+    validation_fraction: Fraction = 0.05  # share of documents held out; for stories it is always one in eight
+    begin_id: NonNegativeInt = 128_000  # bin: id that begins every document (Llama 3's begin-of-text)
+    order: Literal["shuffled", "official"] = "shuffled"  # official: the official trainer's order of batches (bin only)
+    document_separator: str | None = None  # text: a regular expression; every match starts a new document
+    background: Texts | None = None  # stories: text files to scatter the facts in; null: built-in sentences
+    stories: StoriesConfig = StoriesConfig()  # source stories only
+    segment_length: PositiveInt = 32  # tokens T of a segment
+    segments_per_window: PositiveInt = 4  # segments S of a training window
+    batch_size: PositiveInt = 32  # lanes B (stateful batch rows) over all devices
+    boundaries: Literal["segment", "packed", "stream"] = "segment"  # where documents begin; stream: all are one
+    prefetch: NonNegativeInt = 2  # windows prepared ahead by a thread; 0: none
+
+    @model_validator(mode="after")
+    def _source_has_data(self) -> Self:
+        problems = []
+        if self.mixture and (self.source != "prepared" or self.path):
+            problems.append(
+                f"mixture stands for path, and only with source prepared; found source {self.source}"
+                + (f" and path {', '.join(self.path)}" if self.path else "")
+            )
+        elif self.source == "prepared" and not (self.path or self.mixture):
+            problems.append("path is missing; source prepared reads the directories that path or mixture names")
+        elif self.source not in ("stories", "prepared") and not self.path:
+            problems.append(f"path is missing; source {self.source} reads the files it names")
+        if problem := pattern_problem(self.document_separator):
+            problems.append(problem)
+        raise_problems(problems)
+        return self
+
+
+class TokenizerConfig(Section):
+    """The tokenizer."""
+
+    kind: Literal["stories", "bytes", "sentencepiece", "tokenizers", "llama3"] = "stories"  # stories: words
+    path: str | None = None  # the tokenizer's file; stories and bytes have none
+
+    @model_validator(mode="after")
+    def _file(self) -> Self:
+        needs_file = self.kind not in ("stories", "bytes")
+        if needs_file and not self.path:
+            raise ValueError(f"path is missing; kind {self.kind} reads a file")
+        if self.path and not needs_file:
+            raise ValueError(f"path {self.path!r} given, but kind {self.kind} reads no file")
+        return self
+
+
+class OptimConfig(Section):
+    """The optimizer, its schedule and the loss."""
+
+    kind: Literal["adamw", "muon"] = "adamw"  # muon: orthogonalised updates for attention and feed-forward weights
+    learning_rate: PositiveFloat = 2e-3  # peak
+    schedule: Literal["linear", "cosine", "constant"] = "linear"  # linear: constant, then linear decay
+    warmup_steps: NonNegativeInt = 50  # steps of linear warm-up
+    decay_fraction: Fraction = 0.3  # linear: share of the steps, at the end, over which the learning rate decays
+    final_fraction: Fraction = 0.0  # learning rate of the last step, as a fraction of learning_rate
+    b1: Annotated[float, Field(ge=0, lt=1)] = 0.9  # decay of the mean of gradients
+    b2: Annotated[float, Field(ge=0, lt=1)] = 0.98  # decay of the mean of squared gradients
+    eps: PositiveFloat = 1e-8  # epsilon of Adam's denominator
+    weight_decay: NonNegativeFloat = 0.01  # decoupled weight decay, of matrices only
+    clip_norm: PositiveFloat = 1.0  # largest global norm of a gradient
+    accumulation_steps: PositiveInt = 1  # microbatches per step, of batch_size / accumulation_steps lanes each
+    lm_loss_weight: NonNegativeFloat = 1.0  # weight of the loss on all tokens; stories add the loss on answers
+
+
+class MeshConfig(Section):
+    """Number of devices along each mesh axis; -1, for at most one axis: all devices that are left."""
+
+    data: AxisSize = 1  # shards lanes; parameters are replicated
+    fsdp: AxisSize = -1  # shards lanes and parameters
+    tensor: AxisSize = 1  # shards heads and feed-forward layers
+
+    @model_validator(mode="after")
+    def _one_free_axis(self) -> Self:
+        sizes = (self.data, self.fsdp, self.tensor)
+        if 0 in sizes or sizes.count(-1) > 1:
+            raise ValueError(
+                f"data {self.data}, fsdp {self.fsdp}, tensor {self.tensor}: "
+                "each must be at least 1, and one of them may be -1 (the rest)"
+            )
+        return self
+
+
+class StageConfig(Section):
+    """One stage of the curriculum; the last one lasts until train.steps."""
+
+    segments: PositiveInt  # segments S of a window
+    segment_length: PositiveInt  # tokens T of a segment
+    steps: PositiveInt | None = None  # maximum number of steps; null: no limit
+    advance_accuracy: Fraction | None = None  # accuracy on training answers that ends the stage early
+
+
+Remat = Literal["none", "block", "full", "offload"]
+
+
+class TrainConfig(Section):
+    """The training loop."""
+
+    run_dir: NonEmptyStr = "runs/default"  # the run directory; one that holds a checkpoint is resumed
+    init_from: NonEmptyStr | None = None  # initial weights: a run directory, a checkpoint or a converted one
+    steps: PositiveInt = 650  # optimizer steps in all
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # of initial weights, data order and dropout
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters and banks are float32
+    schedule: Literal["auto", "segment", "layer"] = "auto"  # order of the loops over segments and layers
+    remat: Remat = "none"  # recompute blocks, or segments too (full); offload: full, with block inputs kept on the host
+    unroll: PositiveInt = 1  # of the scans over layers and segments: longer to compile, fewer buffer copies on CPU
+    log_every: PositiveInt = 10  # steps between two lines of the log
+    max_skipped_steps: NonNegativeInt = 20  # consecutive non-finite steps after which the run stops; 0: never
+    curriculum: tuple[StageConfig, ...] = ()  # stages; empty: the one that data describes
+
+    @model_validator(mode="after")
+    def _stages_end(self) -> Self:
+        for number, stage in enumerate(self.curriculum[:-1]):
+            if stage.steps is None and stage.advance_accuracy is None:
+                raise ValueError(f"curriculum.{number} never ends: give it steps or advance_accuracy")
+        return self
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written and how many are kept."""
+
+    every_steps: PositiveInt = 100  # steps between two checkpoints
+    keep: PositiveInt = 3  # newest checkpoints that are kept
