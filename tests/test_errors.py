@@ -179,8 +179,8 @@ def test_stories_that_cannot_be_told_are_found_before_training(fails, overrides,
     ("path", "said"),
     [
         ("missing.model", "tokenizer.path: missing.model cannot be read (No such file or directory)"),
-        ("text.txt", "tokenizer.path: text.txt is no {kind} model: "),
-        ("empty.model", "tokenizer.path: empty.model is no {kind} model: "),
+        ("text.txt", "tokenizer.path: text.txt is not a {kind} model: "),
+        ("empty.model", "tokenizer.path: empty.model is not a {kind} model: "),
     ],
 )
 def test_tokenizer_files(fails, kind, path, said):

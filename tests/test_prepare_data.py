@@ -218,7 +218,7 @@ def test_tokenizers_by_name(tmp_path, monkeypatch):
     assert find_tokenizer(str(file)) == TokenizerConfig(kind="tokenizers", path=str(file))
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *asked: {("a/b", "tokenizer.json"): file}[asked])
     assert find_tokenizer("a/b").path == str(file)
-    with pytest.raises(UserError, match=r"--tokenizer: c/d is no file, and the hub sends no tokenizer\.json"):
+    with pytest.raises(UserError, match=r"--tokenizer: c/d is not a file, and the hub has no such tokenizer\.json"):
         find_tokenizer("c/d")
     with pytest.raises(UserError, match=r"is no tokenizer\.json, sentencepiece model or Llama-3"):
         find_tokenizer(str(write(tmp_path / "odd", b"odd")))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable
 
-# Their order gives the ids, on which every trained model relies: the generator may use fewer words, never others.
+from lm2_jax.tokenizer.base import digest
+
+# Their order gives the ids that trained models rely on: the generator may use fewer words, never others.
 _WORDS = """
 . ? above admires after all always among and apple as at autumn back baker bathroom bedroom before behind bells
 belong beside beyond bill birds books bridge bright candle carefully clock clouds cold counts covers curious
@@ -24,7 +25,7 @@ _SPACE_BEFORE_MARK = re.compile(r" (?=[.?!,](?: |$))")
 
 
 class StoriesTokenizer:
-    """Words and punctuation marks of stories and built-in background as ids.
+    """Encodes the words and punctuation marks of generated stories and built-in background sentences.
 
     Everything is lower-cased: "The" at the start of a sentence and "the" inside it are one word, which keeps the
     vocabulary small. Ids are 0 <unk>, 1 <bos>, 2 <eos>, then the sorted words; `words` lists them by id.
@@ -47,10 +48,10 @@ class StoriesTokenizer:
         return [self._ids.get(word, self.unk_id) for word in re.findall(self.PATTERN, text.lower())]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Lower-case text, no space before a mark; <bos>, <eos> and ids past the vocabulary are left out."""
+        """Lower-case text, without spaces before marks; <bos>, <eos> and ids beyond the vocabulary are skipped."""
         words = [self.words[i] for i in ids if i < self.vocab_size and i not in (self.bos_id, self.eos_id)]
         return _SPACE_BEFORE_MARK.sub("", " ".join(words))
 
     def fingerprint(self) -> str:
-        """16 hex digits that change with the vocabulary."""
-        return hashlib.sha256("\n".join(self.words).encode()).hexdigest()[:16]
+        """See `Tokenizer`."""
+        return digest("\n".join(self.words).encode())

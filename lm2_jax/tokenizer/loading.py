@@ -1,0 +1,112 @@
+"""Tokenizers by their settings and by their names, and vocabularies that fit a model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import huggingface_hub
+import tokenizers
+
+from lm2_jax.common.errors import UserError
+from lm2_jax.common.untrusted import read_limited
+from lm2_jax.config import Config, TokenizerConfig
+from lm2_jax.tokenizer.base import Tokenizer, digest
+from lm2_jax.tokenizer.files import BytesTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, report_damage
+from lm2_jax.tokenizer.llama3 import convert_llama3
+from lm2_jax.tokenizer.stories import StoriesTokenizer
+
+_LONGEST_FILE = 1 << 26  # bytes; the largest in use have half as many
+
+
+def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """The tokenizer that `config` names. Raises UserError if its file is missing or not a model of that kind."""
+    if config.kind == "stories":
+        return StoriesTokenizer()
+    if config.kind == "bytes":
+        return BytesTokenizer()
+    try:
+        data = read_limited(Path(config.path), _LONGEST_FILE)
+    except OSError as error:
+        raise UserError(f"tokenizer.path: {config.path} cannot be read ({error.strerror})") from None
+    try:
+        if config.kind == "sentencepiece":
+            return SentencePieceTokenizer(data)
+        if config.kind == "tokenizers":
+            with report_damage("be loaded"):
+                return HuggingFaceTokenizer(tokenizers.Tokenizer.from_buffer(data), digest(b"tokenizers", data))
+        return HuggingFaceTokenizer(convert_llama3(data), digest(b"llama3", data))
+    except UserError:
+        raise
+    except Exception as error:  # ours, and whatever the libraries raise for a file that is not theirs
+        likely = _likely_kind(data)
+        hint = f"; it looks like tokenizer.kind {likely}" if likely not in (None, config.kind) else ""
+        raise UserError(f"tokenizer.path: {config.path} is not a {config.kind} model: {error}{hint}") from None
+
+
+def find_tokenizer(name: str) -> TokenizerConfig:
+    """Settings for the tokenizer of a name: "bytes", a file of any kind, or a repository of the Hugging Face hub.
+
+    Raises UserError if there is no such tokenizer.
+    """
+    if name == "bytes":
+        return TokenizerConfig(kind="bytes")
+    path = Path(name)
+    if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        try:
+            path = Path(huggingface_hub.hf_hub_download(name, "tokenizer.json"))
+        except Exception as error:  # of the network, of the hub, of the cache
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise UserError(
+                f"--tokenizer: {name} is not a file, and the hub has no such tokenizer.json ({reason})"
+            ) from None
+    try:
+        with path.open("rb") as file:
+            kind = _likely_kind(file.read(4096))
+    except OSError as error:
+        raise UserError(
+            f"--tokenizer: {name} cannot be read ({error.strerror}); give bytes, a file or a hub id"
+        ) from None
+    if kind is None:
+        raise UserError(
+            f"--tokenizer: {name} is neither a tokenizer.json nor a sentencepiece model nor a Llama-3 tokenizer.model"
+        )
+    return TokenizerConfig(kind=kind, path=str(path))
+
+
+def load_text_tokenizer(config: Config, checkpoint: str | Path) -> Tokenizer:
+    """The tokenizer of a trained model. Raises UserError if its config names none, or as `load_tokenizer` does."""
+    if not config.has_tokenizer:
+        raise UserError(
+            f"{checkpoint}: trained on token ids (data.source bin), and its config names no tokenizer for text; "
+            "name one in its config.yaml (tokenizer: {kind: llama3, path: tokenizer.model}), or put a tokenizer.json "
+            "into a Hugging Face directory"
+        )
+    return load_tokenizer(config.tokenizer)
+
+
+def with_vocabulary(config: Config) -> Config:
+    """The config with model.vocab_size set, from the tokenizer if needed. Raises UserError as `load_tokenizer` does."""
+    return config if config.model.vocab_size else check_vocabulary(config, load_tokenizer(config.tokenizer))
+
+
+def check_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
+    """The config with model.vocab_size set from the tokenizer. Raises UserError if they disagree."""
+    if config.model.vocab_size not in (None, tokenizer.vocab_size):
+        raise UserError(
+            f"model.vocab_size: found {config.model.vocab_size}, but the tokenizer ({config.tokenizer.kind}"
+            f"{f', {config.tokenizer.path}' if config.tokenizer.path else ''}) has {tokenizer.vocab_size} ids; "
+            f"set it to {tokenizer.vocab_size} or to null"
+        )
+    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": tokenizer.vocab_size})})
+
+
+def _likely_kind(data: bytes) -> str | None:
+    """The tokenizer.kind whose files begin like `data`; None if there is none."""
+    if data.lstrip().startswith(b"{"):
+        return "tokenizers"
+    if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data):
+        return "llama3"
+    if data.startswith(b"\n") and b"<unk>" in data[:64]:  # a protobuf whose first field is a piece
+        return "sentencepiece"
+    return None
