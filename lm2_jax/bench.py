@@ -25,6 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from lm2_jax.batch import Batch
 from lm2_jax.common.errors import UserError, run_command
 from lm2_jax.config import Config, StageConfig, load_config, replace
 from lm2_jax.decoding import sampling
@@ -33,8 +34,7 @@ from lm2_jax.model.sizes import memory_size, parameters, with_parameters
 from lm2_jax.parallel.mesh import make_mesh, to_devices, use_mesh
 from lm2_jax.segments import choose_schedule
 from lm2_jax.tokenizer import with_vocabulary
-from lm2_jax.training.optim import make_optimizer
-from lm2_jax.training.state import create_state
+from lm2_jax.training.state import StepConfig, create_state
 from lm2_jax.training.step import make_train_step
 
 _LEAST_SECONDS = 0.2  # a turn repeats its program for so long
@@ -70,12 +70,12 @@ class Comparison:
 
 def train_runner(config: Config) -> Program:
     """The train step that `train` runs, on the config's last stage."""
-    model, optimizer, mesh = build_model(config), make_optimizer(config.optim), make_mesh(config)
+    run = build_model(config), make_mesh(config), StepConfig.of(config)
     B, stage = config.data.batch_size, config.stages[-1]
-    batch = to_devices(mesh, B, random_window(B, stage, config.model.vocab_size))
-    with use_mesh(mesh):
-        state, shardings = create_state(model, optimizer, mesh, B, config.train.seed)
-        step = make_train_step(model, optimizer, mesh, shardings).lower(state, batch).compile()
+    batch = to_devices(run[1], B, random_batch(B, stage, config.model.vocab_size))
+    with use_mesh(run[1]):
+        state = create_state(*run)
+        step = make_train_step(*run).lower(state, batch).compile()
     held = [state]  # the step donates it
 
     def run(times: int) -> None:
@@ -86,24 +86,22 @@ def train_runner(config: Config) -> Program:
     return Program(run, B * stage.segments * stage.segment_length, config)
 
 
-def random_window(B: int, stage: StageConfig, vocab_size: int) -> dict[str, np.ndarray]:
+def random_batch(B: int, stage: StageConfig, vocab_size: int) -> Batch:
     """A batch of random tokens, each lane one document that began earlier; a tenth of the targets are answers."""
     rng, shape = np.random.default_rng(0), (B, stage.segments, stage.segment_length)
-    return {
-        "tokens_BST": rng.integers(0, vocab_size, shape, dtype=np.int32),
-        "targets_BST": rng.integers(0, vocab_size, shape, dtype=np.int32),
-        "document_BST": np.ones(shape, np.int32),
-        "reset_BS": np.zeros(shape[:2], bool),
-        "answers_BST": rng.random(shape) < 0.1,
-    }
+    return Batch(
+        tokens_BST=rng.integers(0, vocab_size, shape, dtype=np.int32),
+        document_BST=np.ones(shape, np.int32),
+        reset_BS=np.zeros(shape[:2], bool),
+        targets_BST=rng.integers(0, vocab_size, shape, dtype=np.int32),
+        answers_BST=rng.random(shape) < 0.1,
+    )
 
 
 def decode_runner(config: Config) -> Program:
     """A whole segment decoded token by token, its end (where memory is written) included."""
     model, T = build_model(config), config.stages[-1].segment_length
-    params = jax.jit(lambda key: model.init(key, np.zeros((1, 1), np.int32), model.init_memory(1))["params"])(
-        jax.random.key(config.train.seed)
-    )
+    params = jax.jit(model.init_params)(jax.random.key(config.train.seed))
     tokens_BQ, count_B = np.ones((_ROWS, 1), np.int32), np.ones(_ROWS, np.int32)
     held = [sampling.start(model, params, _ROWS, T)]
 

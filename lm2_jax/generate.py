@@ -21,7 +21,7 @@ from lm2_jax.common.errors import UserError, run_command
 from lm2_jax.decoding.memory_file import load_state, save_state
 from lm2_jax.decoding.sampling import decode, start
 from lm2_jax.decoding.text_stream import TextStream
-from lm2_jax.loading import load
+from lm2_jax.loading import load_run
 from lm2_jax.tokenizer import encode_long, load_text_tokenizer
 
 
@@ -31,8 +31,8 @@ def main() -> None:
     text = _prompt(arguments)
     if arguments.save_memory and not Path(arguments.save_memory).absolute().parent.is_dir():
         raise UserError(f"--save-memory: {arguments.save_memory} is in no directory that exists")
-    model, params = load(arguments.checkpoint)
-    tokenizer = load_text_tokenizer(model.config, arguments.checkpoint)
+    config, model, params = load_run(arguments.checkpoint)
+    tokenizer = load_text_tokenizer(config, arguments.checkpoint)
     if arguments.load_memory:
         state, begin = load_state(arguments.load_memory, model, params), []
         if len(state.count_B) != 1:

@@ -1,22 +1,37 @@
-"""Loads a model for use: from a run directory, one of its checkpoints, or a converted directory."""
+"""Loads a trained model: from a run directory, one of its checkpoints, or a converted directory."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
+from lm2_jax.checkpoint.checksums import DamagedError, array_checksums, first_line
 from lm2_jax.common.errors import UserError
-from lm2_jax.config import load_config
+from lm2_jax.config import Config, load_config
 from lm2_jax.convert import directory as converted
-from lm2_jax.convert.engine import abstract_params, as_tree
 from lm2_jax.model import build_model
 from lm2_jax.model.decoder import Decoder
-from lm2_jax.training.checkpoint import DamagedError, array_checksums, first_line
+
+
+class LoadedRun(NamedTuple):
+    """A trained model with the config of its run.
+
+    Attributes:
+      config: complete; of a converted directory, sections that it does not carry are defaults.
+      model: the linen module.
+      params: the tree under "params".
+    """
+
+    config: Config
+    model: Decoder
+    params: Any
 
 
 def load(path: str | Path) -> tuple[Decoder, Any]:
@@ -24,12 +39,19 @@ def load(path: str | Path) -> tuple[Decoder, Any]:
 
     Returns the linen module and the tree under "params". Raises UserError if there is no readable checkpoint.
     """
+    _, model, params = load_run(path)
+    return model, params
+
+
+def load_run(path: str | Path) -> LoadedRun:
+    """Does what `load` does, and returns the run's config as well."""
     path = Path(path).absolute()
     if not path.is_dir():
         raise UserError(f"{path}: no such directory; give a run directory, one of its checkpoints, or a converted one")
     if converted.is_converted(path):
         found = converted.read(path)
-        return build_model(found.config), as_tree({p: jnp.asarray(t.read()) for p, t in found.params.items()})
+        params = unflatten_dict({p: jnp.asarray(t.read()) for p, t in found.params.items()}, sep="/")
+        return LoadedRun(found.config, build_model(found.config), params)
     if (path / "config.yaml").is_file():
         steps = sorted((int(p.name) for p in (path / "checkpoints").glob("*") if p.name.isdigit()), reverse=True)
         if not steps:
@@ -41,9 +63,8 @@ def load(path: str | Path) -> tuple[Decoder, Any]:
             raise UserError(f"{path}: neither a run directory (no config.yaml) nor a checkpoint (no config)")
         config = load_config(path / "config" / "metadata")
     model = build_model(config)
-    abstract = as_tree(abstract_params(config))
     on_one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_one), abstract)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_one), model.abstract_params())
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             params = checkpointer.restore(path / "params", abstract)
@@ -52,7 +73,7 @@ def load(path: str | Path) -> tuple[Decoder, Any]:
             raise DamagedError("parameters fail their checksums")
     except Exception as error:  # whatever Orbax or TensorStore make of damaged files
         raise UserError(f"{path}: the checkpoint cannot be read ({first_line(error)}); take an older one") from error
-    return model, params
+    return LoadedRun(config, model, params)
 
 
 def load_memory(path: str | Path) -> Any:
@@ -62,3 +83,42 @@ def load_memory(path: str | Path) -> Any:
         raise UserError(f"{path}: no such directory")
     memory = converted.read(path).memory if converted.is_converted(path) else None
     return None if memory is None else jnp.asarray(memory)
+
+
+def load_weights(path: str, model: Decoder) -> Any:
+    """Parameters to start `model` from, of another run or a converted directory.
+
+    Raises UserError if they belong to another model.
+    """
+    _, other, params = load_run(path)
+    own, found = (flatten_dict(tree, sep="/") for tree in (model.abstract_params(), params))
+    own, found = ({name: leaf.shape for name, leaf in leaves.items()} for leaves in (own, found))
+    problems = [
+        f"  {name}: {found.get(name, 'nothing')} there, {own.get(name, 'nothing')} in this model"
+        for name in sorted(own.keys() | found.keys())
+        if own.get(name) != found.get(name)
+    ]
+    problems += [
+        f"  {key}: {old!r} there, {new!r} here"
+        for key, old, new in differences(_meaning_of_weights(other), _meaning_of_weights(model))
+    ]
+    if problems:
+        raise UserError(f"train.init_from: {path} holds another model:\n" + "\n".join(problems))
+    return params
+
+
+def differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted key, old and new value of everything in which two nested dictionaries of the same keys differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in before:
+            yield from differences(before[name], now[name], f"{key}.{name}" if key else name)
+    elif before != now:
+        yield key, before, now
+
+
+def _meaning_of_weights(model: Decoder) -> dict[str, Any]:
+    """What weights mean besides their shapes. The number of slots of a bank is free."""
+    spec = model.spec
+    settings = spec.model.model_copy(update={"head_dim": spec.model.attention_head_dim})
+    memory = spec.memory.model_dump(include={"kind", "num_heads", "gates"}) if spec.num_memory_layers else None
+    return {"model": settings.model_dump(exclude={"embedding_std"}), "memory": memory}

@@ -34,7 +34,7 @@ def whole(tmp_path_factory):
     """The directory of an uninterrupted run of `helpers.short_config`."""
     from helpers import quick_training, short_config
 
-    from lm2_jax.train import train
+    from lm2_jax.training.loop import train
 
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     with quick_training():

@@ -16,12 +16,12 @@ import pytest
 from quick import xla_flags
 
 from lm2_jax import train as train_module
+from lm2_jax.common.records import read_records
 from lm2_jax.config import parse_config
 from lm2_jax.convert import directory, engine
 from lm2_jax.evals import model as loaded_module
 from lm2_jax.model import build_model
 from lm2_jax.training import accuracy as stories_module
-from lm2_jax.training.reporting import read_records
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TIMES_AND_RATES = ("time", "tokens_per_second")
@@ -204,7 +204,7 @@ def on_one_device():
 # Tells when a restore begins, which cannot be seen from outside.
 _COMMAND = """
 import sys
-from lm2_jax.training.checkpoint import Checkpoints
+from lm2_jax.checkpoint.manager import Checkpoints
 from lm2_jax.common.errors import run_command
 from lm2_jax.train import main
 restore = Checkpoints.restore

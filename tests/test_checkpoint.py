@@ -19,17 +19,17 @@ from helpers import (
 
 import lm2_jax
 from lm2_jax import train as train_module
+from lm2_jax.checkpoint.manager import Checkpoints
 from lm2_jax.common.errors import TrainingFailed, UserError, run_command
+from lm2_jax.common.records import read_records
 from lm2_jax.config import replace, save_config
 from lm2_jax.data.lanes import make_iterator
 from lm2_jax.data.pipeline import Pipeline
 from lm2_jax.model import build_model
 from lm2_jax.parallel.mesh import make_mesh, use_mesh
 from lm2_jax.tokenizer import check_vocabulary, load_tokenizer
-from lm2_jax.train import train
-from lm2_jax.training.checkpoint import Checkpoints
+from lm2_jax.training.loop import train
 from lm2_jax.training.optim import make_optimizer
-from lm2_jax.training.reporting import read_records
 from lm2_jax.training.state import create_state
 
 KEEP = 2

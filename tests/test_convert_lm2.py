@@ -21,7 +21,7 @@ from lm2_jax.convert.tokenizer_files import special_ids, write_tokenizer
 from lm2_jax.decoding.sampling import generate
 from lm2_jax.segments import run_segments
 from lm2_jax.tokenizer import load_tokenizer
-from lm2_jax.train import train
+from lm2_jax.training.loop import train
 
 torch = pytest.importorskip("torch", reason="torch is not installed (requirements-dev.txt)")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (requirements-dev.txt)")

@@ -17,10 +17,10 @@ from helpers import Run, assert_same_run, checkpoint_steps, text_overrides, tiny
 from quick import xla_flags
 
 from lm2_jax.common.errors import UserError
+from lm2_jax.common.records import read_records
 from lm2_jax.config import save_config
 from lm2_jax.data.pipeline import Pipeline
 from lm2_jax.tokenizer import load_tokenizer
-from lm2_jax.training.reporting import read_records
 
 SIZES = ("mesh.data=2", "mesh.fsdp=4", "data.batch_size=8", "eval.every_steps=4", "checkpoint.every_steps=3")
 

@@ -23,7 +23,7 @@ from lm2_jax.generate import main
 from lm2_jax.model import build_model
 from lm2_jax.segments import run_segments
 from lm2_jax.tokenizer import BytesTokenizer
-from lm2_jax.train import train
+from lm2_jax.training.loop import train
 
 T, V = 8, 50
 CAUSAL = ("lm2", "rmt", "none")

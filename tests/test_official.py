@@ -14,7 +14,7 @@ from lm2_jax.config import parse_config, replace
 from lm2_jax.convert import directory, engine, official, tables
 from lm2_jax.loading import load
 from lm2_jax.model import build_model
-from lm2_jax.model.decoder import Block
+from lm2_jax.model.block import Block
 from lm2_jax.model.layers import Layout, rms_norm, rope_frequencies
 from lm2_jax.model.memory.official import attend, gates, layer_norm, update
 from lm2_jax.parallel.mesh import make_mesh, use_mesh

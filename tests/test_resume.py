@@ -19,11 +19,11 @@ from helpers import (
 )
 
 from lm2_jax import train as train_module
+from lm2_jax.checkpoint.manager import Checkpoints
 from lm2_jax.common.errors import UserError
+from lm2_jax.common.records import read_records
 from lm2_jax.config import save_config
-from lm2_jax.train import train
-from lm2_jax.training.checkpoint import Checkpoints
-from lm2_jax.training.reporting import read_records
+from lm2_jax.training.loop import train
 
 KINDS = ("lm2 stories", "rmt stories", "lm2 packed text", "lm2 stream")
 

@@ -327,9 +327,7 @@ def _second_stage(results: Sequence[Result]) -> str:
         labels, curves = result["labels"], result["curves"]
         places = _last_stage(curves)
         start = curves["step"][places[0]] - 25
-        steps = [
-            f"{curves['accuracy'][i]:.0%} at {curves['step'][i] - start}" for i in (*places[5::6], places[-1])
-        ]
+        steps = [f"{curves['accuracy'][i]:.0%} at {curves['step'][i] - start}" for i in (*places[5::6], places[-1])]
         rows.append([labels["weights"], labels["model"], str(labels["seed"]), ", ".join(dict.fromkeys(steps))])
     table = _table(["weights at first", "change", "seed of the data", "answers right in training, at step"], rows)
     title = "## What it takes to use the memory (lm2, two segments of 32 tokens; means of 25 steps)"

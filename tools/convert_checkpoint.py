@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 from rich.console import Console
 from rich.progress import track
 
-import lm2_jax
 from lm2_jax.common.errors import UserError, run_command
 
 if TYPE_CHECKING:
@@ -85,8 +84,10 @@ def read_own(path: Path, overrides: list[str]) -> Checkpoint:
         raise UserError("--set: an lm2_jax checkpoint has its settings; they cannot be changed by converting it")
     if directory.is_converted(path):
         return directory.read(path, _track)
-    model, params = lm2_jax.load(path)
-    return engine.Checkpoint(model.config, engine.from_arrays(params, path))
+    from lm2_jax.loading import load_run
+
+    config, _, params = load_run(path)
+    return engine.Checkpoint(config, engine.from_arrays(params, path))
 
 
 def _track(items: Iterable, title: str) -> Iterable:

@@ -24,12 +24,11 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=512, metavar="B", help="questions at each length")
     arguments = parser.parse_args()
 
-    import lm2_jax  # jax takes seconds, which --help should not
-    from lm2_jax.inspection.two_hops import ask, make_questions, table
+    from lm2_jax.inspection.two_hops import ask, make_questions, table  # imported late so that --help stays fast
+    from lm2_jax.loading import load_run
     from lm2_jax.tokenizer import load_tokenizer
 
-    model, params = lm2_jax.load(arguments.run)
-    config = model.config
+    config, model, params = load_run(arguments.run)
     if config.tokenizer.kind != "stories":
         raise UserError(f"{arguments.run}: no model trained on stories; its questions are theirs")
     lengths = arguments.segments or [config.stages[-1].segments]

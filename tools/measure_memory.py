@@ -15,8 +15,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout that is not installed
 
-import numpy as np
-
 from lm2_jax.common.errors import run_command
 from lm2_jax.config import Config, parse_config
 
@@ -33,23 +31,14 @@ def temporary_bytes(config: Config, segments: int) -> int:
     import jax  # takes seconds, which --help should not
 
     from lm2_jax.model import build_model
-    from lm2_jax.parallel.mesh import make_mesh, use_mesh
-    from lm2_jax.training.optim import make_optimizer
-    from lm2_jax.training.state import create_state
+    from lm2_jax.parallel.mesh import abstract_batch, make_mesh, use_mesh
+    from lm2_jax.training.state import StepConfig, abstract_state
     from lm2_jax.training.step import make_train_step
 
-    model, optimizer = build_model(config), make_optimizer(config.optim)
-    mesh = make_mesh(config, jax.devices()[:1])
-    B, T = config.data.batch_size, config.data.segment_length
-    with use_mesh(mesh):
-        state, shardings = create_state(model, optimizer, mesh, B, seed=0)
-        integers, flags = np.zeros((B, segments, T), np.int32), np.zeros((B, segments, T), bool)
-        batch = {
-            **dict.fromkeys(("tokens_BST", "targets_BST", "document_BST"), integers),
-            "reset_BS": flags[..., 0],
-            "answers_BST": flags,
-        }
-        compiled = make_train_step(model, optimizer, mesh, shardings).lower(state, batch).compile()
+    run = build_model(config), make_mesh(config, jax.devices()[:1]), StepConfig.of(config)
+    batch = abstract_batch(run[1], config.data.batch_size, segments, config.data.segment_length, packed=False)
+    with use_mesh(run[1]):
+        compiled = make_train_step(*run).lower(abstract_state(*run), batch).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 

@@ -42,14 +42,14 @@ def main() -> None:
     if not arguments.output.absolute().parent.is_dir():
         raise UserError(f"--output: found {arguments.output}; its directory does not exist")
 
-    from lm2_jax.loading import load  # jax takes seconds, which --help should not
+    from lm2_jax.loading import load_run  # jax takes seconds, which --help should not
 
-    model, params = load(arguments.checkpoint)
-    blocks = measure(model.config, params, arguments.segments)
+    config, _, params = load_run(arguments.checkpoint)
+    blocks = measure(config, params, arguments.segments)
     figures = {
         "segments": len(blocks) * BLOCK,
-        "segment_length": model.config.trained_segment_length,
-        "slots": model.config.memory.num_slots,
+        "segment_length": config.trained_segment_length,
+        "slots": config.memory.num_slots,
         "blocks": blocks,
     }
     arguments.output.with_suffix(".json").write_text(json.dumps(figures) + "\n")

@@ -41,14 +41,14 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from lm2_jax import decoding  # jax takes seconds, which --help should not
-    from lm2_jax.loading import load
+    from lm2_jax.loading import load_run
 
     try:
         text = Path(arguments.text).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--text: {arguments.text} cannot be read as a UTF-8 text file ({error})") from None
-    model, params = load(arguments.checkpoint)
-    ids = encode_long(load_text_tokenizer(model.config, arguments.checkpoint), text)
+    config, model, params = load_run(arguments.checkpoint)
+    ids = encode_long(load_text_tokenizer(config, arguments.checkpoint), text)
     blocks = ids[: len(ids) // BLOCK * BLOCK].reshape(-1, 1, BLOCK)  # each of one row
     turns = arguments.turns
     if len(blocks) < 2 * turns + ROWS:

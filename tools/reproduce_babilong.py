@@ -31,9 +31,10 @@ from babilong_report import best_setting, write_report
 
 from lm2_jax.common.errors import TrainingFailed, UserError, run_command
 from lm2_jax.common.files import write_atomically
+from lm2_jax.common.progress import clock
+from lm2_jax.common.records import read_records
 from lm2_jax.config import Config, dump_config, load_config, parse_config, replace
 from lm2_jax.tokenizer import load_tokenizer
-from lm2_jax.training.reporting import clock, read_records
 
 ROOT = Path(__file__).resolve().parents[1]
 Result = dict[str, Any]

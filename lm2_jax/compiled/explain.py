@@ -11,7 +11,6 @@ import jax
 from lm2_jax.compiled.lowered import Programs
 from lm2_jax.config import Config
 from lm2_jax.parallel.mesh import RULES
-from lm2_jax.training.step import abstract_batch
 
 
 def explain_sharding(config: Config, devices: Sequence[Any]) -> str:
@@ -32,7 +31,7 @@ def explain_sharding(config: Config, devices: Sequence[Any]) -> str:
         "parameters": state.params,
         "optimizer": state.opt_state,
         "memory": state.memory,
-        "batch": dict(abstract_batch(mesh, config.data.batch_size, config.stages[-1])),
+        "batch": programs.abstract_batch(),
     }
     everything = 0
     for title, tree in parts.items():

@@ -9,36 +9,40 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lm2_jax.batch import Batch
 from lm2_jax.config import Config
 from lm2_jax.decoding import sampling
 from lm2_jax.model import build_model
-from lm2_jax.parallel.mesh import batch_sharding, make_mesh, memory_shardings, use_mesh
-from lm2_jax.training.optim import make_optimizer
-from lm2_jax.training.state import abstract_state
-from lm2_jax.training.step import abstract_batch, make_train_step
+from lm2_jax.parallel.mesh import abstract_batch, batch_sharding, make_mesh, memory_shardings, use_mesh
+from lm2_jax.training.state import StepConfig, abstract_state
+from lm2_jax.training.step import make_train_step
 
 
 class Programs:
-    """Of one config; `model.vocab_size` must be set."""
+    """The programs of one config; `model.vocab_size` must be set."""
 
     def __init__(self, config: Config, devices: Sequence[Any]) -> None:
         """Raises UserError if the mesh does not fit the devices."""
         self.config = config
         self.mesh = make_mesh(config, devices)
         self.model = build_model(config)
-        self._optimizer = make_optimizer(config.optim)
+        self._settings = StepConfig.of(config)
         with use_mesh(self.mesh):
-            batch_size = config.data.batch_size
-            self.state, self.shardings = abstract_state(self.model, self._optimizer, self.mesh, batch_size)
+            self.state = abstract_state(self.model, self.mesh, self._settings)
         self.parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.state.params))
+
+    def abstract_batch(self) -> Batch:
+        """Shapes and shardings of a window of the last stage."""
+        stage, data = self.config.stages[-1], self.config.data
+        packed = data.boundaries == "packed"
+        return abstract_batch(self.mesh, data.batch_size, stage.segments, stage.segment_length, packed)
 
     def lower_train_step(self) -> tuple[jax.stages.Lowered, int]:
         """The step of the last stage, and its tokens."""
-        stage, batch_size = self.config.stages[-1], self.config.data.batch_size
+        batch = self.abstract_batch()
         with use_mesh(self.mesh):
-            step = make_train_step(self.model, self._optimizer, self.mesh, self.shardings)
-            lowered = step.lower(self.state, abstract_batch(self.mesh, batch_size, stage))
-        return lowered, batch_size * stage.segments * stage.segment_length
+            lowered = make_train_step(self.model, self.mesh, self._settings).lower(self.state, batch)
+        return lowered, batch.tokens_BST.size
 
     def lower_decode_step(self) -> tuple[jax.stages.Lowered, int]:
         """One token for each of data.batch_size rows in the middle of a segment."""
@@ -55,4 +59,4 @@ class Programs:
             rows_sharding = batch_sharding(self.mesh)
             tokens_BQ = jax.ShapeDtypeStruct((rows, 1), jnp.int32, sharding=rows_sharding)
             count_B = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=rows_sharding)
-            return sampling.extend.lower(self.model, self.state.params, tokens_BQ, count_B, state), rows
+            return sampling.append.lower(self.model, self.state.params, tokens_BQ, count_B, state), rows

@@ -7,15 +7,14 @@ destination, one block's at a time. Everything that does not fit is found and na
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from lm2_jax.common.errors import UserError
 from lm2_jax.config import Config
@@ -66,28 +65,8 @@ class Entry:
 
 
 def abstract_params(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of the parameters of a config, by path."""
-    model = build_model(config)
-
-    def init(key: jax.Array) -> Any:
-        tokens_BT = jnp.zeros((1, config.data.segment_length), jnp.int32)
-        return model.init(key, tokens_BT, model.init_memory(1))["params"]
-
-    return by_path(jax.eval_shape(init, jax.random.key(0)))  # nothing is made: a config may ask for any size
-
-
-def by_path(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree of dictionaries: {"a": {"b": x}} to {"a/b": x}."""
-    return {"/".join(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-
-def as_tree(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The reverse of `by_path`."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, last = path.split("/")
-        functools.reduce(lambda node, name: node.setdefault(name, {}), parents, tree)[last] = leaf
-    return tree
+    """Shapes of the parameters of a config, by path; nothing is allocated, as a config may ask for any size."""
+    return flatten_dict(build_model(config).abstract_params(), sep="/")
 
 
 def place(path: str) -> str:
@@ -203,7 +182,9 @@ def from_arrays(params: Any, where: Path) -> dict[str, Tensor]:
     def reader(array: Any) -> Callable[..., np.ndarray]:
         return lambda row=None: np.asarray(array if row is None else array[row])
 
-    return {path: Tensor(where, leaf.shape, "F32", reader(leaf)) for path, leaf in by_path(params).items()}
+    return {
+        path: Tensor(where, leaf.shape, "F32", reader(leaf)) for path, leaf in flatten_dict(params, sep="/").items()
+    }
 
 
 def _in_reading_order(entry: Entry) -> tuple[int, ...]:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from lm2_jax.common.errors import UserError
 from lm2_jax.common.untrusted import resolve_inside, short_repr
@@ -25,7 +25,6 @@ from lm2_jax.convert.engine import (
     Track,
     abstract_params,
     as_theirs,
-    by_path,
     carried,
     check_names,
     check_values,
@@ -130,8 +129,7 @@ def _drawn_anew(config: Config, paths: set[str], where: Path) -> dict[str, Tenso
     model = build_model(config)
 
     def init(key: jax.Array) -> dict[str, jax.Array]:
-        tokens_BT = jnp.zeros((1, config.data.segment_length), jnp.int32)
-        leaves = by_path(model.init(key, tokens_BT, model.init_memory(1))["params"])
+        leaves = flatten_dict(model.init_params(key), sep="/")
         return {p: leaves[p] * (0 if place(p) in STARTS_AT_ZERO else 1) for p in paths}
 
     return from_arrays(jax.jit(init)(jax.random.key(config.train.seed)), where)

@@ -29,27 +29,18 @@ from __future__ import annotations
 import heapq
 import weakref
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypedDict, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import grain
 import numpy as np
 from grain.experimental import ThreadPrefetchDatasetIterator
 
+from lm2_jax.batch import Batch
 from lm2_jax.common.errors import UserError
 from lm2_jax.data.documents import Document
 
 Boundaries = Literal["segment", "packed", "stream"]
 Item = TypeVar("Item")
-
-
-class Window(TypedDict):
-    """S consecutive segments of every lane of this process. Padding has token, target and document 0."""
-
-    tokens_BST: np.ndarray  # int32, the inputs
-    targets_BST: np.ndarray  # int32, the token after each input in its document
-    document_BST: np.ndarray  # int32, 1, 2, ...: the documents inside a segment, in order
-    reset_BS: np.ndarray  # bool, the segment's first document starts here
-    answers_BST: np.ndarray  # bool, the target is part of an answer
 
 
 class Placement(NamedTuple):
@@ -83,7 +74,7 @@ def documents_in_order(source: Sequence[Item]) -> grain.MapDataset[Item]:
     return grain.MapDataset.source(source).repeat(None)
 
 
-class LaneDataset(grain.IterDataset[Window]):
+class LaneDataset(grain.IterDataset[Batch]):
     """An endless stream of windows, read from documents by ordinal.
 
     The iterator's state is one JSON object, {"ordinals": [B], "offsets": [B], "next": n, "epoch": e}: per lane the
@@ -151,7 +142,7 @@ class LaneDataset(grain.IterDataset[Window]):
             return -(-placement.end // self.segment_length) * self.segment_length
         return placement.end
 
-    def lay_out(self, placements: Sequence[tuple[int, Placement]]) -> Window:
+    def lay_out(self, placements: Sequence[tuple[int, Placement]]) -> Batch:
         """The window of all (lane, placement) that reach into it, in this process's lanes."""
         shape = (len(self.rows), self.window_length)
         tokens, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
@@ -172,16 +163,17 @@ class LaneDataset(grain.IterDataset[Window]):
         reset_BS = starts_BST[:, :, 0].copy()
         # Count the starts; a document that came from the lane's previous segment is number 1 without one.
         number_BST = starts_BST.cumsum(axis=-1, dtype=np.int32) + ~reset_BS[:, :, None]
-        return Window(
+        return Batch(
             tokens_BST=tokens.reshape(by_segment),
-            targets_BST=targets.reshape(by_segment),
             document_BST=number_BST * filled.reshape(by_segment),
             reset_BS=reset_BS,
+            targets_BST=targets.reshape(by_segment),
             answers_BST=answers.reshape(by_segment),
+            packed=self.boundaries == "packed",
         )
 
 
-class LaneIterator(grain.DatasetIterator[Window]):
+class LaneIterator(grain.DatasetIterator[Batch]):
     """The windows of a LaneDataset. If reading a document raises, the iterator stays where it was."""
 
     def __init__(self, dataset: LaneDataset) -> None:
@@ -190,7 +182,7 @@ class LaneIterator(grain.DatasetIterator[Window]):
         self._reading: list[Placement | None] = [None] * dataset.num_lanes
         self._next = 0
 
-    def __next__(self) -> Window:
+    def __next__(self) -> Batch:
         """Hands out documents until no lane is free inside the window."""
         self._assert_not_closed()
         dataset, length, next_ordinal = self._dataset, self._dataset.window_length, self._next
@@ -242,7 +234,7 @@ class LaneIterator(grain.DatasetIterator[Window]):
         self._reading, self._next = reading, state["next"]
 
 
-def make_iterator(dataset: LaneDataset, prefetch: int) -> grain.DatasetIterator[Window]:
+def make_iterator(dataset: LaneDataset, prefetch: int) -> grain.DatasetIterator[Batch]:
     """The windows of `dataset`; a thread keeps `prefetch` of them ready (0: no thread).
 
     `get_state` describes what follows the last window received, whatever the thread has made since; errors in the
@@ -251,10 +243,10 @@ def make_iterator(dataset: LaneDataset, prefetch: int) -> grain.DatasetIterator[
     return _PrefetchIterator(iter(dataset), prefetch) if prefetch else iter(dataset)
 
 
-class _PrefetchIterator(ThreadPrefetchDatasetIterator[Window]):
+class _PrefetchIterator(ThreadPrefetchDatasetIterator[Batch]):
     """Grain's, which fails in its destructor when that closes it (again) after Grain's modules are torn down."""
 
-    def __init__(self, windows: grain.DatasetIterator[Window], prefetch: int) -> None:
+    def __init__(self, windows: grain.DatasetIterator[Batch], prefetch: int) -> None:
         super().__init__(windows, prefetch)
         # A finalizer also runs at interpreter exit, before the teardown; holding itself, the iterator would never die.
         weakref.finalize(self, _close, weakref.ref(self))

@@ -1,13 +1,14 @@
-"""Memory on disk: what rows have read, as one safetensors file that another process goes on from.
+"""Memory on disk: the state of generation as one safetensors file, from which another process continues.
 
-It holds the whole state of generation (the memory and the unfinished segment, without what is derived from them) and,
-in its metadata, which model that is of: the config's sections `model` and `memory`, the segment length, and a checksum
-of every parameter.
+It holds the memory and the unfinished segment (without the memory cache, which is recomputed) and, in its metadata, the
+model that they belong to: the config's sections `model` and `memory`, the segment length, and a checksum of every
+parameter.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,19 @@ import jax.numpy as jnp
 import safetensors
 import safetensors.flax
 
+from lm2_jax.checkpoint.checksums import array_checksums
 from lm2_jax.common.errors import UserError
 from lm2_jax.common.untrusted import short_repr
 from lm2_jax.decoding import sampling
-from lm2_jax.model.decoder import Decoder, DecodeState
-from lm2_jax.training.checkpoint import array_checksums
+from lm2_jax.model.decode import DecodeState
+from lm2_jax.model.decoder import Decoder
 
-_KEY = "lm2_jax.memory"  # of the metadata
+_KEY = "lm2_jax.memory"  # key of the metadata
 _LONGEST_OWNER = 1 << 20  # characters
 
 
 def save_state(path: str | Path, model: Decoder, params: Any, state: DecodeState) -> None:
-    """Writes the file; it is there whole or not at all. Raises UserError if it cannot be written."""
+    """Writes the file, completely or not at all. Raises UserError if it cannot be written."""
     metadata = {_KEY: json.dumps(_owner(model, params) | {"segment_length": state.segment_length})}
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
@@ -39,10 +41,10 @@ def save_state(path: str | Path, model: Decoder, params: Any, state: DecodeState
 
 
 def load_state(path: str | Path, model: Decoder, params: Any) -> DecodeState:
-    """Reads what `save_state` wrote with this model.
+    """Reads a file that `save_state` wrote with this model.
 
-    Raises UserError, with all that is wrong, for a file that is no such file, is of another model, or lacks arrays or
-    has unknown or misshapen ones.
+    Raises UserError, with everything that is wrong, if it is not such a file, belongs to another model, or has missing,
+    unknown or misshapen arrays.
     """
     try:
         with safetensors.safe_open(path, "flax") as file:
@@ -57,7 +59,7 @@ def load_state(path: str | Path, model: Decoder, params: Any) -> DecodeState:
             if not all(isinstance(owner.get(section), dict) for section in ("model", "memory")):
                 raise ValueError("it does not say of which model")
     except KeyError:
-        raise UserError(f"{path}: no memory of lm2_jax (metadata {_KEY} is missing)") from None
+        raise UserError(f"{path}: not a memory file of lm2_jax (metadata {_KEY} is missing)") from None
     except (OSError, ValueError, TypeError, AttributeError, RecursionError, safetensors.SafetensorError) as error:
         raise UserError(f"{path}: cannot be read as a memory file ({error})") from None
     problems = list(_differences(owner, _owner(model, params)))
@@ -66,7 +68,7 @@ def load_state(path: str | Path, model: Decoder, params: Any) -> DecodeState:
 
     batch_size = saved["count_B"].size if "count_B" in saved else 1
     like = jax.eval_shape(lambda params: sampling.start(model, params, batch_size, segment_length), params)
-    like = like.replace(project_memory=None)
+    like = like.replace(memory_cache=None)
     expected = _named(like)
     problems += [f"  {name}: is missing" for name in expected.keys() - saved.keys()]
     problems += [f"  {name}: unknown" for name in saved.keys() - expected.keys()]
@@ -82,18 +84,19 @@ def load_state(path: str | Path, model: Decoder, params: Any) -> DecodeState:
     if problems:
         raise UserError(f"{path}: does not hold the arrays of this model's memory:\n" + "\n".join(sorted(problems)))
     state = jax.tree.unflatten(jax.tree.structure(like), [saved[name] for name in expected])
-    return sampling.derive(model, params, state)
+    return sampling.with_memory_cache(model, params, state)
 
 
 def _named(state: DecodeState) -> dict[str, Any]:
-    """The state's own arrays, in order, by names such as past.blocks.keys_BCGK."""
-    leaves = jax.tree_util.tree_leaves_with_path(state.replace(project_memory=None))
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    """The state's arrays, in order, by their names in the file, such as past.blocks.keys_BCGK."""
+    leaves = jax.tree_util.tree_leaves_with_path(state.replace(memory_cache=None))
+    names = (jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves)
+    return {re.sub(r"^caches\b", "past", name): leaf for name, (_, leaf) in zip(names, leaves, strict=True)}
 
 
 def _owner(model: Decoder, params: Any) -> dict[str, Any]:
-    config = model.config.model_dump(mode="json", include={"model", "memory"})
-    return {**config, "parameters": array_checksums(params)}
+    sections = {name: getattr(model.spec, name).model_dump(mode="json") for name in ("model", "memory")}
+    return {**sections, "parameters": array_checksums(params)}
 
 
 def _differences(saved: dict[str, Any], own: dict[str, Any]) -> list[str]:

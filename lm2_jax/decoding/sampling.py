@@ -1,8 +1,8 @@
-"""Generation: prompts of any length stream through memory, then tokens are drawn one at a time.
+"""Generation: prompts of any length stream through memory, then tokens are sampled one at a time.
 
-Every row of a batch has its own segment clock. Keys and values are kept of the unfinished segment only; when a row has
-filled its segment and reads on, its memory is written and the next segment begins. So cost per token and state do not
-grow with the text, and the logits are those of reading all of it segment by segment (`segments.run_segments`).
+Every row of a batch has its own segment clock. Keys and values are cached for the unfinished segment only; when a row
+has filled its segment and reads on, its memory is written and its next segment begins. So neither the cost per token
+nor the state grows with the text, and the logits are those of `segments.run_segments` over all of it.
 
 Axes: B rows, Q tokens at a time, T tokens in a segment, V vocabulary.
 """
@@ -19,7 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm2_jax.common.errors import UserError
-from lm2_jax.model.decoder import Decoder, DecodeState
+from lm2_jax.model.decode import (
+    DecodeState,
+    append_tokens,
+    finish_segment,
+    init_decode_state,
+    refresh_memory_cache,
+)
+from lm2_jax.model.decoder import Decoder
 
 OnToken = Callable[[int, int], bool | None]
 _DRAW = zlib.crc32(b"lm2_jax.decoding.sampling.draw")  # names the random stream
@@ -28,32 +35,32 @@ _DRAW = zlib.crc32(b"lm2_jax.decoding.sampling.draw")  # names the random stream
 
 
 def start(model: Decoder, params: Any, batch_size: int, segment_length: int | None = None) -> DecodeState:
-    """`batch_size` rows at a document's start. segment_length: T; None: what the run was trained with last.
+    """The state of `batch_size` rows at a document's start. segment_length: T; None: that of the run's last stage.
 
     Raises UserError if the memory kind looks ahead.
     """
     if not model.kind.is_causal:
         raise UserError(
-            f"memory.kind {model.config.memory.kind}: cannot generate; its tokens look ahead to the end of their "
+            f"memory.kind {model.spec.memory.kind}: cannot generate; its tokens look ahead to the end of their "
             "segment, so there is no next token to ask for before the segment is complete"
         )
-    return _start(model, params, batch_size, segment_length or model.config.trained_segment_length)
+    return _start(model, params, batch_size, segment_length or model.spec.segment_length)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def derive(model: Decoder, params: Any, state: DecodeState) -> DecodeState:
-    """A state without its derived arrays (`memory_file` saves none), with them."""
-    return model.apply({"params": params}, state, method="derive")
+def with_memory_cache(model: Decoder, params: Any, state: DecodeState) -> DecodeState:
+    """Completes a state that was saved without its memory cache."""
+    return model.apply({"params": params}, state, method=refresh_memory_cache)
 
 
 def advance(
     model: Decoder, params: Any, tokens_BQ: np.ndarray, count_B: np.ndarray, state: DecodeState
 ) -> tuple[jax.Array, DecodeState]:
-    """Reads up to Q tokens a row, which fit the row's segment or, if that is full, the next one.
+    """Reads up to Q tokens a row, which fit into the row's segment or, if that is full, into its next one.
 
     Args:
       tokens_BQ: token ids, each row padded on its right.
-      count_B: how many of a row are no padding.
+      count_B: how many of a row are not padding.
 
     Returns:
       float32 logits [B,V] of the token after each row's last (without meaning for rows that read nothing), the state.
@@ -62,7 +69,7 @@ def advance(
     full_B = (np.asarray(state.count_B) == state.segment_length) & (count_B > 0)
     if full_B.any():
         state = _finish(model, params, full_B, state)
-    return extend(model, params, np.asarray(tokens_BQ, np.int32), count_B, state)
+    return append(model, params, np.asarray(tokens_BQ, np.int32), count_B, state)
 
 
 def read(
@@ -70,20 +77,20 @@ def read(
 ) -> tuple[jax.Array, DecodeState]:
     """Streams a prompt into each row, a segment at a time.
 
-    Returns float32 logits [B,V] of what comes next, and the state. Raises UserError for an empty prompt or an id that
-    is not in the vocabulary.
+    Returns float32 logits [B,V] of the next token, and the state. Raises UserError for an empty prompt or an id that is
+    not in the vocabulary.
     """
-    rests = _check_prompts(prompts, model.config.model.vocab_size)
+    rests = _check_prompts(prompts, model.spec.model.vocab_size)
     T, B = state.segment_length, len(rests)
     if len(state.count_B) != B:
         raise ValueError(f"{B} prompts for a state of {len(state.count_B)} rows")
-    logits_BV = jnp.zeros((B, model.config.model.vocab_size))
+    logits_BV = jnp.zeros((B, model.spec.model.vocab_size))
     while any(map(len, rests)):
         tokens_BT, count_B = np.zeros((B, T), np.int32), np.zeros(B, np.int32)
         for row, (rest, before) in enumerate(zip(rests, np.asarray(state.count_B), strict=True)):
-            piece = rest[: T - before % T]  # a full segment makes room for T
-            tokens_BT[row, : len(piece)], count_B[row] = piece, len(piece)
-            rests[row] = rest[len(piece) :]
+            chunk = rest[: T - before % T]  # a full segment makes room for T
+            tokens_BT[row, : len(chunk)], count_B[row] = chunk, len(chunk)
+            rests[row] = rest[len(chunk) :]
         new_BV, state = advance(model, params, tokens_BT, count_B, state)
         logits_BV = jnp.where(count_B[:, None] > 0, new_BV, logits_BV)
     return logits_BV, state
@@ -95,7 +102,7 @@ def read(
 def generate(
     model: Decoder, params: Any, prompts: Sequence[Sequence[int]], *, state: DecodeState | None = None, **options: Any
 ) -> list[list[int]]:
-    """What follows each prompt: the token lists of `decode`, from a document's start unless there is a state."""
+    """Continuations of prompts: the token lists of `decode`, from a document's start unless a state is given."""
     state = start(model, params, len(prompts)) if state is None else state
     return decode(model, params, prompts, state, **options)[0]
 
@@ -114,17 +121,17 @@ def decode(
     stop_ids: Collection[int] = (),
     on_token: OnToken | None = None,
 ) -> tuple[list[list[int]], DecodeState]:
-    """Reads a prompt in each row and writes what follows. What a row gets does not depend on the rows beside it.
+    """Reads a prompt in each row and continues it. A row's continuation does not depend on the rows beside it.
 
     Args:
-      prompts: token ids; lengths may differ, and each may be longer than anything.
-      state: of `start`, or of an earlier call.
+      prompts: token ids, of any lengths.
+      state: from `start`, or from an earlier call.
       max_new_tokens: 0: only read.
       temperature: 0: the most likely token.
       top_k: draw from the k most likely tokens.
       top_p: draw from the fewest most likely tokens that together have at least this probability.
       seed: row b draws from seed + b, or from seed[b], and the number of tokens read before.
-      stop_ids: tokens that end a row; they are left out, and not read.
+      stop_ids: tokens that end a row; they are neither returned nor read.
       on_token: called with (row, token) for every token; True ends the row, and that token is not read.
 
     Returns:
@@ -165,15 +172,15 @@ def draw(
     top_k: jax.Array,
     top_p: jax.Array,
 ) -> jax.Array:
-    """A token a row [B], from softmax(logits / temperature) cut to its top k and its top p (inf: not cut).
+    """Samples a token a row [B], from softmax(logits / temperature) cut to its top k and its top p (inf: not cut).
 
     A row's randomness comes from its seed and its index alone.
     """
     order_BV = jnp.argsort(-logits_BV, axis=-1)  # of equal logits, the lowest id first
     sorted_BV = jnp.take_along_axis(logits_BV, order_BV, axis=-1) / temperature
     kept_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < top_k, sorted_BV, -jnp.inf)
-    share_BV = jax.nn.softmax(kept_BV, axis=-1)
-    before_BV = jnp.cumsum(share_BV, axis=-1) - share_BV
+    probability_BV = jax.nn.softmax(kept_BV, axis=-1)
+    before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
     kept_BV = jnp.where(before_BV < top_p, kept_BV, -jnp.inf)
 
     def one(seed: jax.Array, index: jax.Array, logits_V: jax.Array) -> jax.Array:
@@ -190,23 +197,23 @@ def draw(
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
 def _start(model: Decoder, params: Any, batch_size: int, segment_length: int) -> DecodeState:
     memory = model.init_memory(batch_size, params)
-    return model.apply({"params": params}, memory, batch_size, segment_length, method="begin")
+    return model.apply({"params": params}, memory, batch_size, segment_length, method=init_decode_state)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def extend(
+def append(
     model: Decoder, params: Any, tokens_BQ: jax.Array, count_B: jax.Array, state: DecodeState
 ) -> tuple[jax.Array, DecodeState]:
-    """As `advance`, where every row's tokens fit its segment."""
-    hidden_BQD, state = model.apply({"params": params}, tokens_BQ, count_B, state, method="extend")
+    """Does what `advance` does where every row's tokens fit into its segment."""
+    hidden_BQD, state = model.apply({"params": params}, tokens_BQ, count_B, state, method=append_tokens)
     last_B11 = jnp.maximum(count_B - 1, 0)[:, None, None]
     hidden_BD = jnp.take_along_axis(hidden_BQD, last_B11, axis=1)[:, 0]
-    return model.apply({"params": params}, hidden_BD, method="project"), state
+    return model.apply({"params": params}, hidden_BD, method=Decoder.project), state
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _finish(model: Decoder, params: Any, rows_B: jax.Array, state: DecodeState) -> DecodeState:
-    return model.apply({"params": params}, rows_B, state, method="finish")
+    return model.apply({"params": params}, rows_B, state, method=finish_segment)
 
 
 # --- What a caller can get wrong -----------------------------------------------------------------------------------
@@ -216,10 +223,10 @@ def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> list[np
     arrays = [np.asarray(prompt) for prompt in prompts]
     for row, array in enumerate(arrays):
         if not array.size:
-            raise UserError(f"prompt {row} is empty; generation needs a token to go on from")
+            raise UserError(f"prompt {row} is empty; generation needs a token to continue")
         wrong = array[(array < 0) | (array >= vocab_size)]
         if wrong.size:
-            raise UserError(f"prompt {row} holds token id {wrong[0]}, but the model knows ids below {vocab_size}")
+            raise UserError(f"prompt {row} holds token id {wrong[0]}, but the model has ids below {vocab_size}")
     return arrays
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from rich.table import Table
 
 from lm2_jax.common.errors import UserError
+from lm2_jax.common.progress import clock
 from lm2_jax.config import BabilongConfig, BabilongTask, Config
 from lm2_jax.data.babi.babilong import (
     Books,
@@ -37,7 +38,6 @@ from lm2_jax.evals.model import EvalModel
 from lm2_jax.evals.results import ResultLog, finished_path
 from lm2_jax.tokenizer import Tokenizer, encode_long, load_tokenizer
 from lm2_jax.training.accuracy import wilson_interval
-from lm2_jax.training.reporting import clock
 
 Result = dict[str, Any]
 

@@ -18,12 +18,12 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from lm2_jax.common.errors import UserError
+from lm2_jax.common.progress import clock
 from lm2_jax.evals.generation import answer
 from lm2_jax.evals.model import EvalModel
 from lm2_jax.evals.results import ResultLog
 from lm2_jax.evals.scoring import score
 from lm2_jax.tokenizer import encode_long
-from lm2_jax.training.reporting import clock
 
 _NEW_TOKENS = 256  # where a task does not say; as the harness's own models have it
 _SAY_SECONDS = 5.0

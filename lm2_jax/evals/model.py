@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from lm2_jax.checkpoint.checksums import array_checksums
 from lm2_jax.common.errors import UserError
 from lm2_jax.config import Config, dump_config, parse_config, replace
-from lm2_jax.loading import load
+from lm2_jax.loading import load_run
 from lm2_jax.model import build_model
 from lm2_jax.model.decoder import Decoder
 from lm2_jax.parallel.mesh import boxed_shardings, make_mesh
 from lm2_jax.tokenizer import Tokenizer, load_text_tokenizer
-from lm2_jax.training.checkpoint import array_checksums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,21 +28,17 @@ class EvalModel:
 
     Attributes:
       checkpoint: the path it was loaded from.
-      model: its config holds the run's settings with those of `--set`; data.batch_size lanes are read at once.
+      config: the run's settings with those of `--set`; data.batch_size lanes are read at once.
       params: sharded over the mesh.
       fingerprint: 16 hex digits that change with any parameter.
     """
 
     checkpoint: str
+    config: Config
     model: Decoder
     params: Any
     mesh: Mesh
     fingerprint: str
-
-    @property
-    def config(self) -> Config:
-        """The model's."""
-        return self.model.config
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -62,18 +57,14 @@ def load_for_evaluation(checkpoint: str | Path, overrides: Sequence[str] = ()) -
         raise UserError(
             f"evaluation runs in one process, over all of its devices; this is one of {jax.process_count()}"
         )
-    model, params = load(checkpoint)
-    config = parse_config(dump_config(model.config), overrides, where=str(checkpoint))
+    trained, _, params = load_run(checkpoint)
+    config = parse_config(dump_config(trained), overrides, where=str(checkpoint))
     for section in ("model", "memory"):
-        if getattr(config, section) != getattr(model.config, section):
+        if getattr(config, section) != getattr(trained, section):
             raise UserError(f"--set {section}...: the checkpoint's {section} cannot be set; leave it as it was trained")
     config = replace(config, optim={"accumulation_steps": 1})  # of training; lanes are read all at once
     model, mesh = build_model(config), make_mesh(config)
 
-    def init(key: jax.Array) -> Any:
-        tokens_BT = jnp.zeros((1, config.data.segment_length), jnp.int32)
-        return model.init_with_axes(key, tokens_BT, model.init_memory(1))["params"]
-
     fingerprint = hashlib.sha256(repr(array_checksums(params)).encode()).hexdigest()[:16]
-    params = jax.device_put(params, boxed_shardings(mesh, jax.eval_shape(init, jax.random.key(0))))
-    return EvalModel(str(checkpoint), model, params, mesh, fingerprint)
+    params = jax.device_put(params, boxed_shardings(mesh, model.abstract_params(with_axes=True)))
+    return EvalModel(str(checkpoint), config, model, params, mesh, fingerprint)

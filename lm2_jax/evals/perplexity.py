@@ -21,17 +21,19 @@ import numpy as np
 import optax
 from rich.table import Table
 
+from lm2_jax.batch import Batch
 from lm2_jax.common.errors import UserError
+from lm2_jax.common.progress import clock
 from lm2_jax.config import Config
 from lm2_jax.data.documents import BinSource, DocumentSource, JsonLinesSource, TextSource
-from lm2_jax.data.lanes import LaneDataset, Placement, Window, documents_in_order
+from lm2_jax.data.lanes import LaneDataset, Placement, documents_in_order
 from lm2_jax.data.paths import expand_paths
 from lm2_jax.data.pipeline import Pipeline, held_out_files
 from lm2_jax.evals.model import EvalModel
 from lm2_jax.evals.results import ResultLog, finished_path
+from lm2_jax.model.decoder import Decoder
 from lm2_jax.parallel.mesh import batch_sharding, memory_shardings, replicated
-from lm2_jax.segments import run_window
-from lm2_jax.training.reporting import clock
+from lm2_jax.segments import run_batch
 
 Result = dict[str, Any]
 _FIRST_DISTANCES = 16  # tokens up to here are one group; the groups after it double
@@ -145,7 +147,7 @@ def _text_bytes(placement: Placement, loaded: EvalModel) -> int | None:
 
 def _windows(
     source: DocumentSource, indices: list[int], lanes: LaneDataset
-) -> Iterator[tuple[Window, list[tuple[int, Placement]]]]:
+) -> Iterator[tuple[Batch, list[tuple[int, Placement]]]]:
     """Every document once, in lanes; with each window all (lane, placement) that reach into it, numbered as in source.
 
     Those of one token are left out: they have nothing to predict.
@@ -175,20 +177,18 @@ def _make_step(loaded: EvalModel) -> tuple[Callable[..., tuple[jax.Array, Any]],
     model, mesh = loaded.model, loaded.mesh
 
     def fresh(params: Any) -> Any:
-        return model.init_memory(model.config.data.batch_size, params)
+        return model.init_memory(loaded.config.data.batch_size, params)
 
-    def step(params: Any, memory: Any, window: Window) -> tuple[jax.Array, Any]:
-        hidden_BSTD, memory, _ = run_window(
-            model, params, window["tokens_BST"], memory, window["reset_BS"], window["document_BST"], "auto", False
-        )
+    def step(params: Any, memory: Any, window: Batch) -> tuple[jax.Array, Any]:
+        hidden_BSTD, memory, _ = run_batch(model, params, window, memory)
 
         def segment(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
             hidden_BTD, targets_BT = inputs
-            logits_BTV = model.apply({"params": params}, hidden_BTD, method="project")
+            logits_BTV = model.apply({"params": params}, hidden_BTD, method=Decoder.project)
             return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT)
 
         # One segment at a time, so that logits of one are held at once
-        by_segment = (jnp.moveaxis(hidden_BSTD, 1, 0), jnp.moveaxis(window["targets_BST"], 1, 0))
+        by_segment = (jnp.moveaxis(hidden_BSTD, 1, 0), jnp.moveaxis(window.targets_BST, 1, 0))
         return jnp.moveaxis(jax.lax.map(segment, by_segment), 0, 1), memory
 
     shardings = memory_shardings(mesh, jax.eval_shape(fresh, loaded.params), model.kind.lane_axis)

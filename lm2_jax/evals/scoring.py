@@ -15,10 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm2_jax.batch import Batch
 from lm2_jax.common.errors import UserError
 from lm2_jax.evals.model import EvalModel
+from lm2_jax.model.decoder import Decoder
 from lm2_jax.parallel.mesh import batch_sharding, memory_shardings, replicated
-from lm2_jax.segments import run_window
+from lm2_jax.segments import run_batch
 
 Request = tuple[Sequence[int], Sequence[int]]  # token ids of the context and of the continuation
 Step = Callable[..., tuple[jax.Array, jax.Array, jax.Array, Any]]
@@ -100,16 +102,16 @@ def _make_step(loaded: EvalModel) -> tuple[Step, Any]:
     model, mesh = loaded.model, loaded.mesh
 
     def fresh(params: Any) -> Any:
-        return model.init_memory(model.config.data.batch_size, params)
+        return model.init_memory(loaded.config.data.batch_size, params)
 
     def step(params: Any, memory: Any, tokens_BT: jax.Array, next_BT: jax.Array, count_B: jax.Array) -> tuple:
         document_BT = (jnp.arange(tokens_BT.shape[1]) < count_B[:, None]).astype(jnp.int32)
-        hidden_B1TD, memory, _ = run_window(
-            model, params, tokens_BT[:, None], memory, None, document_BT[:, None], "auto", packed=False
-        )
+        reset_B1 = jnp.zeros((len(count_B), 1), bool)
+        batch = Batch(tokens_BT[:, None], document_BT[:, None], reset_B1)
+        hidden_B1TD, memory, _ = run_batch(model, params, batch, memory)
 
         def log_probabilities(hidden_BD: jax.Array) -> jax.Array:
-            return jax.nn.log_softmax(model.apply({"params": params}, hidden_BD, method="project"), axis=-1)
+            return jax.nn.log_softmax(model.apply({"params": params}, hidden_BD, method=Decoder.project), axis=-1)
 
         def position(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             hidden_BD, next_B = inputs

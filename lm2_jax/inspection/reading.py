@@ -17,8 +17,8 @@ import numpy as np
 from flax import struct
 
 from lm2_jax.common.errors import UserError
-from lm2_jax.model.decoder import Decoder, gate_name
-from lm2_jax.model.layers import LOOKS
+from lm2_jax.model.block import gate_name
+from lm2_jax.model.decoder import Decoder
 from lm2_jax.model.memory.base import Memory
 
 
@@ -83,9 +83,9 @@ class SegmentTrace:
 
 def check_memory(model: Decoder) -> None:
     """Raises UserError if the model has no memory."""
-    if model.kind.slots(model.init_memory(1)) is None:
+    if model.kind.as_slots(model.init_memory(1)) is None:
         raise UserError(
-            f"memory.kind {model.config.memory.kind}: there is no memory to look into; give a run of another kind"
+            f"memory.kind {model.spec.memory.kind}: there is no memory to look into; give a run of another kind"
         )
 
 
@@ -101,7 +101,7 @@ def read_text(model: Decoder, params: Any, ids_n: np.ndarray, last: int = 48) ->
     check_memory(model)
     if not len(ids_n):
         raise UserError("the text holds no token; give one that does")
-    T = model.config.trained_segment_length
+    T = model.spec.segment_length
     S, K = -(-len(ids_n) // T), min(last, len(ids_n))
     tokens_ST, document_ST = np.zeros((S, T), np.int32), np.zeros((S, T), np.int32)
     tokens_ST.flat[: len(ids_n)], document_ST.flat[: len(ids_n)] = ids_n, 1
@@ -114,7 +114,7 @@ def read_text(model: Decoder, params: Any, ids_n: np.ndarray, last: int = 48) ->
         by_segment["read"].append(read_LtN.mean(1))
         by_segment["change"].append(look.change_LBN[:, 0])
         by_segment["norm"].append(look.norm_LBN[:, 0])
-        by_segment["trace"].append(sketch(np.asarray(model.kind.slots(memory))))
+        by_segment["trace"].append(sketch(np.asarray(model.kind.as_slots(memory))))
         for name, gate_L in look.gates.items():
             by_segment[f"{name} gate"].append(gate_L)
         if s * T + count > len(ids_n) - K:
@@ -135,7 +135,7 @@ def read_text(model: Decoder, params: Any, ids_n: np.ndarray, last: int = 48) ->
             for name, gates in by_segment.items()
             if name.endswith(" gate")
         },
-        slots_LNM=np.asarray(model.kind.slots(memory)[:, 0]),
+        slots_LNM=np.asarray(model.kind.as_slots(memory)[:, 0]),
         traces_SF=np.stack(by_segment["trace"]),
     )
 
@@ -146,10 +146,10 @@ def look_at_segment(
 ) -> tuple[Memory, SegmentTrace]:
     """Reads one segment; the memory after it, and what there is to see. The model must have a memory."""
     (logits_BTV, after), sown = model.apply(
-        {"params": params}, tokens_BT, memory, document_BT=document_BT, mutable=["gates", LOOKS]
+        {"params": params}, tokens_BT, memory, document_BT=document_BT, mutable=["gates", "intermediates"]
     )
-    read_LBTN, write_LBNT = model.kind.shares(sown[LOOKS])
-    before_LBNM, slots_LBNM = model.kind.slots(memory), model.kind.slots(after)
+    read_LBTN, write_LBNT = model.kind.attention_to_slots(sown["intermediates"])
+    before_LBNM, slots_LBNM = model.kind.as_slots(memory), model.kind.as_slots(after)
     before_LBN = jnp.linalg.norm(before_LBNM, axis=-1)
     look = SegmentTrace(
         read_LBTN=read_LBTN,

@@ -14,7 +14,7 @@ from lm2_jax.inspection.page import write_page
 from lm2_jax.inspection.pictures import pictures, render, render_together
 from lm2_jax.inspection.reading import check_memory, read_text
 from lm2_jax.inspection.survival import Answers, Survival, answer, answers_by_age, make_contexts, probe
-from lm2_jax.loading import load
+from lm2_jax.loading import load_run
 from lm2_jax.tokenizer import Tokenizer, encode_long, load_text_tokenizer
 
 
@@ -47,10 +47,10 @@ def inspect(
         problems.append(f"--output: {output} is a file; give a directory")
     if problems:
         raise UserError("\n".join(problems))
-    model, params = load(checkpoint)
+    config, model, params = load_run(checkpoint)
     check_memory(model)
-    tokenizer = load_text_tokenizer(model.config, checkpoint)
-    T = model.config.trained_segment_length
+    tokenizer = load_text_tokenizer(config, checkpoint)
+    T = config.trained_segment_length
 
     answers: Answers | None = None
     survival: Survival | None = None
@@ -59,9 +59,9 @@ def inspect(
         reading = read_text(model, params, ids_n, tokens)
         survival = probe(reading.traces_SF, ids_n, T)
         source = f"{Path(text).name}, {len(ids_n):,} tokens"
-    elif model.config.tokenizer.kind == "stories":
-        segments = segments or 4 * model.config.stages[-1].segments
-        contexts = make_contexts(model.config, tokenizer, segments, questions)
+    elif config.tokenizer.kind == "stories":
+        segments = segments or 4 * config.stages[-1].segments
+        contexts = make_contexts(config, tokenizer, segments, questions)
         ids_n = contexts.tokens_BST[0].ravel()[: (segments - 1) * T + contexts.asked_B[0] + 1]
         reading = read_text(model, params, ids_n, tokens)
         source = f"a story of {len(ids_n):,} tokens, up to its question"
@@ -84,7 +84,7 @@ def inspect(
     overview = [picture for picture, *_ in drawn if picture.name in ("tokens", "writes", "survival")]
     render_together(overview, output / "overview.png", f"{title}\n{source}")
     facts = {
-        "kind": model.config.memory.kind,
+        "kind": model.spec.memory.kind,
         "memory": " x ".join(map(str, reading.slots_LNM.shape)) + " (banks, slots, width)",
         "parameters": f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,}",
         "read": source,

@@ -16,8 +16,8 @@ KINDS: dict[str, type[MemoryKind]] = {"lm2": LM2, "rmt": RMT, "none": MemoryKind
 def build_model(config: Config) -> Decoder:
     """A linen module: `init(key, tokens_BT, memory)`, `apply({"params": ...}, tokens_BT, memory)`, `init_memory(B)`.
 
-    Raises UserError if model.vocab_size is not known (null stands for the tokenizer's size, which train.py fills in).
+    Raises UserError if model.vocab_size is null: it stands for the tokenizer's size, which `train` fills in.
     """
     if config.model.vocab_size is None:
         raise UserError("model.vocab_size: null; give the number of token ids, as no tokenizer fills it in here")
-    return Decoder(config, KINDS[config.memory.kind](config))
+    return Decoder(config.spec, KINDS[config.memory.kind](config.spec))

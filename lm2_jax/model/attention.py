@@ -1,6 +1,6 @@
-"""Softmax attention, and the one place that chooses what computes it.
+"""Softmax attention, and the one place that chooses its implementation.
 
-On TPUs it is JAX's splash attention, a kernel that never holds the weights of a whole segment; elsewhere
+On TPUs it is JAX's splash attention, a fused kernel that never materialises the weights of a whole segment; elsewhere
 `jax.nn.dot_product_attention`. Axes: B rows, T queries, U keys, H heads, G kv heads, K head width.
 """
 
@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 
 from lm2_jax.parallel.fsdp import BATCH_AXES, can_shard_batch
 
-_LANES = 128  # of a TPU's vector registers: the kernel's tiles are multiples of it
+_REGISTER_WIDTH = 128  # lanes of a TPU's vector registers: the kernel's tiles are multiples of it
 _LARGEST_TILE = 512
 
 
@@ -33,10 +33,10 @@ def attention(
     """softmax(q kᵀ / √K) v, softmax in float32; [B,T,H,K].
 
     Args:
-      causal: query t sees keys up to t; T = U.
-      groups_BT, groups_BU: int32; a query sees the keys of its own group only. None: all keys.
+      causal: query t attends to keys up to t; T = U.
+      q_document_ids_BT, kv_document_ids_BU: int32; queries attend to the keys of their own document. None: to all.
 
-    A query that sees no key gets a finite value without meaning.
+    A query without a key gets a finite value without meaning.
     """
     with jax.named_scope("causal_attention" if causal else "full_attention"):
         if _on_tpu() and _has_tiles(q_BTHK.shape[1], k_BUGK.shape[1], q_BTHK.shape[3]):
@@ -47,26 +47,27 @@ def attention(
         return jax.nn.dot_product_attention(q_BTHK, k_BUGK, v_BUGK, mask=mask, is_causal=causal)
 
 
-def attention_weights(q_BTHK: jax.Array, k_BUGK: jax.Array, seen_BTU: jax.Array) -> jax.Array:
-    """softmax(q kᵀ / √K), mean over the heads, float32 [B,T,U]; to look at, as `attention` never holds it on TPUs.
+def attention_weights(q_BTHK: jax.Array, k_BUGK: jax.Array, visible_BTU: jax.Array) -> jax.Array:
+    """softmax(q kᵀ / √K), mean over the heads, float32 [B,T,U].
 
-    seen_BTU: which keys a query sees; one that sees none attends to all alike.
+    For inspection: the fused TPU kernel never materialises these weights.
+    visible_BTU: bool, keys that a query may attend to; without any, it attends to all alike.
     """
     H, G, K = q_BTHK.shape[2], *k_BUGK.shape[2:]
     k_BUHK = jnp.repeat(k_BUGK, H // G, axis=2)
     scores_BHTU = jnp.einsum("bthk,buhk->bhtu", q_BTHK, k_BUHK, preferred_element_type=jnp.float32) / math.sqrt(K)
-    scores_BHTU = jnp.where(seen_BTU[:, None], scores_BHTU, jnp.finfo(jnp.float32).min)
+    scores_BHTU = jnp.where(visible_BTU[:, None], scores_BHTU, jnp.finfo(jnp.float32).min)
     return jnp.mean(jax.nn.softmax(scores_BHTU, axis=-1), axis=1)
 
 
 def _on_tpu() -> bool:
-    """Whether the program is compiled for TPUs: those of the mesh in use, or else JAX's default device."""
+    """True if the program is compiled for TPUs: those of the mesh in use, or else JAX's default device."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() == "tpu" if device is None else device.device_kind.startswith("TPU")
 
 
 def _has_tiles(queries: int, keys: int, head_width: int) -> bool:
-    return queries % _LANES == 0 and keys % _LANES == 0 and head_width % 64 == 0
+    return queries % _REGISTER_WIDTH == 0 and keys % _REGISTER_WIDTH == 0 and head_width % 64 == 0
 
 
 def _splash(
@@ -77,25 +78,25 @@ def _splash(
     q_document_ids_BT: jax.Array | None,
     kv_document_ids_BU: jax.Array | None,
 ) -> jax.Array:
-    """Every chip runs the kernel on its rows and heads: XLA cannot split a kernel by itself."""
+    """Runs the kernel on every device for its rows and heads: XLA cannot partition a kernel by itself."""
     B, _, H, _ = q_BTHK.shape
     G = k_BUGK.shape[2]
     local = functools.partial(_local_splash, causal=causal)
-    groups = None if q_document_ids_BT is None else splash.SegmentIds(q_document_ids_BT, kv_document_ids_BU)
+    segment_ids = None if q_document_ids_BT is None else splash.SegmentIds(q_document_ids_BT, kv_document_ids_BU)
     mesh = jax.sharding.get_abstract_mesh()
     free = {axis: size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes}
     if math.prod(free.values()) > 1:
         lanes = BATCH_AXES if can_shard_batch(B) else None
         heads = "tensor" if "tensor" in free and H % free["tensor"] == G % free["tensor"] == 0 else None
         arrays, rows = PartitionSpec(lanes, None, heads, None), PartitionSpec(lanes, None)
-        groups_specs = None if groups is None else splash.SegmentIds(rows, rows)
-        in_specs = (arrays, arrays, arrays, groups_specs)
+        segment_id_specs = None if segment_ids is None else splash.SegmentIds(rows, rows)
+        in_specs = (arrays, arrays, arrays, segment_id_specs)
         local = jax.shard_map(local, in_specs=in_specs, out_specs=arrays, axis_names=set(free), check_vma=False)
-    return local(q_BTHK, k_BUGK, v_BUGK, groups)
+    return local(q_BTHK, k_BUGK, v_BUGK, segment_ids)
 
 
 def _local_splash(
-    q_BTHK: jax.Array, k_BUGK: jax.Array, v_BUGK: jax.Array, groups: splash.SegmentIds | None, *, causal: bool
+    q_BTHK: jax.Array, k_BUGK: jax.Array, v_BUGK: jax.Array, segment_ids: splash.SegmentIds | None, *, causal: bool
 ) -> jax.Array:
     B, T, H, K = q_BTHK.shape
     U, G = k_BUGK.shape[1:3]
@@ -104,13 +105,15 @@ def _local_splash(
     q_BGHTK = (q_BTHK / math.sqrt(K)).astype(q_BTHK.dtype).reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
     k_BGUK, v_BGUK = k_BUGK.transpose(0, 2, 1, 3), v_BUGK.transpose(0, 2, 1, 3)
     rows = jax.vmap(kernel, in_axes=(0, 0, 0, None))  # over the kv heads of a row
-    out_BGHTK = jax.vmap(rows)(q_BGHTK, k_BGUK, v_BGUK, groups)
+    out_BGHTK = jax.vmap(rows)(q_BGHTK, k_BGUK, v_BGUK, segment_ids)
     return out_BGHTK.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
 
 
 def _tiles(queries: int, keys: int) -> splash.BlockSizes:
     def largest(length: int) -> int:
-        return max(n for n in range(_LANES, min(length, _LARGEST_TILE) + 1, _LANES) if length % n == 0)
+        return max(
+            n for n in range(_REGISTER_WIDTH, min(length, _LARGEST_TILE) + 1, _REGISTER_WIDTH) if length % n == 0
+        )
 
     q, kv = largest(queries), largest(keys)
     return splash.BlockSizes(block_q=q, block_kv=kv, block_q_dkv=q, block_kv_dkv=kv, block_q_dq=q, block_kv_dq=kv)

@@ -2,7 +2,7 @@
 
 Axes: B lanes, S segments, T tokens, D model width, F feed-forward width, H heads, G kv heads, K head width.
 Weights are float32; activations have the dtype of x. Logical axis names of the weights ("embed", "heads", "mlp", ...)
-are mapped to the device mesh in sharding.py.
+are mapped to the device mesh in parallel/mesh.py.
 """
 
 from __future__ import annotations
@@ -15,26 +15,25 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from lm2_jax.batch import Batch
 from lm2_jax.config import ModelConfig, RopeScaling
 from lm2_jax.model.attention import attention, attention_weights
 
 Initializer = Callable[..., jax.Array]
 
-LOOKS = "looks"  # a collection for what people look at (`MemoryKind.shares`); modules sow into it only if it is mutable
-
 
 @struct.dataclass
 class Layout:
-    """Which position belongs to which document.
+    """Where the positions that blocks see belong.
 
     Attributes:
-      document_BST: int32, 0 for padding, then 1, 2, ... the documents inside the segment in order.
-      position_BST: int32 RoPE position; memory tokens of rmt sit at 0, where RoPE rotates nothing.
+      document_BST: int32 document ids: 0 for padding, then 1, 2, ... the documents inside a segment in order.
+      position_BST: int32 RoPE position; memory tokens of rmt stand at 0, where RoPE rotates nothing.
       reset_BS: bool, the segment's first document starts here: it finds the initial memory.
-      packed: static; whether document numbers above 1 can occur.
+      packed: static; whether document ids above 1 can occur.
       deterministic: static; no dropout.
-      place_BST: int32, where in the arrays of `Past` a position belongs; beyond their end for padding. None: segments
-        are whole, and nothing is kept of them.
+      cache_index_BST: int32, the index of a position in the arrays of `KVCache`; beyond their end for padding. None:
+        segments are whole, and nothing is cached.
     """
 
     document_BST: jax.Array
@@ -44,10 +43,16 @@ class Layout:
     deterministic: bool = struct.field(pytree_node=False, default=True)
     cache_index_BST: jax.Array | None = None
 
+    @classmethod
+    def of(cls, batch: Batch, deterministic: bool = True) -> Layout:
+        """The layout of whole segments."""
+        position_BST = jnp.broadcast_to(jnp.arange(batch.tokens_BST.shape[2]), batch.tokens_BST.shape)
+        return cls(batch.document_BST, position_BST, batch.reset_BS, batch.packed, deterministic)
+
 
 @struct.dataclass
 class KVCache:
-    """What a block needs to know of the earlier positions of an unfinished segment, which has C places; W = conv_width.
+    """What a block keeps of the earlier positions of an unfinished segment; C positions fit, W = conv_width.
 
     Attributes:
       keys_BCGK, values_BCGK: of self-attention.
@@ -61,20 +66,20 @@ class KVCache:
     tail_BWD: jax.Array | None
 
 
-def put(array: jax.Array, new: jax.Array, place_BQ: jax.Array) -> jax.Array:
-    """array [B,C,...] with new[b, q] of new [B,Q,...] at place[b, q]; what has its place beyond C is dropped."""
+def write_at(array: jax.Array, new: jax.Array, index_BQ: jax.Array) -> jax.Array:
+    """array [B,C,...] with new[b, q] of new [B,Q,...] written at index[b, q]; an index beyond C is dropped."""
     row_B1 = jnp.arange(array.shape[0])[:, None]
-    return array.at[row_B1, place_BQ].set(new.astype(array.dtype), mode="drop")
+    return array.at[row_B1, index_BQ].set(new.astype(array.dtype), mode="drop")
 
 
 def linear_init(axes: tuple[str | None, ...], scale: float = 1.0) -> Initializer:
-    """Initialiser of a weight [in, out]: normal with variance scale / in, and its logical axes."""
+    """Initialiser of a weight [in, out], normal with variance scale / in, with its logical axes."""
     initializer = nn.initializers.variance_scaling(scale, "fan_in", "normal", in_axis=0, out_axis=1)
     return nn.with_logical_partitioning(initializer, axes)
 
 
 def vector(value: float, axis: str | None) -> Initializer:
-    """Initialiser of a constant vector and its logical axis."""
+    """Initialiser of a constant vector, with its logical axis."""
     return nn.with_logical_partitioning(nn.initializers.constant(value), (axis,))
 
 
@@ -102,7 +107,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
-    """Radians per position, float32 [K/2]: theta^(-2i/K), with Llama-3's scaling of slow turns if given."""
+    """Radians per position, float32 [K/2]: theta^(-2i/K), with Llama-3's scaling of low frequencies if given."""
     frequencies_K = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if scaling is None:
         return frequencies_K
@@ -120,10 +125,10 @@ def rotate(x_BTHK: jax.Array, position_BT: jax.Array, frequencies_K: jax.Array) 
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTHK.dtype)
 
 
-def attention_to_cache(q_BQHK: jax.Array, past: KVCache, place_BQ: jax.Array) -> jax.Array:
-    """Softmax attention to the places of an unfinished segment up to the query's own; [B,Q,H,K]."""
-    mask_BQC = jnp.arange(past.keys_BCGK.shape[1]) <= place_BQ[..., None]
-    return jax.nn.dot_product_attention(q_BQHK, past.keys_BCGK, past.values_BCGK, mask=mask_BQC[:, None])
+def attention_to_cache(q_BQHK: jax.Array, cache: KVCache, index_BQ: jax.Array) -> jax.Array:
+    """Softmax attention to the cached positions of an unfinished segment up to the query's own; [B,Q,H,K]."""
+    mask_BQC = jnp.arange(cache.keys_BCGK.shape[1]) <= index_BQ[..., None]
+    return jax.nn.dot_product_attention(q_BQHK, cache.keys_BCGK, cache.values_BCGK, mask=mask_BQC[:, None])
 
 
 class SelfAttention(nn.Module):
@@ -134,11 +139,11 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BSTD: jax.Array, layout: Layout, past: KVCache | None = None
+        self, x_BSTD: jax.Array, layout: Layout, cache: KVCache | None = None
     ) -> tuple[jax.Array, KVCache | None]:
-        """x [B,S,T,D], already normalised, to the same shape; and the past, its keys and values added.
+        """x [B,S,T,D], already normalised, to the same shape; and the cache with its keys and values appended.
 
-        With a past, S = 1 and the T tokens follow it in their segment.
+        With a cache, S = 1 and the T tokens continue the cached segment.
         """
         c = self.config
         B, S, T, D = x_BSTD.shape
@@ -155,20 +160,20 @@ class SelfAttention(nn.Module):
         q_NTHK = rotate(dense(x_NTD, w_q).reshape(B * S, T, H, K), position_NT, frequencies_K)
         k_NTGK = rotate(dense(x_NTD, w_k).reshape(B * S, T, G, K), position_NT, frequencies_K)
         v_NTGK = dense(x_NTD, w_v).reshape(B * S, T, G, K)
-        if self.is_mutable_collection(LOOKS):
-            seen_NTT = jnp.tril(document_NT[:, :, None] == document_NT[:, None])
-            self.sow(LOOKS, "shares", attention_weights(q_NTHK, k_NTGK, seen_NTT))
-        if past is None:
-            attended_NTHK = attention(
-                q_NTHK, k_NTGK, v_NTGK, causal=True, q_document_ids_BT=document_NT, kv_document_ids_BU=document_NT
-            )
+        if self.is_mutable_collection("intermediates"):
+            visible_NTT = jnp.tril(document_NT[:, :, None] == document_NT[:, None])
+            self.sow("intermediates", "weights", attention_weights(q_NTHK, k_NTGK, visible_NTT))
+        if cache is None:
+            documents = {"q_document_ids_BT": document_NT, "kv_document_ids_BU": document_NT}
+            attended_NTHK = attention(q_NTHK, k_NTGK, v_NTGK, causal=True, **documents)
         else:
-            place_BT = layout.cache_index_BST[:, 0]
-            past = past.replace(
-                keys_BCGK=put(past.keys_BCGK, k_NTGK, place_BT), values_BCGK=put(past.values_BCGK, v_NTGK, place_BT)
+            index_BT = layout.cache_index_BST[:, 0]
+            cache = cache.replace(
+                keys_BCGK=write_at(cache.keys_BCGK, k_NTGK, index_BT),
+                values_BCGK=write_at(cache.values_BCGK, v_NTGK, index_BT),
             )
-            attended_NTHK = attention_to_cache(q_NTHK, past, place_BT)
-        return dense(attended_NTHK.reshape(B, S, T, H * K), w_o), past
+            attended_NTHK = attention_to_cache(q_NTHK, cache, index_BT)
+        return dense(attended_NTHK.reshape(B, S, T, H * K), w_o), cache
 
 
 class SwiGLU(nn.Module):
@@ -190,22 +195,25 @@ class SwiGLU(nn.Module):
 class CausalConv(nn.Module):
     """Depthwise causal convolution over the tokens of a document within a segment.
 
-    Beyond every segment, document and padding edge, and between tokens and rmt's memory tokens (whose positions do not
-    follow each other), it sees zeros, so that memory stays the only link.
+    Beyond the edges of segments, documents and padding, and between tokens and rmt's memory tokens (whose positions are
+    not consecutive), it sees zeros, so that memory stays the only link.
     """
 
     width: int
 
     @nn.compact
     def __call__(
-        self, x_BSTD: jax.Array, layout: Layout, past: KVCache | None = None
+        self, x_BSTD: jax.Array, layout: Layout, cache: KVCache | None = None
     ) -> tuple[jax.Array, KVCache | None]:
-        """As `SelfAttention`: x [B,S,T,D], already normalised, to the same shape; and the past, its tail moved on."""
+        """x [B,S,T,D], already normalised, to the same shape; and the cache with the tail of its inputs moved on.
+
+        With a cache, S = 1 and the T tokens continue the cached segment.
+        """
         initializer = nn.with_logical_partitioning(nn.initializers.normal(1 / self.width), (None, "norm"))
         kernel_WD = self.param("kernel", initializer, (self.width, x_BSTD.shape[-1])).astype(x_BSTD.dtype)
         y_BSTD = x_BSTD * kernel_WD[0]
-        if past is not None:
-            return self._after(past, x_BSTD, y_BSTD, kernel_WD, layout)
+        if cache is not None:
+            return self._continue(cache, x_BSTD, y_BSTD, kernel_WD, layout)
         for back in range(1, min(self.width, x_BSTD.shape[2])):
             before_BSTD = jnp.pad(x_BSTD[:, :, :-back], ((0, 0), (0, 0), (back, 0), (0, 0)))
             document_BST, position_BST = layout.document_BST, layout.position_BST
@@ -215,15 +223,15 @@ class CausalConv(nn.Module):
             y_BSTD += jnp.where(linked_BST[..., None], before_BSTD, 0) * kernel_WD[back]
         return y_BSTD, None
 
-    def _after(
-        self, past: KVCache, x_B1TD: jax.Array, y_B1TD: jax.Array, kernel_WD: jax.Array, layout: Layout
+    def _continue(
+        self, cache: KVCache, x_B1TD: jax.Array, y_B1TD: jax.Array, kernel_WD: jax.Array, layout: Layout
     ) -> tuple[jax.Array, KVCache]:
-        """Tokens that follow others in their segment: a position tells how many there are to see."""
+        """Convolves tokens that continue a segment; a token at position p has p predecessors to look back on."""
         T, tail = x_B1TD.shape[2], self.width - 1
-        joined_BTD = jnp.concatenate([past.tail_BWD, x_B1TD[:, 0]], axis=1)
+        joined_BTD = jnp.concatenate([cache.tail_BWD, x_B1TD[:, 0]], axis=1)
         for back in range(1, self.width):
             before_BTD = joined_BTD[:, tail - back : tail - back + T]
             linked_BT = layout.position_BST[:, 0] >= back
             y_B1TD += (jnp.where(linked_BT[..., None], before_BTD, 0) * kernel_WD[back])[:, None]
         last_BW = jnp.sum(layout.document_BST[:, 0] > 0, axis=1)[:, None] + jnp.arange(tail)
-        return y_B1TD, past.replace(tail_BWD=jnp.take_along_axis(joined_BTD, last_BW[..., None], axis=1))
+        return y_B1TD, cache.replace(tail_BWD=jnp.take_along_axis(joined_BTD, last_BW[..., None], axis=1))

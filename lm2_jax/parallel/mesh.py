@@ -1,10 +1,10 @@
-"""The device mesh (data, fsdp, tensor), and which axis of which array lies along which mesh axis."""
+"""The device mesh (data, fsdp, tensor), and the sharding of every array over it."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -13,9 +13,17 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from lm2_jax.batch import Batch
 from lm2_jax.common.errors import UserError
 from lm2_jax.config import Config
 from lm2_jax.parallel.fsdp import BATCH_AXES
+
+# Batches hold NumPy arrays until they are on devices, and data does without jax: here they become a pytree.
+jax.tree_util.register_dataclass(
+    Batch,
+    data_fields=["tokens_BST", "document_BST", "reset_BS", "targets_BST", "answers_BST"],
+    meta_fields=["packed"],
+)
 
 # Logical axis of a weight or activation -> mesh axis.
 RULES = (
@@ -66,7 +74,7 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[None]:
-    """Within it, jitted functions see the mesh and the logical axis rules; without it constraints vanish silently."""
+    """Lets jitted functions see the mesh and the logical axis rules; without it constraints vanish silently."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         yield
 
@@ -80,16 +88,16 @@ def unbox(tree: Any) -> Any:
 def state_shardings(mesh: Mesh, boxed_state: Any, lane_axis: int) -> Any:
     """Shardings of a train state whose arrays are boxed with logical axes; memory leaves have lanes at `lane_axis`.
 
-    An axis that its mesh axis does not divide is left whole on every device.
+    An axis that does not divide over its mesh axis is replicated.
     """
     memory = memory_shardings(mesh, boxed_state.memory, lane_axis)
     return boxed_shardings(mesh, boxed_state).replace(memory=memory)
 
 
 def boxed_shardings(mesh: Mesh, boxed: Any) -> Any:
-    """Shardings of arrays that are boxed with logical axes; those that are not are whole on every device."""
+    """Shardings of arrays that are boxed with logical axes; arrays without a box are replicated."""
 
-    def full(x: Any) -> Any:  # an optimizer that leaves a parameter to another one has an empty box for it
+    def full(x: Any) -> Any:  # optax.partition leaves a masked, empty box for parameters of the other optimizer
         return x if jax.tree.leaves(x) else unbox(x)
 
     boxed = jax.tree.map(full, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
@@ -104,7 +112,7 @@ def memory_shardings(mesh: Mesh, memory: Any, lane_axis: int) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Lanes first: [B, ...] spread over data and fsdp."""
+    """Sharding of arrays whose first axis is lanes: [B, ...] over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
@@ -114,23 +122,30 @@ def own_lanes(mesh: Mesh, num_lanes: int) -> list[int]:
     return sorted({lane for (lanes,) in slices for lane in range(*lanes.indices(num_lanes))})
 
 
-def to_devices(mesh: Mesh, num_lanes: int, own_rows: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Global arrays [B, ...] of a batch, from the rows of `own_lanes` that every process has of it."""
+def to_devices(mesh: Mesh, num_lanes: int, own_rows: Batch) -> Batch:
+    """The global batch [B, ...] on the devices, from the rows of `own_lanes` that every process has of it."""
     sharding = batch_sharding(mesh)
     row = {lane: row for row, lane in enumerate(own_lanes(mesh, num_lanes))}
 
     def spread(own: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
             first, last, _ = index[0].indices(num_lanes)
             return own[row[first] : row[last - 1] + 1]  # a device's lanes are neighbours, and so are their rows
 
-        return jax.make_array_from_callback((num_lanes, *own.shape[1:]), sharding, part)
+        return jax.make_array_from_callback((num_lanes, *own.shape[1:]), sharding, shard)
 
-    return {name: spread(own) for name, own in own_rows.items()}
+    return jax.tree.map(spread, own_rows)
+
+
+def abstract_batch(mesh: Mesh, num_lanes: int, segments: int, segment_length: int, packed: bool) -> Batch:
+    """Shapes and shardings of a batch of windows."""
+    sharding = batch_sharding(mesh)
+    zeros = Batch.zeros(num_lanes, segments, segment_length, packed)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), zeros)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """Sharding of an array that is whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lm2_jax.common.errors import UserError
-from lm2_jax.training.reporting import Record, read_records
+from lm2_jax.common.records import Record, read_records
 
 _SMOOTHED = 200  # points: of longer runs, neighbours are averaged
 _STYLES = ("-", "--", ":", "-.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ _UNDECAYED = ("embedding", "memory_tokens")
 _RMS_OF_ADAM = 0.2  # root mean square of a step of Adam's, about (arXiv 2502.16982)
 
 
+@functools.cache
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
     """Clip, Adam or Muon, decoupled decay: gradients to the direction that is subtracted, times the learning rate."""
     scale = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)

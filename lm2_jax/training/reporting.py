@@ -1,4 +1,4 @@
-"""What a run tells: progress on the terminal, metrics.jsonl, TensorBoard, pictures and summary.json."""
+"""Reports of a run while it trains: progress on the terminal, metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
@@ -16,32 +16,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from lm2_jax.common.errors import TrainingFailed
-from lm2_jax.common.files import write_atomically
-
-Record = dict[str, Any]
-
-
-def drop_records_after(path: Path, step: int) -> None:
-    """Cuts metrics.jsonl back to `step`, where a resumed run goes on; a half-written last line goes too."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except json.JSONDecodeError:
-            break
-    write_atomically(path, "".join(kept))
-
-
-def read_records(path: Path) -> list[Record]:
-    """The lines of a metrics.jsonl; one that is being written, without its end, is left out.
-
-    Raises OSError, or ValueError for what is no metrics.jsonl.
-    """
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+from lm2_jax.common.progress import clock
+from lm2_jax.common.records import Record
 
 
 class Reporter:
@@ -73,7 +49,7 @@ class Reporter:
             self._file.close()
 
     def log(self, text: str | Table) -> None:
-        """A line for people, or a table."""
+        """Prints a line, or a table."""
         self.console.print(text, markup=False)
 
     def record(self, records: Iterable[Record]) -> None:
@@ -90,12 +66,12 @@ class Reporter:
             self._board.flush()
         except OSError as error:
             raise TrainingFailed(
-                f"{self._file.name}: cannot be written ({error.strerror}). When the disk can be written to, the same "
-                "command goes on from the newest checkpoint"
+                f"{self._file.name}: cannot be written ({error.strerror}). When the disk can be written to again, the "
+                "same command resumes from the newest checkpoint"
             ) from None
 
     def show(self, record: Record, stage: str) -> None:
-        """The newest record as a line, with the time that is left if its stage, and its speed, are to last."""
+        """Shows the newest record as a line, with the time left at the speed of its stage."""
         step, now = record["step"], time.monotonic()
         left = (now - self._stage_began) / max(step - self._stage_first, 1) * (self._last - step)
         if stage != self._stage:
@@ -113,35 +89,28 @@ class Reporter:
 
 
 class SilentReporter(contextlib.AbstractContextManager):
-    """What all processes of a run but the first report: nothing."""
+    """Stands for `Reporter` in all processes of a run but the first; reports nothing."""
 
     def __exit__(self, *_: object) -> None: ...
 
     def log(self, text: str | Table) -> None:
-        """Nothing, as `record` and `show`."""
+        """Does nothing."""
 
     def record(self, records: Iterable[Record]) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def show(self, record: Record, stage: str) -> None:
-        """Nothing."""
-
-
-def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss or m:ss."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{second:02}" if hours else f"{minutes}:{second:02}"
+        """Does nothing."""
 
 
 def accuracy_table(table: Sequence[Mapping[str, Any]], trained_segments: int) -> Table:
-    """The accuracy of evals/stories.py, for the terminal."""
-    short_repr = Table(title="Accuracy by context length (exact match, held-out stories)")
+    """The table of `accuracy_by_length`, for the terminal."""
+    rendered = Table(title="Accuracy by context length (exact match, held-out stories)")
     for column in ("questions", "segments", "tokens", "accuracy", "95% interval", "asked"):
-        short_repr.add_column(column, justify="left" if column == "questions" else "right")
+        rendered.add_column(column, justify="left" if column == "questions" else "right")
     for cell in table:
         ratio = cell["segments"] / trained_segments
-        short_repr.add_row(
+        rendered.add_row(
             cell["questions"],
             f"{cell['segments']}{' (trained)' if ratio == 1 else f' ({ratio:g}x)' if ratio > 1 else ''}",
             f"{cell['tokens']:,}",
@@ -149,7 +118,7 @@ def accuracy_table(table: Sequence[Mapping[str, Any]], trained_segments: int) ->
             f"{cell['low']:.1%} - {cell['high']:.1%}",
             f"{cell['asked']:,}",
         )
-    return short_repr
+    return rendered
 
 
 def _finite(value: Any) -> Any:

@@ -1,13 +1,81 @@
-"""The run directory: who may train in it, and with which config."""
+"""The run directory: which config may train in it, and the end of a run in files.
+
+A run directory holds config.yaml (complete), metrics.jsonl (one object a step), checkpoints/, tensorboard/, and at the
+end summary.json and training.png.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from lm2_jax.config import Config, load_config
+from lm2_jax.common.errors import UserError
+from lm2_jax.common.files import write_atomically
+from lm2_jax.common.records import Record
+from lm2_jax.config import Config, dump_config, load_config
+from lm2_jax.data.pipeline import Pipeline
+from lm2_jax.loading import differences
+from lm2_jax.parallel.processes import is_first
+from lm2_jax.plots.runs import Run, plot_runs
+from lm2_jax.training.progress import Progress
+
+# Keys that may differ between a run directory and the command that resumes it: none of them changes what is learnt,
+# but for train.steps, which moves the learning rate's decay.
+_MAY_CHANGE = ("train.run_dir", "train.steps", "train.max_skipped_steps", "data.prefetch", "checkpoint", "eval", "mesh")
+
+
+def open_run_dir(config: Config) -> Path:
+    """Creates the run directory and its config.yaml. Raises UserError if it belongs to a run of another config."""
+    run_dir = Path(config.train.run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"train.run_dir: {run_dir} cannot be created ({error.strerror})") from None
+    before = read_run_config(run_dir)
+    if before is not None:
+        changed = [
+            f"  {key}: {old!r} in the run directory, {new!r} now"
+            for key, old, new in differences(before.model_dump(), config.model_dump())
+            if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in _MAY_CHANGE)
+        ]
+        if changed:
+            raise UserError(
+                f"{run_dir} holds a run of another config; give this one another train.run_dir, or undo:\n"
+                + "\n".join(changed)
+                + f"\nWhat may change between runs: {', '.join(_MAY_CHANGE)}"
+            )
+    try:
+        if is_first():
+            write_atomically(run_dir / "config.yaml", dump_config(config))
+    except OSError as error:
+        raise UserError(f"train.run_dir: {run_dir} cannot be written to ({error.strerror})") from None
+    return run_dir
 
 
 def read_run_config(run_dir: Path) -> Config | None:
     """The config that a run directory was started with; None if it holds none."""
     path = run_dir / "config.yaml"
     return load_config(path) if path.exists() else None
+
+
+def check_data(progress: Progress, pipeline: Pipeline, run_dir: Path) -> None:
+    """Raises UserError if files or tokenizer are not those that the checkpoint's data position refers to."""
+    if progress.data_fingerprint != pipeline.fingerprint():
+        raise UserError(
+            f"{run_dir}: the tokenizer or the files in data.path, data.validation_path or data.background have changed "
+            "since its checkpoint; restore them, or start another train.run_dir"
+        )
+
+
+def write_summary(run_dir: Path, summary: dict[str, Any], records: Sequence[Record]) -> list[Path]:
+    """Writes summary.json and, if any loss was finite, training.png; returns the files written."""
+    written = [run_dir / "summary.json"]
+    write_atomically(written[0], json.dumps(summary, indent=1) + "\n")
+    try:
+        run = Run(run_dir.name, records, summary["accuracy_by_length"])
+        plot_runs(run_dir / "training.png", [run], ("loss", "answers", "length"))
+    except UserError:  # no loss was finite
+        return written
+    return [*written, run_dir / "training.png"]

@@ -10,19 +10,19 @@ from pathlib import Path
 
 import jax
 
+from lm2_jax.checkpoint.checksums import DamagedError
+from lm2_jax.checkpoint.manager import Checkpoints
 from lm2_jax.common.errors import TrainingFailed, UserError
 from lm2_jax.config import replace
 from lm2_jax.model import build_model
 from lm2_jax.parallel.mesh import make_mesh, use_mesh
-from lm2_jax.training.checkpoint import Checkpoints, DamagedError
-from lm2_jax.training.optim import make_optimizer
 from lm2_jax.training.run_dir import read_run_config
-from lm2_jax.training.state import abstract_state
+from lm2_jax.training.state import StepConfig, abstract_state, shardings_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """About one part of a run directory; `problem` is empty where it is sound."""
+    """The state of one part of a run directory; `problem` is empty where it is sound."""
 
     part: str
     problem: str
@@ -30,7 +30,7 @@ class Finding:
 
 
 def verify(run_dir: Path) -> None:
-    """Says what is sound in a run directory and what is not. Raises TrainingFailed if anything is not."""
+    """Prints what is sound in a run directory and what is not. Raises TrainingFailed if anything is not."""
     unsound = 0
     for finding in verify_run(run_dir):
         print(f"{finding.part}: {finding.problem or f'sound ({finding.detail})'}", flush=True)
@@ -42,19 +42,19 @@ def verify(run_dir: Path) -> None:
 def verify_run(run_dir: Path) -> Iterator[Finding]:
     """Findings on config.yaml, every checkpoint (newest first), metrics.jsonl and summary.json.
 
-    Each array of a checkpoint is read, and compared with its checksum. Raises UserError if it is no run directory.
+    Every array of a checkpoint is read and compared with its checksum. Raises UserError if it is not a run directory.
     """
     config = read_run_config(run_dir)
     if config is None:
-        raise UserError(f"{run_dir}: no run directory (no config.yaml)")
+        raise UserError(f"{run_dir}: not a run directory (no config.yaml)")
     yield Finding("config.yaml", "", f"{config.memory.kind}, {config.train.steps} steps")
 
     config = replace(config, mesh={"data": 1, "fsdp": 1, "tensor": 1})
     mesh = make_mesh(config, jax.devices()[:1])
     newest = 0
     with use_mesh(mesh), contextlib.closing(Checkpoints(run_dir, config.checkpoint, read_only=True)) as checkpoints:
-        model, optimizer = build_model(config), make_optimizer(config.optim)
-        state, shardings = abstract_state(model, optimizer, mesh, config.data.batch_size)
+        run = build_model(config), mesh, StepConfig.of(config)
+        state, shardings = abstract_state(*run), shardings_of(*run)
         for step in checkpoints.steps():
             try:
                 _, progress = checkpoints.restore(step, state, shardings)
@@ -62,16 +62,16 @@ def verify_run(run_dir: Path) -> Iterator[Finding]:
                 yield Finding(f"checkpoints/{step}", f"damaged: {error}")
             else:
                 newest = max(newest, step)
-                yield Finding(f"checkpoints/{step}", "", f"whole, {progress['tokens']:,} tokens read")
+                yield Finding(f"checkpoints/{step}", "", f"intact, {progress['tokens']:,} tokens read")
     if not newest:
-        yield Finding("checkpoints", "no whole checkpoint: the run would start afresh")
+        yield Finding("checkpoints", "no intact checkpoint: the run would start afresh")
     yield _metrics(run_dir, newest)
     if (run_dir / "summary.json").exists():
         yield _summary(run_dir)
 
 
 def _metrics(run_dir: Path, newest: int) -> Finding:
-    """A run that goes on cuts its metrics back to the newest checkpoint; until there, no step may be missing."""
+    """Checks that no step is missing up to the newest checkpoint, to which a resumed run cuts its metrics back."""
     part = "metrics.jsonl"
     try:
         lines = (run_dir / part).read_text(encoding="utf-8").splitlines()

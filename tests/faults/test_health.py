@@ -5,9 +5,9 @@ import re
 import pytest
 from helpers import quick_training, tiny_config
 
-from lm2_jax.train import train
+from lm2_jax.common.records import read_records
 from lm2_jax.training.health import Health
-from lm2_jax.training.reporting import read_records
+from lm2_jax.training.loop import train
 
 WELL = {"loss": 2.0, "memory_norm_max": 1.2, "gate_output": 0.5, "gate_input": 0.12, "gate_forget": 0.88}
 

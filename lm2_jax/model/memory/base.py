@@ -1,8 +1,10 @@
 """What a memory kind supplies; nothing else in the code asks which kind it is.
 
 A kind answers three questions: what is the memory at a document's start, what does a block do with its part of it,
-and what happens around a segment, read as a whole or token by token. The base class answers for `none`: a Llama without
+and what happens around a segment, read as a whole or token by token. The base class is kind `none`: a Llama without
 memory.
+
+Axes: B lanes, S segments, T tokens, D model width, N memory slots, M slot width, m memory tokens, L layers.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm2_jax.config import Config
+from lm2_jax.config.spec import ModelSpec
 from lm2_jax.model.layers import Initializer, Layout, linear_init
 
 Memory = Any  # a pytree of float32 arrays
@@ -27,18 +29,18 @@ class MemoryKind:
     """No memory: every segment is read by itself.
 
     Attributes:
-      config: the run's config.
-      num_bank_layers: how many blocks, from the first, carry a bank.
-      layer_by_layer: a block's bank depends on earlier segments only through this very bank, so a window may run layer
-        by layer.
-      bank_passes_through: one bank goes from block to block, instead of one bank for each.
-      token_by_token: no logit depends on later tokens, so that a segment may be read bit by bit.
-      num_memory_tokens: so many embeddings, the memory itself [B,m,D], stand before and after a segment's tokens.
+      spec: what the model depends on.
+      num_bank_layers: number of blocks, counted from the first, that have a bank.
+      supports_layer_schedule: a block's bank depends on earlier segments only through this very bank, so a window may
+        run layer by layer.
+      shares_one_bank: one bank is passed from block to block, instead of one for each.
+      is_causal: no logit depends on later tokens, so a segment may be read token by token.
+      num_memory_tokens: m; as many embeddings, the memory itself [B,m,D], stand before and after a segment's tokens.
       lane_axis: the axis of the lanes B in every leaf of the memory.
-      linear_init: makes the initialiser of the blocks' weights; called as `layers.linear_init`.
+      linear_init: makes the initialiser of the blocks' weights; has the signature of `layers.linear_init`.
     """
 
-    config: Config
+    spec: ModelSpec
     supports_layer_schedule = True
     shares_one_bank = False
     is_causal = True
@@ -47,12 +49,12 @@ class MemoryKind:
 
     @property
     def num_bank_layers(self) -> int:
-        """Blocks that carry a bank."""
+        """Number of blocks with a bank."""
         return 0
 
     @property
     def num_memory_tokens(self) -> int:
-        """Embeddings on either side of a segment's tokens."""
+        """Number of embeddings on either side of a segment's tokens."""
         return 0
 
     def parameters(self) -> dict[str, tuple[Initializer, tuple[int, ...]]]:
@@ -60,36 +62,36 @@ class MemoryKind:
         return {}
 
     def initial(self, parameters: Parameters | None) -> Memory:
-        """The memory of a lane at a document's start, without the lane axis; without parameters zeros of its shape."""
+        """The memory of one lane at a document's start; without parameters, zeros of its shape where it is learned."""
         return ()
 
     def block_memory(self) -> Callable[[], nn.Module] | None:
         """Makes the module that a block with a bank calls.
 
-        Called with x' [B,S,T,D], what self-attention added to x, the bank and the layout; to (added to x, the bank).
-        Where the layout has places, the segment is unfinished: what `readable` made of the bank stands for it, and None
-        is given back.
+        It is called with x' [B,S,T,D], what self-attention added to x, the bank and the layout, and returns what is
+        added to x, and the bank. While a segment is unfinished (the layout has cache indices) it is given the arrays of
+        `project_memory` instead of the bank, and returns None for it.
         """
         return None
 
     def project_memory(self, memory: Memory, block_parameters: Any) -> Any:
-        """What the blocks' modules read of the memory while a segment is unfinished; made once for all its tokens.
+        """What the blocks read of the memory while a segment is unfinished, computed once for all of its tokens.
 
-        Arrays begin with the axes [L,B]. block_parameters: as in `finish`.
+        Arrays begin with the axes [L,B]. block_parameters: those of `finish_segment`.
         """
         return None
 
-    def enter(
+    def before_blocks(
         self, parameters: Parameters, x_BSTD: jax.Array, layout: Layout, memory: Memory
     ) -> tuple[jax.Array, Layout, Memory]:
-        """What the blocks see of the embedded tokens [B,S,T,D]."""
+        """Turns the embedded tokens [B,S,T,D] into what the blocks see."""
         return x_BSTD, layout, memory
 
-    def leave(self, y_BSTD: jax.Array, layout: Layout, memory: Memory) -> tuple[jax.Array, Memory]:
-        """The tokens' part of the last layer's output [B,S,T,D], and the memory after the segment."""
+    def after_blocks(self, y_BSTD: jax.Array, layout: Layout, memory: Memory) -> tuple[jax.Array, Memory]:
+        """Takes the tokens' part of the last layer's output [B,S,T,D], and the memory after the segment, from it."""
         return y_BSTD, memory
 
-    def finish(
+    def finish_segment(
         self,
         memory: Memory,
         block_parameters: Any,
@@ -103,25 +105,25 @@ class MemoryKind:
           memory: at the segment's start.
           block_parameters: of the modules that `block_memory` makes, all layers stacked; None without banks.
           inputs_LBTD: x' of the blocks with a bank; None without banks.
-          token_BT: which of the T places hold a token.
-          ends_BmD: what the last layer made of the back memory tokens; None without memory tokens.
+          token_BT: bool, which of the T positions hold a token.
+          ends_BmD: the last layer's output at the back memory tokens; None without memory tokens.
         """
         return memory
 
-    def slots(self, memory: Memory) -> jax.Array | None:
-        """The memory as slots, for people to look at, float32 [L,B,N,M]; L = 1 where it passes through all layers.
+    def as_slots(self, memory: Memory) -> jax.Array | None:
+        """The memory as slots for inspection, float32 [L,B,N,M]; L = 1 where one memory serves all layers.
 
         None: there is no memory.
         """
         return None
 
-    def shares(self, looks: Mapping[str, Any]) -> tuple[jax.Array, jax.Array | None]:
-        """How a segment's tokens read the slots [L,B,T,N] and the slots the tokens [L,B,N,T], mean over heads, float32.
+    def attention_to_slots(self, sown: Mapping[str, Any]) -> tuple[jax.Array, jax.Array | None]:
+        """Attention weights of a segment's tokens to the slots [L,B,T,N], and of the slots to the tokens [L,B,N,T].
 
-        What is missing to 1 in a row of the first goes elsewhere; the second is None where slots do not ask tokens.
-        Not called where `slots` gives None.
+        Both are means over heads, float32. Rows of the first may sum to less than 1: the rest attends to other keys.
+        The second is None for kinds whose slots do not attend to tokens. Not called where `as_slots` gives None.
 
-        looks: what the blocks sowed into `layers.LOOKS` while they read the segment, by stack, module and name.
+        sown: the collection "intermediates" of the blocks that read the segment, by stack, module and name.
         """
         raise NotImplementedError
 
@@ -134,7 +136,7 @@ class MemoryKind:
         return jax.tree.map(every_lane, self.initial(parameters))
 
     def select_lanes(self, take_B: jax.Array, taken: Memory, otherwise: Memory) -> Memory:
-        """Lane by lane: `taken` where take_B, else `otherwise`; both memories of B lanes."""
+        """Selects lane by lane: `taken` where take_B, else `otherwise`; both are memories of B lanes."""
 
         def choose(a: jax.Array, b: jax.Array) -> jax.Array:
             shape = [1] * b.ndim

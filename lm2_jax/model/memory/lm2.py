@@ -16,14 +16,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm2_jax.config import Config, MemoryConfig
+from lm2_jax.config import MemoryConfig
+from lm2_jax.config.spec import ModelSpec
 from lm2_jax.model import layers
 from lm2_jax.model.attention import attention, attention_weights
-from lm2_jax.model.layers import LOOKS, Initializer, Layout, linear_init, rms_norm, vector
+from lm2_jax.model.layers import Initializer, Layout, linear_init, rms_norm, vector
 from lm2_jax.model.memory.base import Memory, MemoryKind, Parameters
 from lm2_jax.parallel.fsdp import with_logical_constraint
 
-ReadKeys = tuple[jax.Array, jax.Array]  # keys and values
+Projections = tuple[jax.Array, jax.Array]  # keys and values of the read
 _EXTRA_SLOTS_SEED = 2502_06049  # of the constant rows beyond the identity
 
 
@@ -36,7 +37,7 @@ def initial_bank(num_slots: int, width: int) -> jax.Array:
     return rows_NM
 
 
-def dense(x: jax.Array, weight: jax.Array) -> jax.Array:
+def replicated_dense(x: jax.Array, weight: jax.Array) -> jax.Array:
     """`layers.dense`, with the result's last axis whole on every device.
 
     Left to the compiler (jax 0.10.2), that axis lies along the mesh axis `tensor`, and with data, fsdp and tensor all
@@ -52,57 +53,58 @@ def split(x: jax.Array, num_heads: int) -> jax.Array:
 
 
 def attend(
-    q_BQM: jax.Array, k_BKM: jax.Array, v_BKM: jax.Array, num_heads: int, seen_BK: jax.Array | None = None
+    q_BQM: jax.Array, k_BKM: jax.Array, v_BKM: jax.Array, num_heads: int, visible_BK: jax.Array | None = None
 ) -> jax.Array:
-    """Multi-head attention without projections. seen_BK: which keys may be seen. [B,Q,M]."""
-    groups = {}
-    if seen_BK is not None:
-        groups = {"groups_BT": jnp.ones(q_BQM.shape[:2], jnp.int32), "groups_BU": seen_BK.astype(jnp.int32)}
+    """Multi-head attention without projections, [B,Q,M]. visible_BK: bool, keys that may be attended to; None: all."""
+    documents = {}
+    if visible_BK is not None:
+        documents["q_document_ids_BT"] = jnp.ones(q_BQM.shape[:2], jnp.int32)
+        documents["kv_document_ids_BU"] = visible_BK.astype(jnp.int32)
     q, k, v = (split(x, num_heads) for x in (q_BQM, k_BKM, v_BKM))
-    return attention(q, k, v, **groups).reshape(q_BQM.shape)
+    return attention(q, k, v, **documents).reshape(q_BQM.shape)
 
 
-def read_keys(p: Parameters, eps: float, bank: jax.Array, dtype: jnp.dtype) -> ReadKeys:
+def project_bank(p: Parameters, eps: float, bank: jax.Array, dtype: jnp.dtype) -> Projections:
     """Bank' W_K and Bank' W_V of `read`, both [..,N,D] in `dtype`; Bank' is the normalised bank [..,N,M]."""
     slots = rms_norm(bank, p["bank_norm"], eps).astype(dtype)
-    return dense(slots, p["read_key"]), dense(slots, p["read_value"])
+    return replicated_dense(slots, p["read_key"]), replicated_dense(slots, p["read_value"])
 
 
 def read(
     p: Parameters,
     config: MemoryConfig,
     x_BTD: jax.Array,
-    bank: ReadKeys,
-    start: ReadKeys | None = None,
+    bank: Projections,
+    start: Projections | None = None,
     reads_start_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Tokens ask, slots answer (paper 2.1).
+    """Tokens attend to slots (paper 2.1).
 
     E_mem = MHA(q = x' W_Q, k = Bank' W_K, v = Bank' W_V) W_O;  g_out = sigmoid(E_mem W_out + b_out)
 
     Args:
       x_BTD: x', the normalised input of the block's self-attention.
-      bank: keys and values of `read_keys`, [B,N,D].
-      start: of the initial bank, [N,D], which the tokens of reads_start_BT read instead.
+      bank: `project_bank` of the bank, [B,N,D].
+      start: `project_bank` of the initial bank, [N,D], which the tokens of reads_start_BT read instead.
 
     Returns:
       g_out ⊙ E_mem and g_out, both [B,T,D].
     """
-    queries_BTD = dense(x_BTD, p["read_query"])
+    queries_BTD = replicated_dense(x_BTD, p["read_query"])
     e_mem_BTD = attend(queries_BTD, *bank, config.num_heads)
     if start is not None:
         keys_BND, values_BND = (jnp.broadcast_to(one, of_bank.shape) for one, of_bank in zip(start, bank, strict=True))
         e_start_BTD = attend(queries_BTD, keys_BND, values_BND, config.num_heads)
         e_mem_BTD = jnp.where(reads_start_BT[..., None], e_start_BTD, e_mem_BTD)
-    e_mem_BTD = dense(e_mem_BTD, p["read_output"])
-    g_out_BTD = nn.sigmoid(dense(e_mem_BTD, p["output_gate"]) + p["output_gate_bias"].astype(x_BTD.dtype))
+    e_mem_BTD = replicated_dense(e_mem_BTD, p["read_output"])
+    g_out_BTD = nn.sigmoid(replicated_dense(e_mem_BTD, p["output_gate"]) + p["output_gate_bias"].astype(x_BTD.dtype))
     return g_out_BTD * e_mem_BTD, g_out_BTD
 
 
 def write(
     p: Parameters, config: MemoryConfig, eps: float, x_BTD: jax.Array, bank_BNM: jax.Array, token_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Slots ask, the segment's tokens answer; gates mix the answer in (paper 2.2).
+    """Slots attend to the segment's tokens, and gates mix in what they found (paper 2.2).
 
     U = MHA(q = Bank' W'_Q, k = x' W'_K, v = x' W'_V) W'_O
     C_1 = RMSNorm(Bank' + U);  C = RMSNorm(C_1 + silu(C_1 W_up) W_down)
@@ -112,29 +114,30 @@ def write(
     Args:
       x_BTD: x', the normalised input of the block's self-attention.
       bank_BNM: the float32 bank at the segment's start.
-      token_BT: which tokens are written.
+      token_BT: bool, the tokens that are written.
 
     Returns:
       the new bank, g_in and g_f; all float32 [B,N,M].
     """
     slots_BNM = rms_norm(bank_BNM, p["bank_norm"], eps).astype(x_BTD.dtype)
 
-    # The tokens' answer
-    keys_BTM, values_BTM = dense(x_BTD, p["write_key"]), dense(x_BTD, p["write_value"])
-    u_BNM = attend(dense(slots_BNM, p["write_query"]), keys_BTM, values_BTM, config.num_heads, token_BT)
-    u_BNM = dense(u_BNM, p["write_output"])
+    # What the slots find
+    keys_BTM, values_BTM = replicated_dense(x_BTD, p["write_key"]), replicated_dense(x_BTD, p["write_value"])
+    u_BNM = attend(replicated_dense(slots_BNM, p["write_query"]), keys_BTM, values_BTM, config.num_heads, token_BT)
+    u_BNM = replicated_dense(u_BNM, p["write_output"])
 
     # The candidate
     c_BNM = rms_norm(slots_BNM + u_BNM, p["candidate_norm"], eps)
-    hidden_BNM = nn.silu(dense(c_BNM, p["candidate_up"]))
-    c_BNM = rms_norm(c_BNM + dense(hidden_BNM, p["candidate_down"]), p["candidate_norm_2"], eps)
+    hidden_BNM = nn.silu(replicated_dense(c_BNM, p["candidate_up"]))
+    c_BNM = rms_norm(c_BNM + replicated_dense(hidden_BNM, p["candidate_down"]), p["candidate_norm_2"], eps)
 
     # The gates
-    held_BNM = jnp.tanh(bank_BNM).astype(x_BTD.dtype)
+    tanh_bank_BNM = jnp.tanh(bank_BNM).astype(x_BTD.dtype)
 
     def gate(name: str) -> jax.Array:
-        told_BNM, kept_BNM = dense(u_BNM, p[f"{name}_gate"]), dense(held_BNM, p[f"{name}_gate_bank"])
-        return nn.sigmoid(told_BNM.astype(jnp.float32) + kept_BNM.astype(jnp.float32) + p[f"{name}_gate_bias"])
+        from_update_BNM = replicated_dense(u_BNM, p[f"{name}_gate"]).astype(jnp.float32)
+        from_bank_BNM = replicated_dense(tanh_bank_BNM, p[f"{name}_gate_bank"]).astype(jnp.float32)
+        return nn.sigmoid(from_update_BNM + from_bank_BNM + p[f"{name}_gate_bias"])
 
     g_f_BNM = gate("forget")
     g_in_BNM = 1 - g_f_BNM if config.gates == "convex" else gate("input")
@@ -144,21 +147,22 @@ def write(
 class BankMemory(nn.Module):
     """One block's bank over a window: the recurrence (`write`, scanned over the segments), then all reads at once.
 
-    An unfinished segment only reads, by the keys and values of `LM2.readable`; `LM2.finish` writes.
-
     In packed segments, tokens of a document that began inside the segment read the initial bank, and only the segment's
     last document writes, from the initial bank if it began here.
+
+    While decoding, a segment only reads, from the projections cached by `LM2.project_memory`; `LM2.finish_segment`
+    writes.
     """
 
-    config: Config
+    spec: ModelSpec
 
     @nn.compact
     def __call__(
-        self, x_BSTD: jax.Array, a_BSTD: jax.Array, bank_BNM: jax.Array | ReadKeys, layout: Layout
+        self, x_BSTD: jax.Array, a_BSTD: jax.Array, bank_BNM: jax.Array | Projections, layout: Layout
     ) -> tuple[jax.Array, jax.Array | None]:
         """x' [B,S,T,D] and the bank before the window to (g_out ⊙ E_mem [B,S,T,D], the bank after the window)."""
-        memory, eps = self.config.memory, self.config.model.norm_eps
-        p = {name: self.param(name, init, shape) for name, (init, shape) in _parameters(self.config).items()}
+        memory, eps = self.spec.memory, self.spec.model.norm_eps
+        p = {name: self.param(name, init, shape) for name, (init, shape) in _parameters(self.spec).items()}
         if layout.cache_index_BST is not None:
             return read(p, memory, x_BSTD[:, 0], bank_BNM)[0][:, None], None
         (B, S), (N, M) = x_BSTD.shape[:2], bank_BNM.shape[-2:]
@@ -168,45 +172,49 @@ class BankMemory(nn.Module):
             bank_BNM: jax.Array, segment: tuple[jax.Array, jax.Array, jax.Array]
         ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
             x_BTD, document_BT, reset_B = segment
-            found_BNM = jnp.where(reset_B[:, None, None], start_BNM, bank_BNM)
+            before_BNM = jnp.where(reset_B[:, None, None], start_BNM, bank_BNM)
             last_B = jnp.max(document_BT, axis=1)
             token_BT = (document_BT == last_B[:, None]) & (document_BT > 0)
-            from_BNM = jnp.where((last_B > 1)[:, None, None], start_BNM, found_BNM) if layout.packed else found_BNM
-            new_BNM, g_in_BNM, g_f_BNM = write(p, memory, eps, x_BTD, from_BNM, token_BT)
-            new_BNM = jnp.where((last_B > 0)[:, None, None], new_BNM, found_BNM)
-            return new_BNM, (found_BNM, jnp.mean(g_in_BNM), jnp.mean(g_f_BNM))
+            base_BNM = jnp.where((last_B > 1)[:, None, None], start_BNM, before_BNM) if layout.packed else before_BNM
+            new_BNM, g_in_BNM, g_f_BNM = write(p, memory, eps, x_BTD, base_BNM, token_BT)
+            new_BNM = jnp.where((last_B > 0)[:, None, None], new_BNM, before_BNM)
+            return new_BNM, (before_BNM, jnp.mean(g_in_BNM), jnp.mean(g_f_BNM))
 
         segments = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (x_BSTD, layout.document_BST, layout.reset_BS))
-        bank_BNM, (found_SBNM, g_in_S, g_f_S) = jax.lax.scan(step, bank_BNM, segments, unroll=self.config.train.unroll)
+        bank_BNM, (before_SBNM, g_in_S, g_f_S) = jax.lax.scan(step, bank_BNM, segments, unroll=self.spec.unroll)
 
         def merge(a_BS: jax.Array) -> jax.Array:  # every segment reads by itself
             return a_BS.reshape(B * S, *a_BS.shape[2:])
 
-        def keys(bank: jax.Array) -> ReadKeys:
-            return read_keys(p, eps, bank, x_BSTD.dtype)
+        def project(bank: jax.Array) -> Projections:
+            return project_bank(p, eps, bank, x_BSTD.dtype)
 
-        packing = (keys(initial_bank(N, M)), merge(layout.document_BST) > 1) if layout.packed else ()
-        found_BNM = merge(jnp.moveaxis(found_SBNM, 0, 1))
-        gated_BTD, g_out_BTD = read(p, memory, merge(x_BSTD), keys(found_BNM), *packing)
+        packing = (project(initial_bank(N, M)), merge(layout.document_BST) > 1) if layout.packed else ()
+        before_BNM = merge(jnp.moveaxis(before_SBNM, 0, 1))
+        gated_BTD, g_out_BTD = read(p, memory, merge(x_BSTD), project(before_BNM), *packing)
 
-        if self.is_mutable_collection(LOOKS):
-            slots_BNM, tokens_BTD = rms_norm(found_BNM, p["bank_norm"], eps), merge(x_BSTD)
-            token_BT = merge(layout.document_BST) > 0
-            for name, asking, answering, seen_B1K in (
-                ("read", tokens_BTD, slots_BNM, jnp.ones((B * S, 1, N), bool)),
-                ("write", slots_BNM, tokens_BTD, token_BT[:, None]),
-            ):
-                q = split(asking @ p[f"{name}_query"], memory.num_heads)
-                k = split(answering @ p[f"{name}_key"], memory.num_heads)
-                self.sow(LOOKS, name, attention_weights(q, k, seen_B1K))
+        if self.is_mutable_collection("intermediates"):
+            self._sow_weights(p, merge(x_BSTD), merge(layout.document_BST) > 0, before_BNM)
         for name, value in (("input", g_in_S), ("forget", g_f_S), ("output", g_out_BTD)):
             self.sow("gates", name, jnp.mean(value.astype(jnp.float32)))
         return gated_BTD.reshape(x_BSTD.shape), bank_BNM
 
+    def _sow_weights(self, p: Parameters, x_BTD: jax.Array, token_BT: jax.Array, bank_BNM: jax.Array) -> None:
+        """Sows the attention weights of tokens to slots ("read") and of slots to tokens ("write")."""
+        slots_BNM = rms_norm(bank_BNM, p["bank_norm"], self.spec.model.norm_eps)
+        all_B1N = jnp.ones((len(bank_BNM), 1, bank_BNM.shape[1]), bool)
+        for name, queries, keys, visible_B1K in (
+            ("read", x_BTD, slots_BNM, all_B1N),
+            ("write", slots_BNM, x_BTD, token_BT[:, None]),
+        ):
+            q = split(queries @ p[f"{name}_query"], self.spec.memory.num_heads)
+            k = split(keys @ p[f"{name}_key"], self.spec.memory.num_heads)
+            self.sow("intermediates", name, attention_weights(q, k, visible_B1K))
 
-def _parameters(config: Config) -> dict[str, tuple[Initializer, tuple[int, ...]]]:
+
+def _parameters(spec: ModelSpec) -> dict[str, tuple[Initializer, tuple[int, ...]]]:
     """Name to (initialiser, shape) of one block's memory."""
-    c, D, M = config.memory, config.model.d_model, config.memory_width
+    c, D, M = spec.memory, spec.model.d_model, spec.memory_width
     to_slots = (linear_init(("slot_in", "slot_out")), (M, M))
     slot_norm = (vector(1.0, "norm"), (M,))
     shapes = {
@@ -214,7 +222,7 @@ def _parameters(config: Config) -> dict[str, tuple[Initializer, tuple[int, ...]]
         "read_query": (linear_init(("embed", "heads")), (D, D)),
         "read_key": (linear_init(("slot_in", "heads")), (M, D)),
         "read_value": (linear_init(("slot_in", "heads")), (M, D)),
-        "read_output": (linear_init(("heads", "embed"), 1 / (2 * config.model.num_layers)), (D, D)),
+        "read_output": (linear_init(("heads", "embed"), 1 / (2 * spec.model.num_layers)), (D, D)),
         "output_gate": (linear_init(("embed", "heads")), (D, D)),
         "output_gate_bias": (vector(0.0, "norm"), (D,)),
         "write_query": to_slots,
@@ -240,40 +248,39 @@ class LM2(MemoryKind):
 
     @property
     def num_bank_layers(self) -> int:
-        """Blocks that carry a bank."""
-        return self.config.num_memory_layers
+        """Number of blocks with a bank."""
+        return self.spec.num_memory_layers
 
     def initial(self, parameters: Parameters | None) -> Memory:
         """The same constant bank for every layer, [L,N,M]."""
-        bank_NM = initial_bank(self.config.memory.num_slots, self.config.memory_width)
+        bank_NM = initial_bank(self.spec.memory.num_slots, self.spec.memory_width)
         return jnp.broadcast_to(bank_NM, (self.num_bank_layers, *bank_NM.shape))
 
     def block_memory(self) -> Callable[[], nn.Module]:
         """Read and write of one bank."""
-        return functools.partial(BankMemory, self.config)
+        return functools.partial(BankMemory, self.spec)
 
-    def project_memory(self, memory: Memory, block_parameters: Parameters) -> ReadKeys:
+    def project_memory(self, memory: Memory, block_parameters: Parameters) -> Projections:
         """Keys and values of every bank, [L,B,N,D]."""
-        eps, dtype = self.config.model.norm_eps, self.config.train.dtype
-        return jax.lax.map(lambda layer: read_keys(layer[0], eps, layer[1], dtype), (block_parameters, memory))
+        eps, dtype = self.spec.model.norm_eps, self.spec.dtype
+        return jax.lax.map(lambda layer: project_bank(layer[0], eps, layer[1], dtype), (block_parameters, memory))
 
-    def finish(
+    def finish_segment(
         self, memory: Memory, block_parameters: Parameters, inputs_LBTD: jax.Array, token_BT: jax.Array, ends_BmD: None
     ) -> Memory:
         """The write of every bank, layer by layer."""
-        config, eps = self.config.memory, self.config.model.norm_eps
 
-        def layer(of_layer: tuple[Parameters, jax.Array, jax.Array]) -> jax.Array:
-            p, x_BTD, bank_BNM = of_layer
-            return write(p, config, eps, x_BTD, bank_BNM, token_BT)[0]
+        def layer(inputs: tuple[Parameters, jax.Array, jax.Array]) -> jax.Array:
+            p, x_BTD, bank_BNM = inputs
+            return write(p, self.spec.memory, self.spec.model.norm_eps, x_BTD, bank_BNM, token_BT)[0]
 
         return jax.lax.map(layer, (block_parameters, inputs_LBTD, memory))
 
-    def slots(self, memory: Memory) -> jax.Array:
+    def as_slots(self, memory: Memory) -> jax.Array:
         """A bank for every block that has one."""
         return memory
 
-    def shares(self, looks: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
-        """Of every bank."""
-        sown = looks["bank_blocks"]["memory"]
-        return sown["read"][0], sown["write"][0]
+    def attention_to_slots(self, sown: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+        """Both ways, for every bank."""
+        weights = sown["bank_blocks"]["memory"]
+        return weights["read"][0], weights["write"][0]

@@ -1,10 +1,10 @@
 """Kind `official`: what the LM2 authors' published code computes, exactly, for parity and conversion.
 
-It differs from the paper and from kind `lm2`, and is no model to train anew:
+It differs from the paper and from kind `lm2`, and is not a model to train anew:
 
 - It looks ahead. The gates average over all tokens of a segment, and token t is given row t of the memory they wrote.
 - Slots, segment length and model width must be equal (N = T = D), and a segment must be whole.
-- One bank passes through all blocks and on to the next segment; no gradient crosses from one segment to the next.
+- One bank is passed through all blocks and on to the next segment; no gradient crosses a segment's end.
 
 Axes: B lanes, T tokens, N memory slots = slot width = model width = T, H memory heads.
 """
@@ -20,8 +20,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm2_jax.config import Config
-from lm2_jax.model.layers import LOOKS, Initializer, Layout, dense, vector
+from lm2_jax.config.spec import ModelSpec
+from lm2_jax.model.layers import Initializer, Layout, dense, vector
 from lm2_jax.model.memory.base import Memory, MemoryKind, Parameters
 
 LAYER_NORM_EPS = 1e-5
@@ -47,7 +47,7 @@ def heads(p: Parameters, name: str, num_heads: int, x: jax.Array) -> jax.Array:
 
 
 def attention_weights(p: Parameters, num_heads: int, a_BTN: jax.Array, bank_BNN: jax.Array) -> jax.Array:
-    """How much of each slot a token is given, float32 [B,H,T,N]; token t sees slots 0..t."""
+    """Attention weights of tokens to slots, float32 [B,H,T,N]; token t attends to slots 0..t."""
     _, T, N = a_BTN.shape
     q_BTHK, k_BNHK = heads(p, "query", num_heads, a_BTN), heads(p, "key", num_heads, bank_BNN.astype(a_BTN.dtype))
     scores_BHTN = jnp.einsum("bthk,bnhk->bhtn", q_BTHK, k_BNHK, preferred_element_type=jnp.float32)
@@ -58,19 +58,19 @@ def attention_weights(p: Parameters, num_heads: int, a_BTN: jax.Array, bank_BNN:
 def attend(
     p: Parameters, num_heads: int, a_BTN: jax.Array, bank_BNN: jax.Array, dropout_BHTN: jax.Array | None
 ) -> jax.Array:
-    """Tokens ask, slots answer; token t sees slots 0..t. No output projection. [B,T,N].
+    """Tokens attend to slots, token t to slots 0..t, without an output projection; [B,T,N].
 
-    dropout_BHTN: factors of the attention probabilities (0, or 1 / share kept); None: no dropout.
+    dropout_BHTN: factors of the attention weights (0, or 1 / the fraction kept); None: no dropout.
     """
-    shares_BHTN = attention_weights(p, num_heads, a_BTN, bank_BNN)
+    weights_BHTN = attention_weights(p, num_heads, a_BTN, bank_BNN)
     if dropout_BHTN is not None:
-        shares_BHTN *= dropout_BHTN
+        weights_BHTN *= dropout_BHTN
     v_BNHK = heads(p, "value", num_heads, bank_BNN.astype(a_BTN.dtype))
-    return jnp.einsum("bhtn,bnhk->bthk", shares_BHTN.astype(a_BTN.dtype), v_BNHK).reshape(a_BTN.shape)
+    return jnp.einsum("bhtn,bnhk->bthk", weights_BHTN.astype(a_BTN.dtype), v_BNHK).reshape(a_BTN.shape)
 
 
 def gates(p: Parameters, a_BTN: jax.Array, bank_BNN: jax.Array, token_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Input and forget gate, float32 [B,N,N]; from the mean over the segment's tokens (the leak) and the old bank."""
+    """Input and forget gates, float32 [B,N,N], from the mean over the segment's tokens (the leak) and the old bank."""
     seen_BTN = nn.relu(p["token_gate_scale"] * a_BTN.astype(jnp.float32)) * token_BT[..., None]
     mean_BN = jnp.sum(seen_BTN, axis=1) / jnp.maximum(jnp.sum(token_BT, axis=1, keepdims=True), 1)
     tokens_B2N = dense(mean_BN, p["token_gate"]) + p["token_gate_bias"]
@@ -94,8 +94,8 @@ def update(
     Args:
       a_BTN: what self-attention adds to the block's input.
       bank_BNN: the float32 bank as the block before left it.
-      token_BT: which tokens are no padding (the published code knows none).
-      dropout_BHTN: as in `attend`.
+      token_BT: bool, positions that are not padding (the published code has no padding).
+      dropout_BHTN: see `attend`.
 
     Returns:
       the new bank, g_in and g_f; all float32 [B,N,N].
@@ -112,16 +112,19 @@ def update(
 
 
 class OfficialMemory(nn.Module):
-    """A block's part: updates the bank that passes through, and gives token t row t of it."""
+    """A block's part: updates the bank that all blocks share, and adds row t of it to token t."""
 
-    config: Config
+    spec: ModelSpec
 
     @nn.compact
     def __call__(
         self, x_BSTD: jax.Array, a_BSTD: jax.Array, bank_BNN: jax.Array, layout: Layout
     ) -> tuple[jax.Array, jax.Array]:
-        """What self-attention added [B,1,T,N] and the bank to (the new bank, added to x [B,1,T,N]; the new bank)."""
-        memory, N = self.config.memory, bank_BNN.shape[-1]
+        """Takes what self-attention added [B,1,T,N] and the bank; returns what is added to x [B,1,T,N], and the bank.
+
+        Both results are the new bank.
+        """
+        memory, N = self.spec.memory, bank_BNN.shape[-1]
         p = {name: self.param(name, init, shape) for name, (init, shape) in _parameters(N).items()}
         token_BT = layout.document_BST[:, 0] > 0
         dropout_BHTN = None
@@ -130,9 +133,9 @@ class OfficialMemory(nn.Module):
             dropout_BHTN = jax.random.bernoulli(self.make_rng("dropout"), keep, shape) / keep
         new_BNN, g_in_BNN, g_f_BNN = update(p, memory.num_heads, a_BSTD[:, 0], bank_BNN, token_BT, dropout_BHTN)
         new_BNN = jnp.where(jnp.any(token_BT, axis=1)[:, None, None], new_BNN, bank_BNN)
-        if self.is_mutable_collection(LOOKS):
-            shares_BHTN = attention_weights(p, memory.num_heads, a_BSTD[:, 0], bank_BNN)
-            self.sow(LOOKS, "read", jnp.mean(shares_BHTN, axis=1))
+        if self.is_mutable_collection("intermediates"):
+            weights_BHTN = attention_weights(p, memory.num_heads, a_BSTD[:, 0], bank_BNN)
+            self.sow("intermediates", "read", jnp.mean(weights_BHTN, axis=1))
         for name, value in (("input", g_in_BNN), ("forget", g_f_BNN)):
             self.sow("gates", name, jnp.mean(value))
         return new_BNN[:, None].astype(x_BSTD.dtype), new_BNN
@@ -167,7 +170,7 @@ def _parameters(N: int) -> dict[str, tuple[Initializer, tuple[int, ...]]]:
 
 
 class Official(MemoryKind):
-    """Memory: one bank, float32 [B,N,N], that passes through all blocks and on to the next segment."""
+    """Memory: one bank, float32 [B,N,N], that all blocks update in turn, segment after segment."""
 
     supports_layer_schedule = False
     shares_one_bank = True
@@ -176,32 +179,32 @@ class Official(MemoryKind):
 
     @property
     def num_bank_layers(self) -> int:
-        """All blocks."""
-        return self.config.num_memory_layers
+        """Number of blocks: all of them."""
+        return self.spec.num_memory_layers
 
     def initial(self, parameters: Parameters | None) -> Memory:
         """The identity, [N,N]."""
-        return jnp.eye(self.config.memory.num_slots, dtype=jnp.float32)
+        return jnp.eye(self.spec.memory.num_slots, dtype=jnp.float32)
 
     def block_memory(self) -> Callable[[], nn.Module]:
-        """The update, and the row of the bank that every token is given."""
-        return functools.partial(OfficialMemory, self.config)
+        """The update of the bank, and what it adds to the tokens."""
+        return functools.partial(OfficialMemory, self.spec)
 
-    def enter(
+    def before_blocks(
         self, parameters: Parameters, x_BSTD: jax.Array, layout: Layout, memory: Memory
     ) -> tuple[jax.Array, Layout, Memory]:
-        """A whole segment of N tokens; the bank is cut from the gradient, and starts anew in lanes that are reset."""
+        """Takes one whole segment; the bank is cut from the gradient, and starts anew in lanes that are reset."""
         B, S, T, _ = x_BSTD.shape
-        N = self.config.memory.num_slots
+        N = self.spec.memory.num_slots
         if (S, T) != (1, N):
             raise ValueError(f"official reads one whole segment of {N} tokens at a time, not [S,T] = {[S, T]}")
         memory = self.select_lanes(layout.reset_BS[:, 0], self.init_memory(B, parameters), memory)
         return x_BSTD, layout, jax.lax.stop_gradient(memory)
 
-    def slots(self, memory: Memory) -> jax.Array:
+    def as_slots(self, memory: Memory) -> jax.Array:
         """The one bank."""
         return memory[None]
 
-    def shares(self, looks: Mapping[str, Any]) -> tuple[jax.Array, None]:
-        """Every block reads the bank; its slots ask no tokens."""
-        return looks["bank_blocks"]["memory"]["read"][0], None
+    def attention_to_slots(self, sown: Mapping[str, Any]) -> tuple[jax.Array, None]:
+        """Every block reads the bank; slots do not attend to tokens."""
+        return sown["bank_blocks"]["memory"]["read"][0], None

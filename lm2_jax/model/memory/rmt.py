@@ -1,7 +1,9 @@
-"""Kind `rmt`: the Recurrent Memory Transformer (decoder form, arXiv 2207.06881; FACTS of its public code).
+"""Kind `rmt`: the Recurrent Memory Transformer (arXiv 2207.06881), in the decoder form of its public code.
 
-A segment is read as [m memory tokens | T tokens | m memory tokens] under a plain causal mask. What the last layer makes
-of the back memory tokens is the memory that both ends of the next segment start from.
+A segment is read as [m memory tokens | T tokens | m memory tokens] under a plain causal mask. The last layer's output
+at the back memory tokens is the memory, with which both ends of the next segment are filled.
+
+Axes: B lanes, S segments, T tokens, D model width, m memory tokens, U = m + T + m positions, L layers.
 """
 
 from __future__ import annotations
@@ -24,16 +26,16 @@ class RMT(MemoryKind):
 
     @property
     def num_memory_tokens(self) -> int:
-        """The m on either side."""
-        return self.config.memory.num_slots
+        """Number m of memory tokens on either side."""
+        return self.spec.memory.num_slots
 
     @property
     def _shape(self) -> tuple[int, int]:
-        return self.num_memory_tokens, self.config.model.d_model
+        return self.num_memory_tokens, self.spec.model.d_model
 
     def parameters(self) -> dict[str, tuple[Initializer, tuple[int, ...]]]:
         """The memory tokens at a document's start, drawn like embeddings."""
-        initializer = nn.initializers.normal(self.config.model.embedding_std)
+        initializer = nn.initializers.normal(self.spec.model.embedding_std)
         initializer = nn.with_logical_partitioning(initializer, (None, "embed"))
         return {"memory_tokens": (initializer, self._shape)}
 
@@ -41,7 +43,7 @@ class RMT(MemoryKind):
         """The learned memory tokens, [m,D]."""
         return jnp.zeros(self._shape) if parameters is None else parameters["memory_tokens"]
 
-    def enter(
+    def before_blocks(
         self, parameters: Parameters, x_BSTD: jax.Array, layout: Layout, memory: Memory
     ) -> tuple[jax.Array, Layout, Memory]:
         """[m | T | m] of one segment. Memory tokens sit at position 0, where RoPE does not rotate them."""
@@ -61,25 +63,25 @@ class RMT(MemoryKind):
         )
         return jnp.concatenate([memory_BSmD, x_BSTD, memory_BSmD], axis=2), layout, memory
 
-    def leave(self, y_BSTD: jax.Array, layout: Layout, memory: Memory) -> tuple[jax.Array, Memory]:
+    def after_blocks(self, y_BSTD: jax.Array, layout: Layout, memory: Memory) -> tuple[jax.Array, Memory]:
         """The tokens in the middle; the back memory tokens, unless the segment held no token."""
         m = memory.shape[1]
         tokens_B = jnp.any(layout.document_BST[:, 0, m:-m] > 0, axis=-1)
         after_BmD = y_BSTD[:, 0, -m:].astype(jnp.float32)
         return y_BSTD[:, :, m:-m], self.select_lanes(tokens_B, after_BmD, memory)
 
-    def finish(
+    def finish_segment(
         self, memory: Memory, block_parameters: None, inputs_LBTD: None, token_BT: jax.Array, ends_BmD: jax.Array
     ) -> Memory:
-        """The back memory tokens, as in `leave`."""
+        """The back memory tokens, those of `after_blocks`."""
         return ends_BmD.astype(jnp.float32)
 
-    def slots(self, memory: Memory) -> jax.Array:
+    def as_slots(self, memory: Memory) -> jax.Array:
         """The memory tokens."""
         return memory[None]
 
-    def shares(self, looks: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
-        """Tokens read the front memory tokens; the back ones, which become the memory, read the tokens."""
+    def attention_to_slots(self, sown: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+        """Tokens attend to the front memory tokens; the back ones, which become the memory, attend to the tokens."""
         m = self.num_memory_tokens
-        shares_LBUU = looks["blocks"]["attention"]["shares"][0]
-        return shares_LBUU[:, :, m:-m, :m], shares_LBUU[:, :, -m:, m:-m]
+        weights_LBUU = sown["blocks"]["attention"]["weights"][0]
+        return weights_LBUU[:, :, m:-m, :m], weights_LBUU[:, :, -m:, m:-m]

@@ -1,9 +1,8 @@
 """Checkpoints: Orbax, asynchronous and atomic, verified when they are read.
 
 A checkpoint is a directory named by its step, with four items: `params`, `training` (optimizer state, memory, counts),
-`progress` (JSON: where the data, the curriculum and the counts stand) and `config` (JSON: the run's whole config).
-`progress` holds checksums of every array and of itself, so that a damaged checkpoint is found out and the one before it
-is taken.
+`progress` (JSON: data position, curriculum and counts) and `config` (JSON: the run's whole config). `progress` holds
+checksums of every array and of itself, so that a damaged checkpoint is recognised and the one before it is used.
 """
 
 from __future__ import annotations
@@ -15,34 +14,30 @@ import logging
 import shutil
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from lm2_jax.checkpoint.checksums import DamagedError, array_checksums, first_line
 from lm2_jax.common.errors import TrainingFailed, UserError
 from lm2_jax.config import CheckpointConfig, Config
 from lm2_jax.parallel.processes import for_all, is_first, wait_for_all
-from lm2_jax.training.state import TrainState
 
-Progress = dict[str, Any]  # JSON
-
-
-class DamagedError(Exception):
-    """A checkpoint that cannot be read, or whose arrays are not the ones that were saved."""
+Progress = Mapping[str, Any]  # JSON
+State = Any  # a frozen dataclass of arrays, whose field `params` holds the weights
 
 
 class Checkpoints:
     """The checkpoints of one run directory."""
 
     def __init__(self, run_dir: Path, config: CheckpointConfig, read_only: bool = False) -> None:
-        """Opens run_dir/checkpoints, which is made if it is not there; what an interrupted save left is removed.
+        """Opens run_dir/checkpoints, creating it if needed, and removes what an interrupted save left behind.
 
-        read_only: nothing is made or removed. Raises UserError if there can be no such directory.
+        read_only: creates and removes nothing. Raises UserError if the directory cannot be created.
         """
         for noisy in ("absl", "asyncio"):  # Orbax reports every save, and an error many times over
             logging.getLogger(noisy).setLevel(logging.CRITICAL)
@@ -54,7 +49,7 @@ class Checkpoints:
     def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.LatestN(self._config.keep),
-            save_decision_policy=checkpoint_managers.FixedIntervalPolicy(1),  # train.py decides when
+            save_decision_policy=checkpoint_managers.FixedIntervalPolicy(1),  # the training loop decides when
             cleanup_tmp_directories=not self._read_only,
             enable_async_checkpointing=True,
             read_only=self._read_only,
@@ -66,10 +61,10 @@ class Checkpoints:
                 raise UserError(f"{self.directory} is no directory to save checkpoints in ({error.strerror})") from None
         return ocp.CheckpointManager(self.directory, options=options)
 
-    def save(self, state: TrainState, progress: Progress, config: Config) -> None:
+    def save(self, state: State, progress: Progress, config: Config) -> None:
         """Starts to save; returns once the arrays are copied. The checkpoint appears under its step when complete.
 
-        Raises TrainingFailed if this or the save before could not be written.
+        Raises TrainingFailed if this save or the one before it could not be written.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
@@ -79,7 +74,7 @@ class Checkpoints:
         with self._writing():
             needed = 2**20 + sum(leaf.nbytes for leaf in jax.tree.leaves((params, training)))
             free = shutil.disk_usage(self.directory).free
-            if free < needed:  # Orbax would find out late, and at length
+            if free < needed:  # Orbax would notice late, with a long traceback
                 raise OSError(errno.ENOSPC, f"it needs {needed:,} bytes, the disk has {free:,} left")
             self._manager.save(
                 step,
@@ -92,13 +87,13 @@ class Checkpoints:
             )
 
     def steps(self) -> list[int]:
-        """Of the checkpoints that are complete, newest first."""
+        """Steps of the complete checkpoints, newest first."""
         return sorted(self._manager.all_steps(), reverse=True)
 
-    def restore_latest(self, like: TrainState, shardings: TrainState) -> tuple[TrainState, Progress] | None:
-        """The newest checkpoint that is whole, placed by `shardings`; None if there is none at all.
+    def restore_latest(self, like: State, shardings: State) -> tuple[State, dict[str, Any]] | None:
+        """The newest intact checkpoint, placed by `shardings`; None if there is no checkpoint at all.
 
-        A damaged one is named on standard error and moved aside, to `damaged_checkpoints/`.
+        Damaged ones are named on standard error and moved aside, to `damaged_checkpoints/`.
         Raises UserError if every checkpoint is damaged.
         """
         steps = self.steps()
@@ -120,12 +115,12 @@ class Checkpoints:
         return None
 
     def wait(self) -> None:
-        """Until every save that was started is on disk. Raises TrainingFailed if one could not be written."""
+        """Waits until every save is on disk. Raises TrainingFailed if one could not be written."""
         with self._writing():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Finishes the saves and ends Orbax's threads. Raises TrainingFailed as `wait`."""
+        """Finishes the saves and ends Orbax's threads. Raises TrainingFailed as `wait` does."""
         with self._writing():
             self._manager.close()
 
@@ -136,13 +131,13 @@ class Checkpoints:
         except jax.errors.JaxRuntimeError:  # of the devices or of another process, not of the disk
             raise
         except Exception as error:  # whatever Orbax or TensorStore make of a full or failing disk
-            left = f"the newest whole one is {max(self.steps())}" if self.steps() else "there is none yet"
+            left = f"the newest intact one is {max(self.steps())}" if self.steps() else "there is none yet"
             raise TrainingFailed(
                 f"{self.directory}: a checkpoint could not be saved ({first_line(error)}); {left}. When the disk can "
-                "be written to, the same command goes on"
+                "be written to again, the same command resumes"
             ) from error
 
-    def restore(self, step: int, like: TrainState, shardings: TrainState) -> tuple[TrainState, Progress]:
+    def restore(self, step: int, like: State, shardings: State) -> tuple[State, dict[str, Any]]:
         """One checkpoint, placed by `shardings`. Raises DamagedError if it is not what was saved."""
 
         def target(x: jax.Array, sharding: Any) -> jax.ShapeDtypeStruct:
@@ -166,7 +161,7 @@ class Checkpoints:
         found = _checksums(restored.params, restored.training, restored.progress)
         if found != saved:
             raise DamagedError("its contents fail their checksums")
-        return TrainState(params=restored.params, **restored.training), restored.progress
+        return like.replace(params=restored.params, **restored.training), restored.progress
 
     def _move_aside(self, step: int) -> Path:
         self._manager.close()
@@ -183,39 +178,19 @@ class Checkpoints:
         return target
 
 
-def _split(state: TrainState) -> tuple[Any, dict[str, Any]]:
+def _split(state: State) -> tuple[Any, dict[str, Any]]:
     training = {name: getattr(state, name) for name in state.__dataclass_fields__ if name != "params"}
     return state.params, training
 
 
-@jax.jit
-def _checksum_arrays(tree: Any) -> jax.Array:
-    def checksum(x: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(x, jnp.uint32).reshape(-1)
-        place = 2 * jax.lax.iota(jnp.uint32, bits.size) + 1  # odd: no bit of a value is lost in the product
-        return jnp.sum(bits * place, dtype=jnp.uint32)
-
-    return jnp.stack([checksum(leaf) for leaf in jax.tree.leaves(tree)])
-
-
-def array_checksums(tree: Any) -> list[int]:
-    """One 32-bit number per array, the same on any mesh: integer sums do not depend on their order."""
-    return jax.device_get(_checksum_arrays(tree)).tolist()
-
-
 def _checksums(params: Any, training: Any, progress: Progress) -> list[int]:
-    """Of every array, parameters first, and of `progress`."""
+    """Checksums of every array, parameters first, then a CRC-32 of `progress`."""
     text = json.dumps(progress, sort_keys=True)
     return [*array_checksums((params, training)), zlib.crc32(text.encode())]
 
 
 def _lacks_resources(error: Exception) -> bool:
-    """Whether an error is about this process or machine, and says nothing about a file's contents."""
+    """True if an error is about this process or machine, and says nothing about a file's contents."""
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES):
         return True
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
-
-
-def first_line(error: Exception) -> str:
-    """An error's type and the first line of its message, for a message of our own."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else 'no details'}"

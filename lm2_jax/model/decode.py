@@ -1,0 +1,155 @@
+"""Reading a segment token by token: `DecodeState`, and what moves it on.
+
+A segment goes through three calls, each for many rows at once, every row with a segment clock of its own:
+
+    init_decode_state -> append_tokens, as often as there are tokens -> finish_segment, which writes the memory
+                         ^                                            |
+                         +--------------- the next segment -----------+
+
+The functions take a bound decoder: `model.apply({"params": params}, *arguments, method=append_tokens)`.
+Axes: B rows, Q tokens at a time, T tokens in a segment, D model width, C cached positions, m memory tokens, L layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from lm2_jax.model.decoder import Decoder
+from lm2_jax.model.layers import KVCache, Layout
+from lm2_jax.model.memory.base import Memory
+
+
+@struct.dataclass
+class DecodeState:
+    """Rows in the middle of a segment.
+
+    Attributes:
+      memory: at the segment's start.
+      memory_cache: what blocks read of it, computed once a segment by `MemoryKind.project_memory`.
+      caches: name of a stack of blocks -> what is kept of the segment, each array with the layers L in front.
+      count_B: int32, tokens in the unfinished segment.
+      read_B: int32, tokens since the document's start.
+      segment_length: static; T.
+    """
+
+    memory: Memory
+    memory_cache: Any
+    caches: dict[str, KVCache]
+    count_B: jax.Array
+    read_B: jax.Array
+    segment_length: int = struct.field(pytree_node=False)
+
+
+def init_decode_state(decoder: Decoder, memory: Memory, batch_size: int, segment_length: int) -> DecodeState:
+    """The state of `batch_size` rows at a document's start, about to read segments of `segment_length` tokens."""
+    c, dtype, banks = decoder.spec.model, decoder.spec.dtype, decoder.kind.num_bank_layers
+    cache_size = segment_length + 2 * decoder.kind.num_memory_tokens
+
+    def empty_cache(layers: int, with_bank: bool) -> KVCache:
+        def zeros(*shape: int) -> jax.Array:
+            return jnp.zeros((layers, batch_size, *shape), dtype)
+
+        return KVCache(
+            keys_BCGK=zeros(cache_size, c.num_kv_heads, c.attention_head_dim),
+            values_BCGK=zeros(cache_size, c.num_kv_heads, c.attention_head_dim),
+            inputs_BCD=zeros(cache_size, c.d_model) if with_bank else None,
+            tail_BWD=zeros(c.conv_width - 1, c.d_model) if c.conv_width else None,
+        )
+
+    stacks = {"bank_blocks": (banks, True), "blocks": (c.num_layers - banks, False)}
+    zeros_B = jnp.zeros(batch_size, jnp.int32)
+    state = DecodeState(
+        memory=memory,
+        memory_cache=None,
+        caches={name: empty_cache(*stack) for name, stack in stacks.items() if stack[0]},
+        count_B=zeros_B,
+        read_B=zeros_B,
+        segment_length=segment_length,
+    )
+    state = refresh_memory_cache(decoder, state)
+    if decoder.kind.num_memory_tokens:
+        _, state = _append_memory(decoder, jnp.ones(batch_size, bool), zeros_B, state)
+    return state
+
+
+def append_tokens(
+    decoder: Decoder, tokens_BQ: jax.Array, count_B: jax.Array, state: DecodeState
+) -> tuple[jax.Array, DecodeState]:
+    """Reads on in unfinished segments; the numbers are those that `Decoder.window` gives for whole ones.
+
+    Args:
+      tokens_BQ: int32 token ids, each row padded on its right.
+      count_B: int32, how many of a row are not padding; they must fit into its segment.
+
+    Returns:
+      hidden states after the final norm [B,Q,D] (without meaning for padding), and the state after the tokens.
+    """
+    m = decoder.kind.num_memory_tokens
+    position_BQ = state.count_B[:, None] + jnp.arange(tokens_BQ.shape[1])
+    x_BQD, first_B = decoder.embed(tokens_BQ), m + state.count_B
+    hidden_BQD, state = _append(decoder, x_BQD, position_BQ, first_B, count_B, state)
+    return hidden_BQD, state.replace(count_B=state.count_B + count_B, read_B=state.read_B + count_B)
+
+
+def finish_segment(decoder: Decoder, rows_B: jax.Array, state: DecodeState) -> DecodeState:
+    """Writes the memory of the selected rows from their segments, and starts their next ones. Other rows stay."""
+    kind, T = decoder.kind, state.segment_length
+    m, ends_BmD, inputs_LBTD = kind.num_memory_tokens, None, None
+    if m:
+        ends_BmD, state = _append_memory(decoder, rows_B, m + state.count_B, state)
+    if decoder.bank_blocks is not None:
+        inputs_LBTD = state.caches["bank_blocks"].inputs_BCD[:, :, m : m + T]
+    token_BT = jnp.arange(T) < state.count_B[:, None]
+    written = kind.finish_segment(state.memory, _bank_parameters(decoder), inputs_LBTD, token_BT, ends_BmD)
+    state = state.replace(
+        memory=kind.select_lanes(rows_B, written, state.memory), count_B=jnp.where(rows_B, 0, state.count_B)
+    )
+    state = refresh_memory_cache(decoder, state)
+    if m:
+        _, state = _append_memory(decoder, rows_B, jnp.zeros_like(state.count_B), state)
+    return state
+
+
+def refresh_memory_cache(decoder: Decoder, state: DecodeState) -> DecodeState:
+    """Recomputes the cached read projections of the memory."""
+    return state.replace(memory_cache=decoder.kind.project_memory(state.memory, _bank_parameters(decoder)))
+
+
+def _bank_parameters(decoder: Decoder) -> Any:
+    return None if decoder.bank_blocks is None else decoder.variables["params"]["bank_blocks"]["memory"]
+
+
+def _append_memory(
+    decoder: Decoder, rows_B: jax.Array, first_B: jax.Array, state: DecodeState
+) -> tuple[jax.Array, DecodeState]:
+    """Runs the memory tokens in the selected rows, at RoPE position 0."""
+    x_BmD = state.memory.astype(decoder.spec.dtype)
+    m = x_BmD.shape[1]
+    return _append(decoder, x_BmD, jnp.zeros(x_BmD.shape[:2], jnp.int32), first_B, m * rows_B, state)
+
+
+def _append(
+    decoder: Decoder,
+    x_BQD: jax.Array,
+    position_BQ: jax.Array,
+    first_B: jax.Array,
+    count_B: jax.Array,
+    state: DecodeState,
+) -> tuple[jax.Array, DecodeState]:
+    """Runs count_B of the Q embeddings of each row, whose indices in the cache start at first_B."""
+    step_Q = jnp.arange(x_BQD.shape[1])
+    real_BQ = step_Q < count_B[:, None]
+    cache_size = state.segment_length + 2 * decoder.kind.num_memory_tokens
+    layout = Layout(
+        document_BST=real_BQ[:, None].astype(jnp.int32),
+        position_BST=position_BQ[:, None],
+        reset_BS=jnp.zeros((x_BQD.shape[0], 1), bool),
+        packed=False,
+        cache_index_BST=jnp.where(real_BQ, first_B[:, None] + step_Q, cache_size)[:, None],
+    )
+    x_B1QD, _, caches = decoder.run_blocks(x_BQD[:, None], state.memory_cache, layout, state.caches)
+    return decoder.final_norm(x_B1QD)[:, 0], state.replace(caches=caches)

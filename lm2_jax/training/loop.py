@@ -1,0 +1,165 @@
+"""The training loop: from a config to a trained model in its run directory."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from lm2_jax.checkpoint.manager import Checkpoints
+from lm2_jax.common.files import lock_directory
+from lm2_jax.common.records import drop_records_after, read_records
+from lm2_jax.config import Config
+from lm2_jax.data.pipeline import Pipeline
+from lm2_jax.loading import load_memory, load_weights
+from lm2_jax.model import build_model
+from lm2_jax.model.decoder import Decoder
+from lm2_jax.parallel.mesh import make_mesh, own_lanes, to_devices, use_mesh
+from lm2_jax.parallel.processes import is_alone, is_first, stop_signals
+from lm2_jax.tokenizer import check_vocabulary, load_tokenizer
+from lm2_jax.training.accuracy import accuracy_by_length
+from lm2_jax.training.curriculum import Curriculum
+from lm2_jax.training.metrics_log import MetricsLog
+from lm2_jax.training.progress import Progress
+from lm2_jax.training.reporting import Reporter, SilentReporter, accuracy_table
+from lm2_jax.training.run_dir import check_data, open_run_dir, write_summary
+from lm2_jax.training.state import StepConfig, TrainState, create_state, shardings_of
+from lm2_jax.training.step import make_fresh_memory, make_train_step
+from lm2_jax.training.validation import Validation
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Runs a config from the newest checkpoint of its run directory, or from the start, to its end.
+
+    Returns what it writes to summary.json; with several processes only the first does, and the others return nothing.
+    Raises UserError for what the user can mend, TrainingFailed where the run cannot continue.
+    """
+    # --- What to run: tokenizer, data, run directory -----------------------------------------------------------------
+    tokenizer = None if config.data.source == "bin" else load_tokenizer(config.tokenizer)
+    if tokenizer is not None:
+        config = check_vocabulary(config, tokenizer)
+    mesh, B = make_mesh(config), config.data.batch_size
+    pipeline = Pipeline(config, tokenizer, None if is_alone() else own_lanes(mesh, B))
+    run_dir = open_run_dir(config)
+
+    with use_mesh(mesh), contextlib.ExitStack() as cleanup:
+        if is_first():
+            taken = f"{run_dir}: another process trains in it; wait, or give another train.run_dir"
+            cleanup.enter_context(lock_directory(run_dir, taken))
+
+        # --- Model and state: resumed, or made where it will live ----------------------------------------------------
+        model, settings = build_model(config), StepConfig.of(config)
+        train_step = make_train_step(model, mesh, settings)
+        validate = Validation(config, pipeline, model, mesh)
+        checkpoints = Checkpoints(run_dir, config.checkpoint)
+        cleanup.callback(checkpoints.close)
+        state, progress, origin = _start(config, model, mesh, checkpoints)
+        if progress.step:
+            check_data(progress, pipeline, run_dir)
+        progress = dataclasses.replace(progress, data_fingerprint=pipeline.fingerprint())
+
+        reporter = cleanup.enter_context(_open_reporter(run_dir, progress.step, config.train.steps))
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        reporter.log(f"{config.memory.kind}: {parameters:,} parameters, {_describe(mesh)}, run directory {run_dir}")
+        if origin:
+            reporter.log(origin)
+
+        # --- The loop ------------------------------------------------------------------------------------------------
+        curriculum = Curriculum(config, pipeline)
+        cleanup.callback(curriculum.close)
+        log = MetricsLog(reporter, len(config.stages), config.train.max_skipped_steps)
+        stopping = False
+        with stop_signals() as stop_requested:
+            while progress.step < config.train.steps and not stopping:
+                stage, windows = curriculum.windows(progress)
+                batch = to_devices(mesh, B, next(windows))
+                state, metrics = train_step(state, batch)
+                progress = progress.after_step(windows.get_state())
+                log.add(metrics, progress, stage)
+
+                last = progress.step == config.train.steps
+                logging = _due(progress.step, config.train.log_every)
+                validating = last or _due(progress.step, config.eval.every_steps)
+                saving = last or _due(progress.step, config.checkpoint.every_steps)
+                if validating:
+                    log.extend(validate(state.params, stage))
+                if logging or validating or saving:
+                    progress = log.flush(progress)
+                if curriculum.stage_is_over(progress, logging):
+                    progress = curriculum.advance(log.flush(progress))
+                elif logging:
+                    progress = progress.without_answers()
+                if saving:
+                    checkpoints.save(state, dataclasses.asdict(progress), config)
+                stopping = stop_requested(progress.step)
+
+        if stopping:
+            checkpoints.save(state, dataclasses.asdict(log.flush(progress)), config)
+        checkpoints.wait()
+        if stopping:
+            reporter.log(f"stopped after step {progress.step}; the same command resumes there")
+            raise KeyboardInterrupt
+
+        # --- The end: accuracy by length, summary, pictures ----------------------------------------------------------
+        table = []
+        if config.data.source == "stories":
+            table = accuracy_by_length(config, model, pipeline, mesh, state.params, reporter.log)
+            reporter.log(accuracy_table(table, config.stages[-1].segments))
+        return _finish(run_dir, progress, parameters, table, reporter) if is_first() else {}
+
+
+def _start(
+    config: Config, model: Decoder, mesh: Mesh, checkpoints: Checkpoints
+) -> tuple[TrainState, Progress, str | None]:
+    """State and progress to start from, and where they come from: a checkpoint, train.init_from, or None (fresh)."""
+    settings = StepConfig.of(config)
+    state, shardings = create_state(model, mesh, settings), shardings_of(model, mesh, settings)
+    restored = checkpoints.restore_latest(state, shardings)
+    if restored is not None:
+        return restored[0], Progress(**restored[1]), f"resuming after step {restored[1]['step']}"
+    path = config.train.init_from
+    if path is None:
+        return state, Progress(), None
+    params, memory = jax.device_put(load_weights(path, model), shardings.params), load_memory(path)
+    if memory is not None and memory.shape == state.memory.shape:  # official: continues with the memory of the file
+        memory = jax.device_put(memory, shardings.memory)
+    else:
+        memory = make_fresh_memory(model, mesh, settings)(params)
+    return state.replace(params=params, memory=memory), Progress(), f"starting from the weights of {path}"
+
+
+def _open_reporter(run_dir: Path, first_step: int, last_step: int) -> Reporter | SilentReporter:
+    """The first process reports, from `first_step` on; what an interrupted run recorded after it is dropped."""
+    if not is_first():
+        return SilentReporter()
+    drop_records_after(run_dir / "metrics.jsonl", first_step)
+    return Reporter(run_dir, first_step, last_step)
+
+
+def _finish(run_dir: Path, progress: Progress, parameters: int, table: list[Any], reporter: Reporter) -> dict[str, Any]:
+    records = read_records(run_dir / "metrics.jsonl")
+    summary = {
+        "step": progress.step,
+        "tokens": progress.tokens,
+        "parameters": parameters,
+        "loss": records[-1]["loss"],
+        "validation_loss": records[-1].get("validation_loss"),
+        "accuracy_by_length": table,
+    }
+    written = write_summary(run_dir, summary, records)
+    reporter.log(f"written: {' and '.join(map(str, written))}")
+    return summary
+
+
+def _due(step: int, every: int) -> bool:
+    """True every so many steps; 0: never."""
+    return bool(every) and step % every == 0
+
+
+def _describe(mesh: Mesh) -> str:
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    return f"{mesh.devices.size} {mesh.devices.flat[0].device_kind} device(s) ({axes})"
