@@ -9,19 +9,17 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from quick import xla_flags
 
-from lm2_jax import train as train_module
 from lm2_jax.common.records import read_records
 from lm2_jax.config import parse_config
 from lm2_jax.convert import directory, engine
-from lm2_jax.evals import model as loaded_module
+from lm2_jax.evals import model as evals_model
 from lm2_jax.model import build_model
-from lm2_jax.training import accuracy as stories_module
+from lm2_jax.training import loop
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TIMES_AND_RATES = ("time", "tokens_per_second")
@@ -128,75 +126,40 @@ def _without_times(record):
 
 # --- Training in this process ---------------------------------------------------------------------------------------
 
-_made = {}
-
 
 @contextlib.contextmanager
 def quick_training():
-    """Within it, train() uses one device, and compiles once for equal configs."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        _keep_what_is_compiled(monkeypatch)
+    """Within it, train() uses one of the fake devices."""
+    with _one_device(loop):
         yield
 
 
-def _keep_what_is_compiled(monkeypatch):
+@contextlib.contextmanager
+def on_one_device():
+    """Within it, evaluations use one of the fake devices."""
+    with _one_device(evals_model):
+        yield
 
-    def keep(module, name):
-        make = getattr(module, name)
 
-        def kept(model, *arguments):
-            config = model.config
-            train = config.train.model_copy(update={"run_dir": ""})
-            data = config.data.model_copy(update={"path": None})
-            key = name, config.model_copy(update={"train": train, "data": data, "checkpoint": None})
-            if key not in _made:
-                _made[key] = make(model, *arguments)
-            return _made[key]
-
-        monkeypatch.setattr(module, name, kept)
-
-    make_mesh, create_state = train_module.make_mesh, train_module.create_state
-
-    def create_on_host(model, *arguments):
-        state, shardings = create_state(model, *arguments)
-        return jax.device_get(state), shardings
-
-    monkeypatch.setattr(train_module, "create_state", create_on_host)
-    keep(train_module, "create_state")
-    kept_state = train_module.create_state
-    keep(train_module, "make_train_step")
-    keep(train_module, "make_eval_step")
-    keep(stories_module, "make_answer_step")
-
-    def fresh_state(*arguments):  # the step donates its state
-        state, shardings = kept_state(*arguments)
-        return jax.device_put(state, shardings), shardings
-
-    monkeypatch.setattr(train_module, "create_state", fresh_state)
-    monkeypatch.setattr(train_module, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+@contextlib.contextmanager
+def _one_device(module):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        make_mesh = module.make_mesh
+        monkeypatch.setattr(module, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+        yield
 
 
 def random_checkpoint(path, *overrides, noise=0.3):
     """A converted directory, which loads like a run, of a tiny model away from its initialisation."""
     config = parse_config(TINY, ["train.curriculum=[]", "model.vocab_size=258", "tokenizer.kind=bytes", *overrides])
     model, key = build_model(config), jax.random.key(0)
-    tokens_BT = jnp.zeros((1, config.data.segment_length), jnp.int32)
-    params = jax.jit(lambda key: model.init(key, tokens_BT, model.init_memory(1))["params"])(key)
+    params = jax.jit(model.init_params)(key)
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     params = tree.unflatten([x + noise * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
     with directory.new_directory(Path(path)) as partial:
         directory.write(engine.Checkpoint(config, engine.from_arrays(params, path)), partial, lambda items, _: items)
     return path
-
-
-@contextlib.contextmanager
-def on_one_device():
-    """Within it, evaluations use one of the fake devices."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        make_mesh = loaded_module.make_mesh
-        monkeypatch.setattr(loaded_module, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
-        yield
 
 
 # --- Training in another process ------------------------------------------------------------------------------------

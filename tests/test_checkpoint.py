@@ -18,7 +18,6 @@ from helpers import (
 )
 
 import lm2_jax
-from lm2_jax import train as train_module
 from lm2_jax.checkpoint.manager import Checkpoints
 from lm2_jax.common.errors import TrainingFailed, UserError, run_command
 from lm2_jax.common.records import read_records
@@ -28,9 +27,11 @@ from lm2_jax.data.pipeline import Pipeline
 from lm2_jax.model import build_model
 from lm2_jax.parallel.mesh import make_mesh, use_mesh
 from lm2_jax.tokenizer import check_vocabulary, load_tokenizer
+from lm2_jax.training import loop
 from lm2_jax.training.loop import train
 from lm2_jax.training.optim import make_optimizer
-from lm2_jax.training.state import create_state
+from lm2_jax.training.state import StepConfig, create_state, shardings_of
+from lm2_jax.training.step import make_train_step
 
 KEEP = 2
 
@@ -261,20 +262,19 @@ def test_non_finite_step_is_skipped(kind, tmp_path):
     config = short_config(tmp_path, f"memory.kind={kind}")
     tokenizer = load_tokenizer(config.tokenizer)
     config = check_vocabulary(config, tokenizer)
-    model, optimizer = build_model(config), make_optimizer(config.optim)
-    mesh = train_module.make_mesh(config)
+    model, mesh = build_model(config), make_mesh(config)
     window = next(make_iterator(Pipeline(config, tokenizer).training(config.stages[0]), 0))
-    window["reset_BS"][:] = False  # so that all lanes read the memory that is given
+    window.reset_BS[:] = False  # so that all lanes read the memory that is given
     with use_mesh(mesh):
-        state, shardings = train_module.create_state(model, optimizer, mesh, config.data.batch_size, 0)
-        step = train_module.make_train_step(model, optimizer, mesh, shardings)
-        state, metrics = step(state, dict(window))
+        run = model, mesh, StepConfig.of(config)
+        state, shardings, step = create_state(*run), shardings_of(*run), make_train_step(*run)
+        state, metrics = step(state, window)
         good = jax.device_get(state)
         assert metrics["skipped"] == 0
 
         # Lane 1 holds a NaN: the step is skipped, only its memory starts afresh
         broken = jax.tree.map(lambda x: _with_nan(x, 1, model.kind.lane_axis), good.memory)
-        state, metrics = step(jax.device_put(good.replace(memory=broken), shardings), dict(window))
+        state, metrics = step(jax.device_put(good.replace(memory=broken), shardings), window)
         after = jax.device_get(state)
         assert not np.isfinite(metrics["loss"]) and metrics["skipped"] == metrics["skipped_in_a_row"] == 1
         jax.tree.map(np.testing.assert_array_equal, (after.params, after.opt_state), (good.params, good.opt_state))
@@ -288,7 +288,7 @@ def test_non_finite_step_is_skipped(kind, tmp_path):
             assert all((found[lane] != start[lane]).any() for lane in (0, 2, 3))
 
         # The next one is good again
-        state, metrics = step(state, dict(window))
+        state, metrics = step(state, window)
         assert np.isfinite(metrics["loss"])
         assert metrics["skipped"] == 1 and metrics["skipped_in_a_row"] == 0
         assert any(
@@ -301,7 +301,7 @@ def test_non_finite_step_is_skipped(kind, tmp_path):
         jax.tree.leaves(infinite)[0].flat[:] = np.inf
         state = jax.device_put(good.replace(params=infinite), shardings)
         for count in (1, 2, 3):
-            state, metrics = step(state, dict(window))
+            state, metrics = step(state, window)
             assert metrics["skipped_in_a_row"] == metrics["skipped"] == count
 
 
@@ -312,13 +312,11 @@ def _with_nan(x, lane, lane_axis):
 
 
 def test_too_many_skipped_steps_end_the_run(tmp_path, monkeypatch, capsys):
-    create = train_module.create_state
-
     def create_broken(*arguments):
-        state, shardings = create(*arguments)
-        return state.replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params)), shardings
+        state = create_state(*arguments)
+        return state.replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params))
 
-    monkeypatch.setattr(train_module, "create_state", create_broken)
+    monkeypatch.setattr(loop, "create_state", create_broken)
     config = short_config(tmp_path / "run")
     with pytest.raises(TrainingFailed, match=r"6 steps in a row up to step 6 .* train.max_skipped_steps"):
         train(config)

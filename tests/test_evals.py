@@ -15,8 +15,7 @@ from lm2_jax.parallel.mesh import make_mesh, use_mesh
 from lm2_jax.segments import run_segments
 from lm2_jax.tokenizer import load_tokenizer
 from lm2_jax.training.accuracy import accuracy_by_length, wilson_interval
-from lm2_jax.training.optim import make_optimizer
-from lm2_jax.training.state import create_state
+from lm2_jax.training.state import StepConfig, create_state
 
 T, LENGTHS, QUESTIONS = 32, (0, 1, 3), 20
 CONFIG = f"""
@@ -34,14 +33,14 @@ def test_accuracy_by_length(kind, one_segment):
     model, tokenizer, mesh = build_model(config), load_tokenizer(config.tokenizer), make_mesh(config, jax.devices()[:1])
     pipeline = Pipeline(config, tokenizer)
     with use_mesh(mesh):
-        state, shardings = create_state(model, make_optimizer(config.optim), mesh, 4, seed=0)
+        state = create_state(model, mesh, StepConfig.of(config))
         # Only answers come into question, or a model that has learnt nothing would never be right
         answers = tokenizer.encode(
             "bathroom bedroom garden hallway kitchen office apple football milk Bill Fred Jeff Mary"
         )
         state.params["head"] = jnp.zeros_like(state.params["head"]).at[np.array(answers)].set(1)
         state.params["head"] *= jax.random.normal(jax.random.key(4), state.params["head"].shape)
-        table = accuracy_by_length(config, model, pipeline, mesh, state, shardings, lambda _: None)
+        table = accuracy_by_length(config, model, pipeline, mesh, state.params, lambda _: None)
     assert [(cell["questions"], cell["segments"], cell["asked"]) for cell in table] == [
         (f"{task} (generator)", length, QUESTIONS) for task in config.data.stories.tasks for length in LENGTHS
     ]

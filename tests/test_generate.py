@@ -21,6 +21,8 @@ from lm2_jax.decoding.sampling import generate
 from lm2_jax.decoding.text_stream import TextStream
 from lm2_jax.generate import main
 from lm2_jax.model import build_model
+from lm2_jax.model.decode import append_tokens, finish_segment
+from lm2_jax.model.decoder import Decoder
 from lm2_jax.segments import run_segments
 from lm2_jax.tokenizer import BytesTokenizer
 from lm2_jax.training.loop import train
@@ -79,12 +81,12 @@ def test_pieces_are_the_whole(kind, overrides):
     rows, rng = texts(45, 30, 37), np.random.default_rng(1)
     expected = teacher_forced(model, params, rows)
     state, read, most = sampling.start(model, params, len(rows)), np.zeros(len(rows), int), 5
-    finish = jax.jit(lambda *arguments: model.apply({"params": params}, *arguments, method="finish"))
+    finish = jax.jit(lambda *arguments: model.apply({"params": params}, *arguments, method=finish_segment))
 
     @jax.jit
     def extend(*arguments):
-        hidden_BQD, state = model.apply({"params": params}, *arguments, method="extend")
-        return model.apply({"params": params}, hidden_BQD, method="project"), state
+        hidden_BQD, state = model.apply({"params": params}, *arguments, method=append_tokens)
+        return model.apply({"params": params}, hidden_BQD, method=Decoder.project), state
 
     while any(read < [len(row) for row in rows]):
         full_B = np.asarray(state.count_B) == T
@@ -232,7 +234,7 @@ def test_saved_memory_goes_on(tmp_path, kind, dtype, length):
     loaded = load_state(tmp_path / "m.safetensors", model, params)
     jax.tree.map(np.testing.assert_array_equal, loaded, state)
     names = safetensors.numpy.load_file(tmp_path / "m.safetensors").keys()
-    assert not [name for name in names if "readable" in name]
+    assert not [name for name in names if "memory_cache" in name or name.startswith("caches")]
     (question,) = texts(9, seed=2)
     after = generate(model, params, [question], state=loaded, max_new_tokens=14, **options)
     assert after == generate(model, params, [question], state=state, max_new_tokens=14, **options)

@@ -1,5 +1,6 @@
 """Kind `official` against vectors recorded from the official code: the model, its memory, its training, its names."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -8,20 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import unflatten_dict
 from safetensors.numpy import load_file
 
-from lm2_jax.config import parse_config, replace
+from lm2_jax.batch import Batch
+from lm2_jax.checkpoint.manager import Checkpoints
+from lm2_jax.config import Config, parse_config, replace
 from lm2_jax.convert import directory, engine, official, tables
-from lm2_jax.loading import load
+from lm2_jax.loading import load_run
 from lm2_jax.model import build_model
 from lm2_jax.model.block import Block
 from lm2_jax.model.layers import Layout, rms_norm, rope_frequencies
 from lm2_jax.model.memory.official import attend, gates, layer_norm, update
 from lm2_jax.parallel.mesh import make_mesh, use_mesh
 from lm2_jax.segments import run_segments
-from lm2_jax.train import start_from
-from lm2_jax.training.optim import decay_mask, learning_rate, make_optimizer
-from lm2_jax.training.state import create_state
+from lm2_jax.training.loop import initial_state
+from lm2_jax.training.optim import decay_mask, learning_rate
+from lm2_jax.training.state import StepConfig, create_state, shardings_of
 from lm2_jax.training.step import make_train_step
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -42,15 +46,16 @@ def opened(name, *overrides):
     """A golden directory as our model, parameters, start memory, and its recorded outputs."""
     checkpoint = official.read(GOLDEN / name, overrides, lambda items, title: items)
     model = build_model(checkpoint.config)
-    params = engine.as_tree({path: jnp.asarray(tensor.read()) for path, tensor in checkpoint.params.items()})
+    params = unflatten_dict({p: jnp.asarray(tensor.read()) for p, tensor in checkpoint.params.items()}, sep="/")
     memory = model.init_memory(2) if checkpoint.memory is None else jnp.asarray(checkpoint.memory)
     return model, params, memory, load_file(GOLDEN / name / "outputs.safetensors")
 
 
 def by_official_name(model, params):
-    with_memory = model.config.memory.kind == "official"
-    table = tables.official(model.config.model.tie_embeddings, with_memory)
-    checkpoint = engine.Checkpoint(model.config, engine.from_arrays(params, Path()))
+    spec = model.spec
+    table = tables.official(spec.model.tie_embeddings, spec.memory.kind == "official")
+    config = Config(model=spec.model, memory=spec.memory, data={"segment_length": spec.segment_length})
+    checkpoint = engine.Checkpoint(config, engine.from_arrays(params, Path()))
     return dict(engine.as_theirs(table, checkpoint, "float32", lambda items, title: items))
 
 
@@ -163,9 +168,9 @@ def test_layer(name):
     """One block, its parts seen on the way, and RMSNorm's epsilon."""
     model, params, _, _ = opened(name)
     recorded = load_file(GOLDEN / name / "unit_layer.safetensors")
-    c, (stack,) = model.config.model, params.keys() & {"bank_blocks", "blocks"}
+    c, (stack,) = model.spec.model, params.keys() & {"bank_blocks", "blocks"}
     one = jax.tree.map(lambda x: x[recorded["layer_index"][0]], params[stack])
-    block = Block(model.config, model.kind, with_bank=stack == "bank_blocks")
+    block = Block(model.spec, model.kind, with_bank=stack == "bank_blocks")
     x_BSTD, bank = recorded["hidden_in"][:, None], recorded.get("memory_in")
     shape = x_BSTD.shape[:3]
     positions_BST = jnp.broadcast_to(jnp.arange(shape[2]), shape)
@@ -212,23 +217,24 @@ def test_training_trace():
         "memory.dropout": 0,  # as in the recorded run
         "data.segments_per_window": 1,
     }
-    model, params, memory, _ = opened("G2", *(f"{key}={value}" for key, value in settings.items()))
+    overrides = [f"{key}={value}" for key, value in settings.items()]
+    model, params, memory, _ = opened("G2", *overrides)
+    config = official.read(GOLDEN / "G2", overrides, lambda items, title: items).config
     recorded = load_file(GOLDEN / "G2" / "train_trace.safetensors")
     ignored = ignored_target("G2")
-    mesh = make_mesh(model.config, jax.devices()[:1])
-    with use_mesh(mesh):
-        state, shardings = create_state(model, make_optimizer(model.config.optim), mesh, 2, 0)
-        state = jax.device_put(state.replace(params=params, memory=memory), shardings)
-        step = make_train_step(model, make_optimizer(model.config.optim), mesh, shardings)
+    run = model, make_mesh(config, jax.devices()[:1]), StepConfig.of(config)
+    with use_mesh(run[1]):
+        state = create_state(*run).replace(params=params, memory=memory)
+        state, step = jax.device_put(state, shardings_of(*run)), make_train_step(*run)
         for number in range(trace["max_iters"]):
             tokens_BT, targets_BT = recorded["tokens"][number], recorded["targets"][number]
-            batch = {
-                "tokens_BST": tokens_BT[:, None],
-                "targets_BST": targets_BT[:, None],
-                "document_BST": np.ones_like(tokens_BT)[:, None],
-                "reset_BS": np.zeros((2, 1), bool),
-                "answers_BST": (targets_BT != ignored)[:, None],
-            }
+            batch = Batch(
+                tokens_BST=tokens_BT[:, None],
+                targets_BST=targets_BT[:, None],
+                document_BST=np.ones_like(tokens_BT)[:, None],
+                reset_BS=np.zeros((2, 1), bool),
+                answers_BST=(targets_BT != ignored)[:, None],
+            )
             state, metrics = step(state, batch)
             assert_close(metrics["grad_norm"], recorded["grad_norm"][number], 1e-3)
             np.testing.assert_allclose(metrics["lr"], recorded["lr"][number], rtol=1e-5)
@@ -260,12 +266,11 @@ def test_a_run_goes_on_from_the_saved_memory(tmp_path):
     checkpoint = official.read(GOLDEN / "G2", (), lambda items, title: items)
     with directory.new_directory(tmp_path / "ours") as partial:
         directory.write(checkpoint, partial, lambda items, title: items)
-    assert load(tmp_path / "ours")[0].config.memory.dropout == 0.9
+    assert load_run(tmp_path / "ours").config.memory.dropout == 0.9
     config = replace(checkpoint.config, data={"batch_size": 2}, train={"init_from": str(tmp_path / "ours")})
-    mesh, model = make_mesh(config, jax.devices()[:1]), build_model(config)
-    with use_mesh(mesh):
-        state, shardings = create_state(model, make_optimizer(config.optim), mesh, 2, 0)
-        state = start_from(config.train.init_from, model, state, shardings)
+    mesh = make_mesh(config, jax.devices()[:1])
+    with use_mesh(mesh), contextlib.closing(Checkpoints(tmp_path, config.checkpoint)) as checkpoints:
+        state, _, _ = initial_state(config, build_model(config), mesh, checkpoints)
     np.testing.assert_array_equal(state.memory, checkpoint.memory)
 
 
@@ -299,8 +304,7 @@ def test_initialisation(tmp_path):
             ),
         )
     )
-    tokens_BT = jnp.zeros((1, c["memory_slots"]), jnp.int32)
-    params = jax.jit(lambda key: model.init(key, tokens_BT, model.init_memory(1))["params"])(jax.random.key(0))
+    params = jax.jit(model.init_params)(jax.random.key(0))
     found = by_official_name(model, params)
     assert found.keys() <= recorded["stats"].keys()
     for name, expected in recorded["stats"].items():

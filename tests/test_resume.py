@@ -18,12 +18,13 @@ from helpers import (
     tiny_config,
 )
 
-from lm2_jax import train as train_module
 from lm2_jax.checkpoint.manager import Checkpoints
 from lm2_jax.common.errors import UserError
 from lm2_jax.common.records import read_records
 from lm2_jax.config import save_config
+from lm2_jax.training import loop
 from lm2_jax.training.loop import train
+from lm2_jax.training.metrics_log import MetricsLog
 
 KINDS = ("lm2 stories", "rmt stories", "lm2 packed text", "lm2 stream")
 
@@ -62,12 +63,11 @@ def quick():
 
 def call_at_step(monkeypatch, step, action, *, before_save=False):
     """Runs `action` once, in the loop after `step` was started or before it is saved."""
-    owner, name = (Checkpoints, "save") if before_save else (train_module._Log, "add")
+    owner, name = (Checkpoints, "save") if before_save else (MetricsLog, "add")
     original = getattr(owner, name)
 
     def wrapped(self, *arguments):
-        progress = arguments[1] if before_save else self._progress
-        if progress["step"] == step:
+        if (arguments[1]["step"] if before_save else arguments[1].step) == step:
             monkeypatch.setattr(owner, name, original)
             action()
         return original(self, *arguments)
@@ -108,7 +108,7 @@ def test_signal_saves_and_leaves(number, tmp_path, monkeypatch, capsys, quick):
     capsys.readouterr()
     with pytest.raises(KeyboardInterrupt):
         train(config)
-    assert "stopped after step 7; the same command goes on from there" in capsys.readouterr().out
+    assert "stopped after step 7; the same command resumes there" in capsys.readouterr().out
     assert signal.getsignal(number) == handler
     assert checkpoint_steps(tmp_path / "stopped") == [5, 7]
     assert [record["step"] for record in read_records(tmp_path / "stopped" / "metrics.jsonl")] == list(range(1, 8))
@@ -129,7 +129,7 @@ def test_signal_after_the_last_step(tmp_path, monkeypatch, quick):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     try:
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(train_module, "accuracy_by_length", interrupt)
+            patched.setattr(loop, "accuracy_by_length", interrupt)
             train(config)
     finally:
         signal.signal(signal.SIGINT, before)

@@ -1,5 +1,6 @@
 """The train step: many devices are one device, microbatches are one batch, the loss counts what it says."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,14 +9,16 @@ import numpy as np
 import optax
 import pytest
 
+from lm2_jax.batch import Batch
 from lm2_jax.common.errors import UserError
 from lm2_jax.config import parse_config
+from lm2_jax.decoding import sampling
 from lm2_jax.model import build_model
 from lm2_jax.parallel.mesh import RULES, make_mesh, use_mesh
 from lm2_jax.segments import run_segments
 from lm2_jax.training.loss import loss_weights
 from lm2_jax.training.optim import decay_mask, learning_rate, make_optimizer
-from lm2_jax.training.state import create_state
+from lm2_jax.training.state import StepConfig, create_state
 from lm2_jax.training.step import make_eval_step, make_train_step
 
 V, B, S, T = 64, 8, 3, 8
@@ -33,24 +36,22 @@ def batches(count, seed=0):
         tokens = rng.integers(0, V, (B, S, T), dtype=np.int32)
         document = np.ones((B, S, T), np.int32)
         document[0, 1, 4:] = 0
-        yield {
-            "tokens_BST": tokens,
-            "targets_BST": np.roll(tokens, -1, axis=-1),
-            "document_BST": document,
-            "reset_BS": rng.random((B, S)) < (1 if number == 0 else 0.3),
-            "answers_BST": (rng.random((B, S, T)) < 0.1) & (document > 0),
-        }
+        yield Batch(
+            tokens_BST=tokens,
+            targets_BST=np.roll(tokens, -1, axis=-1),
+            document_BST=document,
+            reset_BS=rng.random((B, S)) < (1 if number == 0 else 0.3),
+            answers_BST=(rng.random((B, S, T)) < 0.1) & (document > 0),
+        )
 
 
 @functools.cache
 def trained(devices, *overrides, steps=4):
     """(state on the host, metrics, state) after some steps."""
     config, devices = config_of(*overrides), jax.devices()[:devices]
-    model, optimizer = build_model(config), make_optimizer(config.optim)
-    mesh = make_mesh(config, devices)
-    with use_mesh(mesh):
-        state, shardings = create_state(model, optimizer, mesh, B, seed=0)
-        train_step = make_train_step(model, optimizer, mesh, shardings)
+    run = build_model(config), make_mesh(config, devices), StepConfig.of(config)
+    with use_mesh(run[1]):
+        state, train_step = create_state(*run), make_train_step(*run)
         metrics = []
         for batch in batches(steps):
             state, here = train_step(state, batch)
@@ -88,10 +89,9 @@ def test_eight_devices_are_one(kind, remat, schedule, optimizer):
 def test_constraints_reach_the_compiler():
     """Logical constraints vanish silently without a mesh; they must be in the lowered text."""
     config = config_of("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
-    model, optimizer, mesh = build_model(config), make_optimizer(config.optim), make_mesh(config)
-    with use_mesh(mesh):
-        state, shardings = create_state(model, optimizer, mesh, B, seed=0)
-        lowered = make_train_step(model, optimizer, mesh, shardings).lower(state, next(batches(1))).as_text()
+    run = build_model(config), make_mesh(config), StepConfig.of(config)
+    with use_mesh(run[1]):
+        lowered = make_train_step(*run).lower(create_state(*run), next(batches(1))).as_text()
     assert "sharding_constraint" in lowered
     assert '{"data", "fsdp"}' in lowered
 
@@ -107,48 +107,45 @@ def test_loss_is_the_mean_over_what_counts():
     overrides = ("optim.lm_loss_weight=0.25", "optim.learning_rate=1e-9")
     _, metrics, state = trained(1, *overrides, steps=1)
     model, batch = build_model(config_of(*overrides)), next(batches(1))
-    rest = {name: batch[name] for name in ("reset_BS", "document_BST")}
-    run = jax.jit(lambda params, memory: run_segments(model, params, batch["tokens_BST"], memory, **rest))
+    rest = {name: getattr(batch, name) for name in ("reset_BS", "document_BST")}
+    run = jax.jit(lambda params, memory: run_segments(model, params, batch.tokens_BST, memory, **rest))
     logits, _ = run(state.params, model.init_memory(B))
-    nll = np.asarray(optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets_BST"]))
-    answers, tokens = batch["answers_BST"], batch["document_BST"] > 0
+    nll = np.asarray(optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets_BST))
+    answers, tokens = batch.answers_BST, batch.document_BST > 0
     expected = nll[answers].mean() + 0.25 * nll[tokens].mean()
     np.testing.assert_allclose(metrics[0]["loss"], expected, rtol=1e-5)
     np.testing.assert_allclose(metrics[0]["nll"], nll[tokens].mean(), rtol=1e-5)
     assert metrics[0]["tokens_in_step"] == tokens.sum()
-    correct = (np.argmax(logits, -1) == batch["targets_BST"]) & answers
+    correct = (np.argmax(logits, -1) == batch.targets_BST) & answers
     assert metrics[0]["correct_in_step"] == correct.sum()
-    weights = loss_weights({**batch, "answers_BST": np.zeros_like(answers)}, 1.0)
+    weights = loss_weights(dataclasses.replace(batch, answers_BST=np.zeros_like(answers)), 1.0)
     np.testing.assert_allclose(weights.sum(), 1, rtol=1e-5)
 
 
 def test_validation_leaves_training_alone():
     config = config_of()
-    model, optimizer, mesh = build_model(config), make_optimizer(config.optim), make_mesh(config, jax.devices()[:1])
-    with use_mesh(mesh):
-        state, shardings = create_state(model, optimizer, mesh, B, seed=0)
+    run = build_model(config), make_mesh(config, jax.devices()[:1]), StepConfig.of(config)
+    with use_mesh(run[1]):
+        state = create_state(*run)
         before = jax.device_get(state)
-        eval_step = make_eval_step(model, mesh, shardings)
-        sums, memory = eval_step(state.params, model.init_memory(B), next(batches(1)))
+        sums, memory = make_eval_step(*run)(state.params, run[0].init_memory(B), next(batches(1)))
         assert int(sums.tokens) > 0 and np.any(np.asarray(memory) != before.memory)
         jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state))
 
 
-def test_decay_mask():
-    for kind in ("lm2", "rmt", "none"):
-        model = build_model(config_of(f"memory.kind={kind}", "model.conv_width=4"))
-        init = lambda key, model=model: model.init(key, jnp.zeros((1, T), jnp.int32), model.init_memory(1))["params"]  # noqa: E731
-        params = jax.eval_shape(init, jax.random.key(0))
-        for path, decays in jax.tree_util.tree_leaves_with_path(decay_mask(params)):
-            name = path[-1].key
-            undecayed = name in ("embedding", "scale", "memory_tokens") or name.endswith(("_bias", "_norm", "_norm_2"))
-            assert decays != undecayed, path
+@pytest.mark.parametrize("kind", ["lm2", "rmt", "none"])
+def test_decay_mask(kind):
+    params = build_model(config_of(f"memory.kind={kind}", "model.conv_width=4")).abstract_params()
+    for path, decays in jax.tree_util.tree_leaves_with_path(decay_mask(params)):
+        name = path[-1].key
+        undecayed = name in ("embedding", "scale", "memory_tokens") or name.endswith(("_bias", "_norm", "_norm_2"))
+        assert decays != undecayed, path
 
 
 def test_muon():
     """Attention and feed-forward layers step by orthogonal matrices as large as Adam's steps; the rest is Adam's."""
     model = build_model(config_of("model.conv_width=4", "optim.kind=muon"))
-    params = model.init(jax.random.key(0), jnp.zeros((1, T), jnp.int32), model.init_memory(1))["params"]
+    params = model.init_params(jax.random.key(0))
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     grads = tree.unflatten([jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)])
@@ -169,6 +166,30 @@ def test_muon():
         else:
             np.testing.assert_allclose(muon, adam, rtol=1e-5, err_msg=name)
     assert orthogonal == 4 + 3
+
+
+def test_models_that_differ_in_the_run_alone_share_compiled_programs(tmp_path):
+    """Run directory, evaluation, checkpointing and, for decoding, the optimizer are nothing to the model."""
+    one = config_of()
+    other = config_of(f"train.run_dir={tmp_path}", "eval.questions=7", "checkpoint.every_steps=3", "train.log_every=3")
+    faster = config_of("optim.learning_rate=1")
+    models = [build_model(config) for config in (one, other, faster)]
+    assert len(set(models)) == 1 and models[0] == models[1] == models[2]
+    assert build_model(config_of("memory.num_slots=7")) != models[0]
+    mesh, batch = make_mesh(one, jax.devices()[:1]), next(batches(1))
+    with use_mesh(mesh):
+        runs = [(build_model(config), mesh, StepConfig.of(config)) for config in (one, other, faster)]
+        steps = [make_train_step(*run) for run in runs]
+        assert steps[0] is steps[1] and steps[0] is not steps[2]
+        for run, step in zip(runs[:2], steps, strict=False):
+            step(create_state(*run), batch)
+        assert steps[0]._cache_size() == 1
+    params = models[0].init_params(jax.random.key(0))
+    before = sampling.append._cache_size()
+    for model in models:
+        sampling.decode(model, params, [[1, 2]], sampling.start(model, params, 1), max_new_tokens=2)
+    # one program for the prompt's segment, one for single tokens
+    assert sampling.append._cache_size() - before == 2
 
 
 def test_learning_rates():

@@ -57,7 +57,7 @@ def train(config: Config) -> dict[str, Any]:
         validate = Validation(config, pipeline, model, mesh)
         checkpoints = Checkpoints(run_dir, config.checkpoint)
         cleanup.callback(checkpoints.close)
-        state, progress, origin = _start(config, model, mesh, checkpoints)
+        state, progress, origin = initial_state(config, model, mesh, checkpoints)
         if progress.step:
             check_data(progress, pipeline, run_dir)
         progress = dataclasses.replace(progress, data_fingerprint=pipeline.fingerprint())
@@ -112,7 +112,7 @@ def train(config: Config) -> dict[str, Any]:
         return _finish(run_dir, progress, parameters, table, reporter) if is_first() else {}
 
 
-def _start(
+def initial_state(
     config: Config, model: Decoder, mesh: Mesh, checkpoints: Checkpoints
 ) -> tuple[TrainState, Progress, str | None]:
     """State and progress to start from, and where they come from: a checkpoint, train.init_from, or None (fresh)."""
