@@ -1,52 +1,37 @@
-"""Compiles a run's programs for TPUs that are not there, and says what they will need and do.
+"""Compiles a run's programs for TPUs that are not there and reports what they need.
 
     python -m lm2_jax.aot --config configs/lm2_1b7.yaml --topology v5e:4x4
 
-It is the train step that `train` runs, and the step that decodes one token a lane. README has what the figures mean.
+The programs are the train step of `train`, and the step that decodes one token a lane.
 """
 
 from __future__ import annotations
 
-from lm2_jax.common.command_line import aot_arguments, before_imports
-
-if __name__ == "__main__":
-    before_imports(aot_arguments)
-
-import dataclasses
-import hashlib
-import importlib.metadata
-import json
-import re
-import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
-import jax
-
+from lm2_jax.common.command_line import aot_arguments
 from lm2_jax.common.errors import TrainingFailed, UserError, run_command
-from lm2_jax.compiled import costs, hlo, topology
-from lm2_jax.compiled.chips import Chip, roofline
-from lm2_jax.compiled.explain import explain_sharding
-from lm2_jax.compiled.lowered import Programs
-from lm2_jax.config import Config, load_config
-from lm2_jax.tokenizer import with_vocabulary
-
-Figures = dict[str, Any]  # JSON
-_GIB = 2**30
 
 
 def main() -> None:
     """The command."""
     arguments = aot_arguments()
+    if arguments.output is not None and not arguments.output.absolute().parent.is_dir():
+        raise UserError(f"--output: found {arguments.output}; its directory does not exist")
+
+    # imported late so that --help stays fast
+    import json
+
+    from lm2_jax.compiled import topology
+    from lm2_jax.compiled.explain import explain_sharding
+    from lm2_jax.compiled.report import compile_for, describe
+    from lm2_jax.config import load_config
+    from lm2_jax.tokenizer import with_vocabulary
+
+    config = load_config(arguments.config, arguments.set)
     if arguments.explain_sharding:
         topology.prepare()
         devices, _ = topology.devices_of(arguments.topology, arguments.slices)
-        print(explain_sharding(with_vocabulary(load_config(arguments.config, arguments.set)), devices))
+        print(explain_sharding(with_vocabulary(config), devices))
         return
-    if arguments.output is not None and not arguments.output.absolute().parent.is_dir():
-        raise UserError(f"--output: found {arguments.output}; its directory does not exist")
-    config = load_config(arguments.config, arguments.set)
     figures = compile_for(
         config, arguments.topology, arguments.slices, arguments.program, log=print, keep=arguments.hlo
     )
@@ -57,151 +42,6 @@ def main() -> None:
     over = [name for name, program in figures["programs"].items() if not program["fits"]]
     if over:
         raise TrainingFailed(f"does not fit {arguments.topology}: {' and '.join(over)} step")
-
-
-def compile_for(
-    config: Config,
-    topology_name: str,
-    slices: int = 1,
-    program: str = "both",
-    log: Callable[[str], None] = lambda text: None,
-    keep: Path | None = None,
-) -> Figures:
-    """Figures of a config's programs on a topology. program: train, decode or both. keep: directory for HLO texts.
-
-    Raises UserError if the topology is unknown or the mesh does not fit it.
-    """
-    warnings = topology.prepare()
-    devices, chip = topology.devices_of(topology_name, slices)
-    config = with_vocabulary(config)
-    programs = Programs(config, devices)
-    mesh_shape = dict(programs.mesh.shape)
-    log(
-        f"{config.memory.kind}: {programs.parameters:,} parameters, {topology_name}"
-        f"{f' x {slices} slices' if slices > 1 else ''} ({' x '.join(f'{a} {n}' for a, n in mesh_shape.items())})"
-    )
-    figures: Figures = {
-        "topology": topology_name,
-        "slices": slices,
-        "mesh": mesh_shape,
-        "parameters": programs.parameters,
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")},
-        "programs": {},
-        "config": config.model_dump(mode="json"),
-    }
-    lowerings = {"train": programs.lower_train_step, "decode": programs.lower_decode_step}
-    if not programs.model.kind.is_causal:
-        del lowerings["decode"]
-    for name, lower in lowerings.items():
-        if program not in (name, "both"):
-            continue
-        log(f"compiling the {name} step ...")
-        lowered, tokens = lower()
-        began = time.monotonic()
-        try:
-            compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            figures["programs"][name] = too_large(str(error), chip, config)
-            continue
-        seconds = time.monotonic() - began
-        text = compiled.as_text()
-        if keep is not None:
-            keep.mkdir(parents=True, exist_ok=True)
-            (keep / f"{name}.hlo").write_text(text)
-        counted = costs.count(hlo.parse(text), mesh_shape)
-        per_token = 6 if name == "train" else 2
-        model_flops = per_token * programs.parameters * tokens / len(devices)
-        memory = compiled.memory_analysis()
-        figures["programs"][name] = {
-            "fits": True,
-            "tokens": tokens,
-            "argument_bytes": memory.argument_size_in_bytes,
-            "temp_bytes": memory.temp_size_in_bytes,
-            "peak_bytes": memory.peak_memory_in_bytes,
-            "limit_bytes": chip.memory,
-            "model_flops": model_flops,
-            **dataclasses.asdict(counted),
-            "wire_bytes": counted.wire_bytes,
-            "roofline": dataclasses.asdict(roofline(counted, chip, model_flops)),
-            "involuntary_rematerialisations": warnings.involuntary_rematerialisations(),
-            "compile_seconds": round(seconds, 1),
-            "program": hashlib.sha256(lowered.as_text().encode()).hexdigest()[:16],
-        }
-    return figures
-
-
-def describe(figures: Figures) -> str:
-    """Lines for people, on one program."""
-    if not figures["fits"]:
-        peak, limit = figures["peak_bytes"], figures["limit_bytes"] / _GIB
-        over = (
-            f"{peak / _GIB:.2f} GiB, {peak / _GIB - limit:.2f} more than there are" if peak else "more than there are"
-        )
-        changes = "\n".join(f"  {change}" for change in figures["changes"])
-        return f"DOES NOT FIT {limit:.2f} GiB a chip: needs {over}. Try one of\n{changes}"
-    roof = figures["roofline"]
-    lines = [
-        ("tokens a step", f"{figures['tokens']:,}"),
-        (
-            "memory of a chip",
-            f"peak {figures['peak_bytes'] / _GIB:.2f} GiB of {figures['limit_bytes'] / _GIB:.2f} "
-            f"(arguments {figures['argument_bytes'] / _GIB:.2f}, temporary {figures['temp_bytes'] / _GIB:.2f})",
-        ),
-        (
-            "matrix products",
-            f"{figures['matmul_flops'] / 1e12:.1f} TFLOP, {figures['matmul_flops'] / figures['model_flops']:.2f} times "
-            f"the model's {figures['model_flops'] / 1e12:.1f}; kernels {figures['kernel_flops'] / 1e12:.1f}",
-        ),
-        ("estimated cycles", f"{figures['cycles'] / 1e6:,.0f} M (without {figures['kernel_calls']:,} kernel calls)"),
-        ("sent by a chip", f"{figures['wire_bytes'] / 1e9:.2f} GB"),
-        *(
-            (
-                f"  {c['kind']}",
-                f"{c['wire_bytes'] / 1e9:.2f} GB over {c['axis']}, {c['count']} times; "
-                f"largest {c['largest_bytes'] / 1e6:.1f} MB, in a loop {c['in_loop_bytes'] / 1e6:.1f} MB",
-            )
-            for c in figures["collectives"]
-        ),
-        ("main memory traffic", f"{figures['memory_bytes'] / 1e9:.0f} GB; copies {figures['copy_bytes'] / 1e9:.1f} GB"),
-        (
-            "roofline",
-            f"compute {roof['compute']:.3f} s, memory {roof['memory']:.3f} s, "
-            f"interconnect {roof['interconnect']:.3f} s, as scheduled {roof['scheduled']:.3f} s: {roof['binds']} binds",
-        ),
-        ("at best", f"{roof['step']:.3f} s a step, {roof['mfu']:.0%} of peak (6ND; decode 2ND)"),
-        ("involuntary rematerialisations", f"{figures['involuntary_rematerialisations']}"),
-        ("compiled in", f"{figures['compile_seconds']:.0f} s"),
-    ]
-    return "\n".join(f"  {name:<32}{text}" for name, text in lines)
-
-
-def too_large(message: str, chip: Chip, config: Config) -> Figures:
-    """What a compile error of a program without room says. Raises TrainingFailed for any other error."""
-    if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
-        raise TrainingFailed(f"libtpu cannot compile the program: {message.splitlines()[0][:400]}")
-    used = re.search(r"(?:Used |\()([\d.]+)([MG])(?: of|\) exceeds)", message)  # all, or temporary arrays alone
-    peak = float(used.group(1)) * (2**30 if used.group(2) == "G" else 2**20) if used else None
-    return {"fits": False, "peak_bytes": peak, "limit_bytes": chip.memory, "changes": changes(config)}
-
-
-def changes(config: Config) -> list[str]:
-    """Settings that would make a train step smaller, the mildest first."""
-    found = []
-    if config.train.remat != "full":
-        better = {"none": "block", "block": "full"}[config.train.remat]
-        found.append(f"--set train.remat={better} (now {config.train.remat}): recompute instead of keeping")
-    if config.train.dtype == "float32":
-        found.append("--set train.dtype=bfloat16 (now float32): activations half as large")
-    lanes = config.data.batch_size // config.optim.accumulation_steps
-    if lanes % 2 == 0:
-        found.append(
-            f"--set optim.accumulation_steps={config.optim.accumulation_steps * 2}: half as many lanes at once"
-        )
-        found.append(f"--set data.batch_size={config.data.batch_size // 2}: fewer lanes")
-    if config.data.segments_per_window > 1:
-        found.append(f"--set data.segments_per_window={config.data.segments_per_window // 2}: shorter windows")
-    found.append("a topology with more chips, with mesh.fsdp=-1: parameters and optimizer state in smaller parts")
-    return found
 
 
 if __name__ == "__main__":

@@ -1,26 +1,14 @@
 """Measures a model: `python -m lm2_jax.evaluate --checkpoint runs/books --task perplexity --output books.json`.
 
-Each task is a module of evals/ with three functions: `evaluate` gives JSON, `tables` and `draw` show it.
+Each task is a module of evals/ with three functions: `evaluate` returns JSON, `tables` and `draw` show it.
 """
 
 from __future__ import annotations
 
-from lm2_jax.common.command_line import before_imports, evaluate_arguments
+from types import ModuleType
 
-if __name__ == "__main__":
-    before_imports(evaluate_arguments)
-
-import json
-
-from rich.console import Console
-
+from lm2_jax.common.command_line import evaluate_arguments
 from lm2_jax.common.errors import UserError, run_command
-from lm2_jax.common.files import write_atomically
-from lm2_jax.evals import babilong, harness, mmlu, perplexity
-from lm2_jax.evals.model import load_for_evaluation
-from lm2_jax.parallel.mesh import use_mesh
-
-TASKS = {"perplexity": perplexity, "babilong": babilong, "mmlu": mmlu, "harness": harness}
 
 
 def main() -> None:
@@ -30,7 +18,16 @@ def main() -> None:
     if output is not None and (output.suffix != ".json" or not output.absolute().parent.is_dir()):
         raise UserError(f"--output: found {output}; give a file that ends in .json, in a directory that exists")
 
-    task, console = TASKS[arguments.task], Console(highlight=False, soft_wrap=True)
+    # imported late so that --help stays fast
+    import json
+
+    from rich.console import Console
+
+    from lm2_jax.common.files import write_atomically
+    from lm2_jax.evals.model import load_for_evaluation
+    from lm2_jax.parallel.mesh import use_mesh
+
+    task, console = import_task(arguments.task), Console(highlight=False, soft_wrap=True)
     loaded = load_for_evaluation(arguments.checkpoint, arguments.set)
     with use_mesh(loaded.mesh):
         result = task.evaluate(loaded, output, lambda text: console.print(text, markup=False))
@@ -42,5 +39,12 @@ def main() -> None:
         console.print(f"written: {', '.join(map(str, written))}", markup=False)
 
 
+def import_task(name: str) -> ModuleType:
+    """The module of one of `EVALUATION_TASKS`."""
+    from lm2_jax.evals import babilong, harness, mmlu, perplexity  # imported late so that --help stays fast
+
+    return {"perplexity": perplexity, "babilong": babilong, "mmlu": mmlu, "harness": harness}[name]
+
+
 if __name__ == "__main__":
-    run_command(main, interrupted="interrupted; with --output, the same command goes on from what is finished")
+    run_command(main, interrupted="interrupted; with --output, the same command resumes after what is finished")

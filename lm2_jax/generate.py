@@ -1,28 +1,17 @@
 """Continues a text: `python -m lm2_jax.generate --checkpoint runs/books --prompt "Call me Ishmael."`.
 
-A prompt may be a whole book: it streams through memory. Saved memory answers many questions for one reading.
+A prompt may be a whole book: it streams through memory. Saved memory answers many questions after one reading.
 """
 
 from __future__ import annotations
-
-from lm2_jax.common.command_line import before_imports, generate_arguments
-
-if __name__ == "__main__":
-    before_imports(generate_arguments)
 
 import argparse
 import functools
 import sys
 from pathlib import Path
 
-import numpy as np
-
+from lm2_jax.common.command_line import generate_arguments
 from lm2_jax.common.errors import UserError, run_command
-from lm2_jax.decoding.memory_file import load_state, save_state
-from lm2_jax.decoding.sampling import decode, start
-from lm2_jax.decoding.text_stream import TextStream
-from lm2_jax.loading import load_run
-from lm2_jax.tokenizer import encode_long, load_text_tokenizer
 
 
 def main() -> None:
@@ -30,17 +19,27 @@ def main() -> None:
     arguments = generate_arguments()
     text = _prompt(arguments)
     if arguments.save_memory and not Path(arguments.save_memory).absolute().parent.is_dir():
-        raise UserError(f"--save-memory: {arguments.save_memory} is in no directory that exists")
+        raise UserError(f"--save-memory: the directory of {arguments.save_memory} does not exist")
+
+    # imported late so that --help stays fast
+    import numpy as np
+
+    from lm2_jax.decoding.memory_file import load_state, save_state
+    from lm2_jax.decoding.sampling import decode, start
+    from lm2_jax.decoding.text_stream import TextStream
+    from lm2_jax.loading import load_run
+    from lm2_jax.tokenizer import encode_long, load_text_tokenizer
+
     config, model, params = load_run(arguments.checkpoint)
     tokenizer = load_text_tokenizer(config, arguments.checkpoint)
     if arguments.load_memory:
-        state, begin = load_state(arguments.load_memory, model, params), []
+        state, first = load_state(arguments.load_memory, model, params), []
         if len(state.count_B) != 1:
             raise UserError(f"--load-memory: {arguments.load_memory} holds {len(state.count_B)} rows; expected one")
     else:
-        state, begin = start(model, params, 1), [id for id in (tokenizer.bos_id,) if id is not None]
-    prompt = np.concatenate([np.array(begin, np.int32), encode_long(tokenizer, text)])
-    if len(prompt) == len(begin):
+        state, first = start(model, params, 1), [id for id in (tokenizer.bos_id,) if id is not None]
+    prompt = np.concatenate([np.array(first, np.int32), encode_long(tokenizer, text)])
+    if len(prompt) == len(first):
         raise UserError("the prompt holds no token; give some text to continue")
     stream = TextStream(tokenizer, arguments.stop, functools.partial(print, end="", flush=True))
     _, state = decode(
@@ -73,7 +72,7 @@ def _prompt(arguments: argparse.Namespace) -> str:
         except OSError as error:
             raise UserError(f"{origin} cannot be read ({error.strerror})") from None
         except UnicodeDecodeError as error:
-            raise UserError(f"{origin} is no UTF-8 text (byte {error.start})") from None
+            raise UserError(f"{origin} is not UTF-8 text (byte {error.start})") from None
     if not text:
         raise UserError(f"{origin} is empty; give some text to continue")
     return text

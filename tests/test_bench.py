@@ -1,6 +1,7 @@
-"""The benchmark races what it says it races, and writes what it measured."""
+"""The benchmark compares what its titles say, and writes what it measured."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -8,7 +9,10 @@ from helpers import TINY
 
 from lm2_jax import bench
 from lm2_jax.common.errors import UserError
+from lm2_jax.compiled import timing
+from lm2_jax.compiled.comparisons import comparisons
 from lm2_jax.config import parse_config
+from lm2_jax.model.sizes import parameters
 
 SMALL = ("model.vocab_size=32", "data.batch_size=8", "train.curriculum=[]", "mesh.data=-1", "mesh.fsdp=1")
 
@@ -20,14 +24,14 @@ def run(monkeypatch, tmp_path, *arguments):
     bench.main()
 
 
-def test_races_are_at_equal_parameters_and_equal_tokens():
-    comparisons = {race.title: race for race in bench.comparisons(parse_config(TINY, SMALL))}
-    kinds = comparisons["Training, by kind of memory (equal parameters, equal tokens)"].variants
+def test_comparisons_are_at_equal_parameters_and_equal_tokens():
+    by_title = {comparison.title: comparison for comparison in comparisons(parse_config(TINY, SMALL))}
+    kinds = by_title["Training, by kind of memory (equal parameters, equal tokens)"].variants
     assert list(kinds) == ["none", "lm2", "rmt"]
-    counts = [bench.parameters(config) for config in kinds.values()]
+    counts = [parameters(config) for config in kinds.values()]
     assert max(counts) - min(counts) <= 3 * kinds["lm2"].model.d_model
     assert len({(c.stages[-1].segments, c.stages[-1].segment_length, c.data.batch_size) for c in kinds.values()}) == 1
-    contexts = comparisons["Training, by context: segments with memory, and full attention"].variants
+    contexts = by_title["Training, by context: segments with memory, and full attention"].variants
     assert [c.stages[-1].segments * c.stages[-1].segment_length for c in contexts.values()] == [32, 64, 128] * 2
     assert {c.stages[-1].segments for name, c in contexts.items() if name.startswith("none")} == {1}
 
@@ -36,15 +40,16 @@ def test_races_are_at_equal_parameters_and_equal_tokens():
     ("title", "names"), [("schedule", ["segment", "layer"]), ("Decoding a segment, by s", ["N 4", "N 8", "N 16"])]
 )
 def test_what_is_measured_is_written_and_shown(monkeypatch, tmp_path, capsys, title, names):
-    monkeypatch.setattr(bench, "_LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "LEAST_SECONDS", 0.0)
     run(monkeypatch, tmp_path, "--only", title, "--rounds", "2", "--output", str(tmp_path / "bench.json"))
     (rows,) = json.loads((tmp_path / "bench.json").read_text())["races"].values()
     assert [row["name"] for row in rows] == names
     assert rows[0]["time_per_token_ratio"] == 1
+    shown = capsys.readouterr().out
     for row in rows:
         assert 0 < row["seconds"][0] <= row["seconds"][1] <= row["seconds"][2]
         assert row["ratio_range"][0] <= row["time_per_token_ratio"] <= row["ratio_range"][1]
-        assert row["name"] in capsys.readouterr().out or row is not rows[0]
+        assert re.search(rf"│ {row['name']} +│ +{row['parameters']:,} │", shown)
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ import pytest
 from compile_configs import table, topology_of
 from jax.sharding import AxisType, PartitionSpec
 
-from lm2_jax.aot import describe, too_large
 from lm2_jax.common.errors import UserError
 from lm2_jax.compiled import costs, hlo
 from lm2_jax.compiled.chips import CHIPS, roofline
 from lm2_jax.compiled.explain import explain_sharding
+from lm2_jax.compiled.report import describe, too_large
 from lm2_jax.config import load_config
 
 ROOT = Path(__file__).parents[1]

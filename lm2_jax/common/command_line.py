@@ -1,25 +1,16 @@
-"""What the commands take on their command lines. No jax here: --help and mistakes are answered at once.
+"""The arguments of the commands. No jax here: --help and mistakes are answered at once.
 
-A command asks for its arguments twice: before its imports, which take seconds, if it is run; and in its `main`.
+A command's `main` parses its arguments first, and then imports what it works with.
 """
 
 from __future__ import annotations
 
 import argparse
-import signal
-from collections.abc import Callable
 from pathlib import Path
 
 EVALUATION_TASKS = ("perplexity", "babilong", "mmlu", "harness")
 
 _CHECKPOINT = "a run directory, one of its checkpoints, or a converted one"
-
-
-def before_imports(arguments_of: Callable[[], argparse.Namespace]) -> None:
-    """Answers --help and mistakes before a command's other imports, and lets Ctrl-C end those without a traceback."""
-    arguments_of()
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `run_command`
 
 
 def parser_for(command: str, description: str, *examples: str) -> argparse.ArgumentParser:
@@ -34,24 +25,24 @@ def parser_for(command: str, description: str, *examples: str) -> argparse.Argum
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    """--config and --set."""
+    """Adds --config and --set."""
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML config, for example from configs/")
     add_set(parser)
 
 
 def add_set(parser: argparse.ArgumentParser) -> None:
-    """--set."""
+    """Adds --set."""
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="override a key, such as train.steps=100; repeatable (lm2_jax/config.py lists all keys)",
+        help="override a key, such as train.steps=100; repeatable (docs/configuration.md lists all keys)",
     )
 
 
 def train_arguments() -> argparse.Namespace:
-    """Of lm2_jax.train."""
+    """Parses the arguments of lm2_jax.train."""
     parser = parser_for(
         "train",
         "Train a model. A run directory (train.run_dir) that holds a checkpoint is resumed; Ctrl-C saves first.",
@@ -62,23 +53,23 @@ def train_arguments() -> argparse.Namespace:
     )
     wanted = parser.add_mutually_exclusive_group(required=True)
     wanted.add_argument("--config", metavar="FILE", help="YAML config, for example from configs/")
-    wanted.add_argument("--verify", type=Path, metavar="RUN_DIR", help="only check a run directory, changing nothing")
+    wanted.add_argument("--verify", type=Path, metavar="RUN_DIR", help="check a run directory without changing it")
     add_set(parser)
-    parser.add_argument("--explain-sharding", action="store_true", help="only show which array lies where")
+    parser.add_argument("--explain-sharding", action="store_true", help="show how arrays are sharded, and stop")
     parser.add_argument(
         "--distributed",
         action="store_true",
-        help="this is one of several processes that run the same command: on a TPU pod, or as JAX_COORDINATOR_ADDRESS, "
-        "JAX_NUM_PROCESSES and JAX_PROCESS_ID say",
+        help="one of several processes that run this command: on a TPU pod, or as set by JAX_COORDINATOR_ADDRESS, "
+        "JAX_NUM_PROCESSES and JAX_PROCESS_ID",
     )
     return parser.parse_args()
 
 
 def evaluate_arguments() -> argparse.Namespace:
-    """Of lm2_jax.evaluate."""
+    """Parses the arguments of lm2_jax.evaluate."""
     parser = parser_for(
         "evaluate",
-        "Measure a model. With --output, finished work is kept, and the same command goes on from there.",
+        "Measure a model. With --output, finished work is kept, and the same command resumes there.",
         "--checkpoint runs/books --task perplexity --set 'eval.perplexity.path=books/*.txt' --output books.json",
         "--checkpoint runs/babilong_tiny --task babilong --set eval.babilong.prompt=plain "
         "--set 'eval.babilong.lengths=[0k, 1k, 4k]'",
@@ -90,15 +81,15 @@ def evaluate_arguments() -> argparse.Namespace:
         "--task",
         required=True,
         choices=EVALUATION_TASKS,
-        help="its settings are eval.TASK (PerplexityConfig, BabilongConfig, MmluConfig, HarnessConfig in config.py)",
+        help="what to measure; settings are eval.TASK (see docs/configuration.md)",
     )
     add_set(parser)
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the result, and pictures beside it")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the result, and pictures next to it")
     return parser.parse_args()
 
 
 def generate_arguments() -> argparse.Namespace:
-    """Of lm2_jax.generate."""
+    """Parses the arguments of lm2_jax.generate."""
     parser = parser_for(
         "generate",
         "Continue a text. A prompt of any length streams through memory, a segment at a time.",
@@ -108,24 +99,30 @@ def generate_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help=_CHECKPOINT)
     prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT", help="what to continue")
-    prompt.add_argument("--prompt-file", metavar="FILE", help="the same, from a UTF-8 text file")
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default 128; 0: only read")
+    prompt.add_argument("--prompt", metavar="TEXT", help="text to continue")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="UTF-8 file with the text to continue")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=128,
+        metavar="N",
+        help="default 128; 0: only read",
+    )
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="default 0: the most likely token")
-    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K most likely tokens")
-    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that make up P")
-    parser.add_argument("--stop", action="append", default=[], metavar="STRING", help="end before it; repeatable")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws; default 0")
-    parser.add_argument("--save-memory", metavar="FILE", help="write what was read, and written, to a safetensors file")
-    parser.add_argument("--load-memory", metavar="FILE", help="go on from there; the prompt follows what was read")
+    parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K most likely tokens")
+    parser.add_argument("--top-p", type=float, metavar="P", help="sample from the most likely tokens of probability P")
+    parser.add_argument("--stop", action="append", default=[], metavar="STRING", help="end before this; repeatable")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling; default 0")
+    parser.add_argument("--save-memory", metavar="FILE", help="save the memory after the last token as safetensors")
+    parser.add_argument("--load-memory", metavar="FILE", help="start from saved memory; the prompt continues its text")
     arguments = parser.parse_args()
     if "" in arguments.stop:
-        parser.error("argument --stop: an empty string is everywhere")
+        parser.error("argument --stop: an empty string occurs everywhere")
     return arguments
 
 
 def aot_arguments() -> argparse.Namespace:
-    """Of lm2_jax.aot."""
+    """Parses the arguments of lm2_jax.aot."""
     parser = parser_for(
         "aot",
         "Compile the train step and the decode step for a TPU topology, on any Linux machine.",
@@ -135,25 +132,25 @@ def aot_arguments() -> argparse.Namespace:
     )
     add_config(parser)
     parser.add_argument("--topology", required=True, metavar="NAME", help="v5e:1x1 to 16x16, v6e:4x4, v5p:2x2x1, ...")
-    parser.add_argument("--slices", type=int, default=1, help="so many of them, joined by the data-centre network")
+    parser.add_argument("--slices", type=int, default=1, help="number of slices, joined by the data-centre network")
     parser.add_argument("--program", choices=("train", "decode", "both"), default="both", help="default both")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures")
     parser.add_argument("--hlo", type=Path, metavar="DIRECTORY", help="keep the optimised programs as text")
-    parser.add_argument("--explain-sharding", action="store_true", help="only show which array lies where")
+    parser.add_argument("--explain-sharding", action="store_true", help="show how arrays are sharded, and stop")
     return parser.parse_args()
 
 
 def bench_arguments() -> argparse.Namespace:
-    """Of lm2_jax.bench."""
+    """Parses the arguments of lm2_jax.bench."""
     parser = parser_for(
         "bench",
-        "Measure training and decoding here: lm2 beside none and rmt, both schedules, and how the cost grows with "
-        "segments, slots and context.",
+        "Measure training and decoding here: lm2 against none and rmt, both schedules, and how the cost grows with "
+        " segments, slots and context.",
         "--config configs/babilong_tiny.yaml --output bench.json",
         "--config configs/lm2_125m.yaml --set data.batch_size=4 --only decoding",
     )
     add_config(parser)
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of every program; default 5")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only the tables whose title has this text in it")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="runs of every program, in turns; default 5")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only the tables whose titles contain this text")
     return parser.parse_args()

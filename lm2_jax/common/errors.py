@@ -1,30 +1,41 @@
-"""Errors that are the user's to mend, and how a command ends on one."""
+"""Errors that are the user's to correct, and how a command ends on one."""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 
 
 class UserError(Exception):
-    """Something the user can put right: names the file, the key, the value found, and what would be right.
+    """An error that the user can correct: names the file, the key, the value found, and what would be right.
 
     Commands print it without a traceback and exit with code 2.
     """
 
 
 class TrainingFailed(Exception):
-    """A run that cannot go on (for example, too many non-finite steps). Printed without a traceback; exit code 1."""
+    """A run that cannot continue (for example, too many non-finite steps). Printed without a traceback; exit code 1."""
 
 
 def run_command(main: Callable[[], None], interrupted: str = "interrupted") -> None:
-    """Runs a command's `main` and turns its errors into exit codes: 2 the user's, 1 ours, 130 interrupted.
+    """Runs a command's `main` and turns errors into exit codes: 2 the user's, 1 ours, 130 interrupted.
 
-    interrupted: what Ctrl-C makes it say, such as how to go on.
+    interrupted: message on Ctrl-C, such as how to resume.
     """
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as `command_line.before_imports` leaves it
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        while frame is not None:  # an import may swallow the exception, or print a traceback of its own
+            if frame.f_code.co_filename.startswith("<frozen importlib"):
+                os.write(2, f"{interrupted}\n".encode())
+                os._exit(130)
+            frame = frame.f_back
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) in (signal.default_int_handler, signal.SIG_DFL):
+        signal.signal(signal.SIGINT, interrupt)
     try:
         main()
     except UserError as error:

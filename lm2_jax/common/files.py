@@ -1,4 +1,4 @@
-"""Files that survive a kill, and directories that one process at a time may fill."""
+"""Files that survive a kill, and directories that one process at a time may write to."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lm2_jax.common.errors import UserError
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a file that is there whole or not at all, whenever the process is killed."""
+    """Writes a file that exists completely or not at all, even if the process is killed."""
     temporary = path.with_name(path.name + ".partial")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -23,9 +23,9 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def lock_directory(directory: Path, complaint: str) -> Iterator[None]:
-    """Keeps other processes out of a directory; the lock ends with the process, however that ends.
+    """Locks a directory against other processes; the lock ends with the process, however that ends.
 
-    Raises UserError with the complaint if another one is in it.
+    Raises UserError with `complaint` if another process holds it.
     """
     with (directory / ".lock").open("w") as file:
         try:

@@ -1,4 +1,4 @@
-"""What others wrote: files are read up to a bound, names stay in their directory, values are shown in short."""
+"""Guards against hostile input: sizes of files, names that lead out of a directory, values too long to print."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _LONGEST_SHOWN = 200
 
 
 def read_limited(path: Path, most: int) -> bytes:
-    """The bytes of a file. Raises UserError if it has more than `most`, OSError if it cannot be read."""
+    """The bytes of a file. Raises UserError if there are more than `most`, OSError if it cannot be read."""
     data = bytearray()
     with path.open("rb") as file:
-        while part := file.read(1 << 20):  # and not `most` at once, which would be allocated
+        while part := file.read(1 << 20):  # not `most` at once, which would allocate that much
             data += part
             if len(data) > most:
                 raise UserError(f"{path}: is longer than {most:,} bytes, the most that such a file may have")
@@ -22,10 +22,10 @@ def read_limited(path: Path, most: int) -> bytes:
 
 
 def resolve_inside(directory: Path, name: str) -> Path:
-    """The file of a directory that something in it names.
+    """The file of a directory that an entry in one of its files names.
 
     A link may lead to another file of the directory, or out of a snapshot of the Hugging Face hub's cache into its
-    `blobs`. Raises UserError for a name that is more than a name, for a link to elsewhere, and if no file is there.
+    `blobs`. Raises UserError for paths instead of names, for links to elsewhere, and if there is no such file.
     """
     is_name = name.isprintable() and name not in ("", "..") and Path(name).name == name
     if not is_name:
@@ -36,15 +36,15 @@ def resolve_inside(directory: Path, name: str) -> Path:
     except OSError as error:
         raise UserError(f"{directory}: {short_repr(name)} cannot be read ({error.strerror})") from None
     if not is_file:
-        raise UserError(f"{path}: is missing, or no plain file")
+        raise UserError(f"{path}: is missing, or not a plain file")
     blobs = [parent.parent / "blobs" for parent in home.parents if parent.name == "snapshots"]
     if not any(real.is_relative_to(place) for place in (home, *blobs)):
-        raise UserError(f"{path}: is a link to a file outside of its directory; put the file itself there")
+        raise UserError(f"{path}: links to a file outside its directory; put the file itself there")
     return path
 
 
 def short_repr(value: Any) -> str:
-    """`repr` of a value, for a message; a long one is cut."""
+    """`repr` of a value for a message, shortened if it is long."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits; lists in lists in lists
