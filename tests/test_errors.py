@@ -214,8 +214,8 @@ def test_run_directory_of_another_config(fails):
 
 
 def test_run_directory_that_is_a_file(fails):
-    assert "train.run_dir: text.txt cannot be made (File exists)" in fails("train.run_dir=text.txt")
-    assert "train.run_dir: text.txt/run cannot be made" in fails("train.run_dir=text.txt/run")
+    assert "train.run_dir: text.txt cannot be created (File exists)" in fails("train.run_dir=text.txt")
+    assert "train.run_dir: text.txt/run cannot be created" in fails("train.run_dir=text.txt/run")
 
 
 def test_checkpoint_directory_that_is_a_file(fails):
