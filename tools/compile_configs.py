@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
+import _checkout  # noqa: F401
 
 from lm2_jax.common.errors import TrainingFailed, UserError, run_command
 

@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import argparse
 import signal
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
-
+import _checkout  # noqa: F401
 from rich.console import Console
 from rich.progress import track
 

@@ -8,10 +8,8 @@ Held-out qa2 stories of the generator with one question at the end, "Where is th
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
+import _checkout  # noqa: F401
 
 from lm2_jax.common.errors import UserError, run_command
 

@@ -10,10 +10,9 @@ its own (with a question at the end), and many more to see how long a fact survi
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
+import _checkout  # noqa: F401
 
 from lm2_jax.common.errors import run_command
 

@@ -14,9 +14,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import _checkout  # noqa: F401
 import tokenizers
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
 from lm2_jax.common.errors import run_command
 from lm2_jax.config import parse_config

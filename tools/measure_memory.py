@@ -10,10 +10,8 @@ pass per segment is, segment by segment, all layers' banks and one [B,T,D]; laye
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout that is not installed
+import _checkout  # noqa: F401
 
 from lm2_jax.common.errors import run_command
 from lm2_jax.config import Config, parse_config

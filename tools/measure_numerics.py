@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
-
+import _checkout  # noqa: F401
 import numpy as np
 
 from lm2_jax.common.errors import TrainingFailed, UserError, run_command

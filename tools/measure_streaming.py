@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout that is not installed
-
+import _checkout  # noqa: F401
 import numpy as np
 
 from lm2_jax.common.errors import UserError, run_command

@@ -10,10 +10,9 @@ Runs may still be going on. A panel that no run has anything for is left out.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
+import _checkout  # noqa: F401
 
 from lm2_jax.common.errors import UserError, run_command
 from lm2_jax.plots.runs import AXES, PANELS, plot_runs, read_runs

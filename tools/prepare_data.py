@@ -8,12 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+import _checkout  # noqa: F401
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
 from lm2_jax.common.errors import UserError, run_command
 from lm2_jax.config import pattern_problem

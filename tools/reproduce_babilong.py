@@ -25,8 +25,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
-
+import _checkout  # noqa: F401
 from babilong_report import best_setting, write_report
 
 from lm2_jax.common.errors import TrainingFailed, UserError, run_command

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import io
-import sys
 from pathlib import Path
 
+import _checkout  # noqa: F401
 import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
 from lm2_jax.common.errors import UserError, run_command
 from lm2_jax.config import TokenizerConfig
