@@ -40,7 +40,7 @@ def test_the_kernel_is_plain_attention(on_tpu, causal, H, G, keys, grouped):
     if grouped:  # of the keys, a part is seen; causal: as in packed documents
         of_keys = (jnp.arange(keys)[None] + jnp.array([[0], [40]])) // 100
         of_queries = of_keys if causal else jnp.ones((B, T), jnp.int32)
-        groups = {"groups_BT": of_queries, "groups_BU": of_keys}
+        groups = {"q_document_ids_BT": of_queries, "kv_document_ids_BU": of_keys}
     weights = jnp.cos(jnp.arange(K))
 
     def run(q, k, v):
@@ -70,7 +70,7 @@ def test_shares_are_what_attention_mixes_by(H, G):
     q_BTHK, k_BUGK, _ = arrays(H, G, K)
     one_hot_BUGU = jnp.broadcast_to(jnp.eye(K)[:, None], (B, K, G, K))
     seen_BU = jnp.arange(K) < jnp.array([[K], [10]])
-    groups = {"groups_BT": jnp.ones((B, T), jnp.int32), "groups_BU": seen_BU.astype(jnp.int32)}
+    groups = {"q_document_ids_BT": jnp.ones((B, T), jnp.int32), "kv_document_ids_BU": seen_BU.astype(jnp.int32)}
     mixed_BTHU = attention(q_BTHK, k_BUGK, one_hot_BUGU, **groups)
     shares_BTU = attention_weights(q_BTHK, k_BUGK, seen_BU[:, None])
     np.testing.assert_allclose(shares_BTU, mixed_BTHU.mean(2), atol=1e-5)

@@ -1,5 +1,6 @@
 """Checkpoints: damage is found and survived, foreign directories are refused, meshes may change; non-finite steps."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -29,7 +30,6 @@ from lm2_jax.parallel.mesh import make_mesh, use_mesh
 from lm2_jax.tokenizer import check_vocabulary, load_tokenizer
 from lm2_jax.training import loop
 from lm2_jax.training.loop import train
-from lm2_jax.training.optim import make_optimizer
 from lm2_jax.training.state import StepConfig, create_state, shardings_of
 from lm2_jax.training.step import make_train_step
 
@@ -226,13 +226,14 @@ def test_load_damaged(damage, run_dir):
 def test_one_device_to_eight_and_back(tmp_path):
     config = short_config(tmp_path, "mesh={data: 2, fsdp: 2, tensor: 2}")
     config = check_vocabulary(config, load_tokenizer(config.tokenizer))
-    model, optimizer = build_model(config), make_optimizer(config.optim)
+    model, settings = build_model(config), StepConfig.of(config)
     one = make_mesh(replace(config, mesh={"data": 1, "fsdp": 1, "tensor": 1}), jax.devices()[:1])
     eight = make_mesh(config)
     states = {}
     for seed, mesh in enumerate((one, eight)):
         with use_mesh(mesh):
-            states[mesh] = create_state(model, optimizer, mesh, config.data.batch_size, seed)
+            run = model, mesh, dataclasses.replace(settings, seed=seed)
+            states[mesh] = create_state(*run), shardings_of(*run)
     saved = None
     for mesh in (one, eight, one):
         with use_mesh(mesh):
@@ -262,7 +263,7 @@ def test_non_finite_step_is_skipped(kind, tmp_path):
     config = short_config(tmp_path, f"memory.kind={kind}")
     tokenizer = load_tokenizer(config.tokenizer)
     config = check_vocabulary(config, tokenizer)
-    model, mesh = build_model(config), make_mesh(config)
+    model, mesh = build_model(config), make_mesh(config, jax.devices()[:1])
     window = next(make_iterator(Pipeline(config, tokenizer).training(config.stages[0]), 0))
     window.reset_BS[:] = False  # so that all lanes read the memory that is given
     with use_mesh(mesh):

@@ -262,7 +262,7 @@ def _edited(path, change):
         ),
         (lambda t, m: t.update(count_B=t["count_B"] + 9), "count_B: found [14]; should be within 0 and 8"),
         (lambda t, m: t.update(count_B=t["count_B"].astype(float)), "count_B: found float32 [1]; should be int32 [1]"),
-        (lambda t, m: m.clear(), "no memory of lm2_jax (metadata lm2_jax.memory is missing)"),
+        (lambda t, m: m.clear(), "not a memory file of lm2_jax (metadata lm2_jax.memory is missing)"),
         (lambda t, m: m.update({"lm2_jax.memory": "[]"}), "cannot be read as a memory file"),
     ],
 )
@@ -328,7 +328,7 @@ def test_text_comes_as_soon_as_it_is_sure():
         ({"top_k": 0}, "top_k: found 0; give 1 or more"),
         ({"top_p": 1.5}, "top_p: found 1.5; give a probability"),
         ({"prompts": [[1], []]}, "prompt 1 is empty"),
-        ({"prompts": [[1, 50]]}, "prompt 0 holds token id 50, but the model knows ids below 50"),
+        ({"prompts": [[1, 50]]}, "prompt 0 holds token id 50, but the model has ids below 50"),
     ],
 )
 def test_options(options, said):

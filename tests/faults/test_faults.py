@@ -12,10 +12,10 @@ import pytest
 from helpers import Run, assert_same_run, checkpoint_steps, quick_training, short_config, text_overrides
 
 from lm2_jax import train as train_module
+from lm2_jax.checkpoint import manager as checkpoint_module
 from lm2_jax.common.errors import TrainingFailed, UserError
 from lm2_jax.common.records import read_records
 from lm2_jax.config import save_config
-from lm2_jax.training import checkpoint as checkpoint_module
 from lm2_jax.training import tensorboard as board
 from lm2_jax.training.loop import train
 from lm2_jax.training.verify import verify
