@@ -59,7 +59,7 @@ def train_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--distributed",
         action="store_true",
-        help="one of several processes that run this command: on a TPU pod, or as set by JAX_COORDINATOR_ADDRESS, "
+        help="run as one of several processes: on a TPU pod, or as set by JAX_COORDINATOR_ADDRESS, "
         "JAX_NUM_PROCESSES and JAX_PROCESS_ID",
     )
     return parser.parse_args()
@@ -101,13 +101,7 @@ def generate_arguments() -> argparse.Namespace:
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="text to continue")
     prompt.add_argument("--prompt-file", metavar="FILE", help="UTF-8 file with the text to continue")
-    parser.add_argument(
-        "--max-new-tokens",
-        type=int,
-        default=128,
-        metavar="N",
-        help="default 128; 0: only read",
-    )
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default 128; 0: only read")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="default 0: the most likely token")
     parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K most likely tokens")
     parser.add_argument("--top-p", type=float, metavar="P", help="sample from the most likely tokens of probability P")
@@ -145,7 +139,7 @@ def bench_arguments() -> argparse.Namespace:
     parser = parser_for(
         "bench",
         "Measure training and decoding here: lm2 against none and rmt, both schedules, and how the cost grows with "
-        " segments, slots and context.",
+        "segments, slots and context.",
         "--config configs/babilong_tiny.yaml --output bench.json",
         "--config configs/lm2_125m.yaml --set data.batch_size=4 --only decoding",
     )

@@ -1,4 +1,4 @@
-"""What must agree between sections of a config. Each function returns problems as text, beginning with a key."""
+"""Checks across sections of a config. Each function yields problems as text that begins with a key."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lm2_jax.config.sections import (
 
 
 def bank_problems(model: ModelConfig, memory: MemoryConfig) -> Iterator[str]:
-    """Sizes of lm2's banks."""
+    """Problems of the sizes of lm2's banks."""
     if memory.kind != "lm2":
         return
     for name, width in (("model.d_model", model.d_model), ("memory.width", memory.width)):
@@ -27,7 +27,7 @@ def bank_problems(model: ModelConfig, memory: MemoryConfig) -> Iterator[str]:
 
 
 def state_problems(memory: MemoryConfig, data: DataConfig, train: TrainConfig) -> Iterator[str]:
-    """Layouts and schedules that need more than the one state per lane that a kind keeps."""
+    """Problems of layout and schedule for kinds that keep one state per lane."""
     if memory.kind not in ("rmt", "official"):
         return
     if data.boundaries == "packed":
@@ -37,7 +37,7 @@ def state_problems(memory: MemoryConfig, data: DataConfig, train: TrainConfig) -
 
 
 def official_problems(model: ModelConfig, memory: MemoryConfig, data: DataConfig, train: TrainConfig) -> Iterator[str]:
-    """Bounds of the authors' published model, and settings that only it has."""
+    """Problems of the sizes of the authors' published model, and of settings that only it has."""
     if memory.kind != "official":
         if memory.dropout:
             yield f"memory.dropout {memory.dropout}: only kind official has dropout"
@@ -59,7 +59,7 @@ def official_problems(model: ModelConfig, memory: MemoryConfig, data: DataConfig
 
 
 def step_problems(data: DataConfig, optim: OptimConfig, train: TrainConfig) -> Iterator[str]:
-    """Microbatches and warm-up."""
+    """Problems of microbatches and warm-up."""
     if data.batch_size % optim.accumulation_steps:
         yield f"optim.accumulation_steps {optim.accumulation_steps} does not divide data.batch_size {data.batch_size}"
     if optim.warmup_steps > train.steps:
@@ -69,7 +69,7 @@ def step_problems(data: DataConfig, optim: OptimConfig, train: TrainConfig) -> I
 def source_problems(
     model: ModelConfig, data: DataConfig, tokenizer: TokenizerConfig, optim: OptimConfig
 ) -> Iterator[str]:
-    """Needs of each data source: layout, tokenizer, vocabulary and loss."""
+    """Problems of a data source's layout, tokenizer, vocabulary and loss."""
     needed = "needs bytes, sentencepiece, tokenizers or llama3"
     if data.source == "stories":
         if data.boundaries != "segment":
@@ -88,7 +88,7 @@ def source_problems(
 
 
 def order_problems(data: DataConfig, stages: Sequence[StageConfig]) -> Iterator[str]:
-    """The official trainer's order of batches, which reads shards as one stream of equal segments."""
+    """Problems of the official trainer's order of batches, which takes shards as one stream of equal segments."""
     if data.order != "official":
         return
     if (data.source, data.boundaries) != ("bin", "stream"):

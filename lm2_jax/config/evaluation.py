@@ -73,7 +73,7 @@ class MmluConfig(Section):
     """Multiple-choice questions on many subjects (evaluate --task mmlu)."""
 
     path: NonEmptyStr | None = None  # directory with dev/*_dev.csv and test/*_test.csv; null: download from the hub
-    subjects: Texts | None = None  # such as astronomy; null: all
+    subjects: Texts | None = None  # subjects, such as astronomy; null: all
     shots: NonNegativeInt = 5  # solved questions in front of each question
     limit: PositiveInt | None = None  # questions per subject; null: all
 

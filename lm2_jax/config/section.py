@@ -1,4 +1,4 @@
-"""What every section of a config is built from: its base class, types of values, problems of values."""
+"""Building blocks of a config's sections: the base class, types of values, and checks."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ from lm2_jax.config.section import (
 class RopeScaling(Section):
     """Llama 3's scaling of low RoPE frequencies, for contexts longer than those of pretraining."""
 
-    factor: Annotated[float, Field(ge=1)] = 32.0  # by which low frequencies are divided
-    low_freq_factor: PositiveFloat = 1.0  # wavelengths above original length / this are scaled fully
+    factor: Annotated[float, Field(ge=1)] = 32.0  # divisor of low frequencies
+    low_freq_factor: PositiveFloat = 1.0  # wavelengths above original length / this are scaled in full
     high_freq_factor: PositiveFloat = 4.0  # wavelengths below original length / this are kept
     original_max_position_embeddings: PositiveInt = 8192  # original length: longest context of pretraining
 
@@ -41,15 +41,15 @@ class RopeScaling(Section):
 class ModelConfig(Section):
     """The Llama decoder that every memory kind shares."""
 
-    vocab_size: PositiveInt | None = None  # null: the tokenizer's size
+    vocab_size: PositiveInt | None = None  # number of token ids; null: those of the tokenizer
     d_model: PositiveInt = 96  # width D of the residual stream
     num_layers: PositiveInt = 3  # blocks L
     num_heads: PositiveInt = 4  # query heads of self-attention
     num_kv_heads: PositiveInt = 4  # key/value heads; fewer than num_heads: grouped-query attention
-    head_dim: PositiveInt | None = None  # null: d_model / num_heads
+    head_dim: PositiveInt | None = None  # width of a self-attention head; null: d_model / num_heads
     d_ff: PositiveInt = 256  # width of the SwiGLU feed-forward layers
     rope_theta: PositiveFloat = 10_000.0  # base of the RoPE frequencies
-    rope_scaling: RopeScaling | None = None  # null: none
+    rope_scaling: RopeScaling | None = None  # null: RoPE as it is
     norm_eps: PositiveFloat = 1e-5  # epsilon of RMSNorm
     tie_embeddings: bool = True  # use the embedding table as output layer too
     embedding_std: PositiveFloat = 0.02  # standard deviation of initial embeddings and of rmt's initial memory tokens
@@ -90,7 +90,7 @@ class MemoryConfig(Section):
 class StoriesConfig(Section):
     """bAbI-style question stories scattered among background sentences (data.source: stories)."""
 
-    tasks: Annotated[tuple[Literal["qa1", "qa2", "qa3", "qa4", "qa5"], ...], Field(min_length=1)] = ("qa1",)  # of bAbI
+    tasks: Annotated[tuple[Literal["qa1", "qa2", "qa3", "qa4", "qa5"], ...], Field(min_length=1)] = ("qa1",)  # bAbI
     facts: tuple[PositiveInt, PositiveInt] = (1, 10)  # fewest and most statements of a generated story
     questions_between: tuple[NonNegativeInt, NonNegativeInt] = (0, 3)  # fewest and most questions inside a story
     questions_after: tuple[PositiveInt, PositiveInt] = (1, 4)  # fewest and most questions at a story's end
@@ -114,9 +114,9 @@ class MixtureConfig(Section):
 
 
 class DataConfig(Section):
-    """Where documents come from and how they are laid into lanes of segments."""
+    """The source of documents and their layout in lanes of segments."""
 
-    source: Literal["stories", "text", "jsonl", "bin", "prepared"] = "stories"
+    source: Literal["stories", "text", "jsonl", "bin", "prepared"] = "stories"  # format of the documents
     path: Texts | None = None  # files or globs; stories: bAbI files, null: generated ones; prepared: directories
     mixture: tuple[MixtureConfig, ...] = ()  # prepared: directories with weights, instead of path
     validation_path: Texts | None = None  # null: validation_fraction of the documents is held out
@@ -125,11 +125,11 @@ class DataConfig(Section):
     order: Literal["shuffled", "official"] = "shuffled"  # official: the official trainer's order of batches (bin only)
     document_separator: str | None = None  # text: a regular expression; every match starts a new document
     background: Texts | None = None  # stories: text files to scatter the facts in; null: built-in sentences
-    stories: StoriesConfig = StoriesConfig()  # source stories only
+    stories: StoriesConfig = StoriesConfig()  # settings of source stories
     segment_length: PositiveInt = 32  # tokens T of a segment
     segments_per_window: PositiveInt = 4  # segments S of a training window
     batch_size: PositiveInt = 32  # lanes B (stateful batch rows) over all devices
-    boundaries: Literal["segment", "packed", "stream"] = "segment"  # where documents begin; stream: all are one
+    boundaries: Literal["segment", "packed", "stream"] = "segment"  # where a document may begin; stream: all are one
     prefetch: NonNegativeInt = 2  # windows prepared ahead by a thread; 0: none
 
     @model_validator(mode="after")
@@ -137,7 +137,7 @@ class DataConfig(Section):
         problems = []
         if self.mixture and (self.source != "prepared" or self.path):
             problems.append(
-                f"mixture stands for path, and only with source prepared; found source {self.source}"
+                f"mixture replaces path and needs source prepared; found source {self.source}"
                 + (f" and path {', '.join(self.path)}" if self.path else "")
             )
         elif self.source == "prepared" and not (self.path or self.mixture):
@@ -151,9 +151,9 @@ class DataConfig(Section):
 
 
 class TokenizerConfig(Section):
-    """The tokenizer."""
+    """The tokenizer of texts."""
 
-    kind: Literal["stories", "bytes", "sentencepiece", "tokenizers", "llama3"] = "stories"  # stories: words
+    kind: Literal["stories", "bytes", "sentencepiece", "tokenizers", "llama3"] = "stories"  # stories: built-in words
     path: str | None = None  # the tokenizer's file; stories and bytes have none
 
     @model_validator(mode="after")
@@ -170,7 +170,7 @@ class OptimConfig(Section):
     """The optimizer, its schedule and the loss."""
 
     kind: Literal["adamw", "muon"] = "adamw"  # muon: orthogonalised updates for attention and feed-forward weights
-    learning_rate: PositiveFloat = 2e-3  # peak
+    learning_rate: PositiveFloat = 2e-3  # its peak, after warm-up
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # linear: constant, then linear decay
     warmup_steps: NonNegativeInt = 50  # steps of linear warm-up
     decay_fraction: Fraction = 0.3  # linear: share of the steps, at the end, over which the learning rate decays
@@ -220,11 +220,11 @@ class TrainConfig(Section):
     run_dir: NonEmptyStr = "runs/default"  # the run directory; one that holds a checkpoint is resumed
     init_from: NonEmptyStr | None = None  # initial weights: a run directory, a checkpoint or a converted one
     steps: PositiveInt = 650  # optimizer steps in all
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # of initial weights, data order and dropout
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters and banks are float32
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # of initial weights, order of documents and dropout
+    dtype: Literal["float32", "bfloat16"] = "float32"  # type of activations; parameters and banks are float32
     schedule: Literal["auto", "segment", "layer"] = "auto"  # order of the loops over segments and layers
     remat: Remat = "none"  # recompute blocks, or segments too (full); offload: full, with block inputs kept on the host
-    unroll: PositiveInt = 1  # of the scans over layers and segments: longer to compile, fewer buffer copies on CPU
+    unroll: PositiveInt = 1  # iterations a scan compiles as one: longer to compile, fewer buffer copies on CPU
     log_every: PositiveInt = 10  # steps between two lines of the log
     max_skipped_steps: NonNegativeInt = 20  # consecutive non-finite steps after which the run stops; 0: never
     curriculum: tuple[StageConfig, ...] = ()  # stages; empty: the one that data describes
@@ -238,7 +238,7 @@ class TrainConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When checkpoints are written and how many are kept."""
+    """Checkpoints of a run."""
 
     every_steps: PositiveInt = 100  # steps between two checkpoints
     keep: PositiveInt = 3  # newest checkpoints that are kept

@@ -1,4 +1,4 @@
-"""What a model is: the settings that its parameters and its compiled programs depend on, and nothing else of a run."""
+"""The settings that a model's parameters and compiled programs depend on, and nothing else of a run."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from lm2_jax.config.sections import MemoryConfig, ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """Two runs that differ in anything else have equal models, which share compiled programs.
+    """The settings of a model. Runs that differ only in others have equal models, which share compiled programs.
 
     Attributes:
       model: the Llama blocks.
       memory: the memory.
-      segment_length: T, the segments that a trained model reads by (those of the last stage).
+      segment_length: T of the last stage, which a trained model reads by.
       dtype: of activations; parameters and banks are float32.
       remat: what the backward pass recomputes (train.remat).
       unroll: iterations of the scans over layers and segments that are compiled as one.

@@ -1,4 +1,4 @@
-"""What a tokenizer is, and how it encodes texts of any length."""
+"""The interface of tokenizers, and the encoding of texts of any length."""
 
 from __future__ import annotations
 
