@@ -9,6 +9,7 @@ Axes: B rows, Q tokens at a time, T tokens in a segment, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Collection, Sequence
@@ -107,59 +108,84 @@ def generate(
     return decode(model, params, prompts, state, **options)[0]
 
 
+@dataclasses.dataclass(frozen=True)
+class DecodeOptions:
+    """Settings of a continuation. Raises UserError for values that make no sense.
+
+    Attributes:
+      max_new_tokens: 0: only read.
+      temperature: 0: the most likely token.
+      top_k: sample from the k most likely tokens.
+      top_p: sample from the fewest most likely tokens that together have at least this probability.
+      stop_ids: tokens that end a row; they are neither returned nor read.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    stop_ids: Collection[int] = ()
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.max_new_tokens < 0:
+            problems.append(f"max_new_tokens: found {self.max_new_tokens}; give 0 (only read) or more")
+        if not 0 <= self.temperature < float("inf"):
+            problems.append(f"temperature: found {self.temperature}; give 0 (the most likely token) or more")
+        if self.top_k is not None and self.top_k < 1:
+            problems.append(f"top_k: found {self.top_k}; give 1 or more")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            problems.append(f"top_p: found {self.top_p}; give a probability above 0 and up to 1")
+        if problems:
+            raise UserError("\n".join(problems))
+
+
 def decode(
     model: Decoder,
     params: Any,
     prompts: Sequence[Sequence[int]],
     state: DecodeState,
     *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
     seed: int | Sequence[int] = 0,
-    stop_ids: Collection[int] = (),
     on_token: OnToken | None = None,
+    **options: Any,
 ) -> tuple[list[list[int]], DecodeState]:
     """Reads a prompt in each row and continues it. A row's continuation does not depend on the rows beside it.
 
     Args:
       prompts: token ids, of any lengths.
       state: from `start`, or from an earlier call.
-      max_new_tokens: 0: only read.
-      temperature: 0: the most likely token.
-      top_k: draw from the k most likely tokens.
-      top_p: draw from the fewest most likely tokens that together have at least this probability.
       seed: row b draws from seed + b, or from seed[b], and the number of tokens read before.
-      stop_ids: tokens that end a row; they are neither returned nor read.
       on_token: called with (row, token) for every token; True ends the row, and that token is not read.
+      options: fields of `DecodeOptions`; max_new_tokens is required.
 
     Returns:
       the new tokens of each row, and the state after all that was read, the new tokens included.
       Raises UserError for an option that makes no sense, and as `read` does.
     """
-    _check_options(max_new_tokens, temperature, top_k, top_p)
+    wanted = DecodeOptions(**options)
     logits_BV, state = read(model, params, prompts, state)
     seeds = [seed + row for row in range(len(prompts))] if isinstance(seed, int) else seed
     seed_B = np.array([seed % 2**32 for seed in seeds], np.uint32)
     written: list[list[int]] = [[] for _ in prompts]
-    going_B = np.ones(len(prompts), bool)
-    for _ in range(max_new_tokens):
-        if temperature == 0:
+    active_B = np.ones(len(prompts), bool)
+    for _ in range(wanted.max_new_tokens):
+        if wanted.temperature == 0:
             token_B = np.asarray(jnp.argmax(logits_BV, axis=-1))
         else:
-            token_B = np.asarray(draw(logits_BV, seed_B, state.read_B, temperature, top_k or jnp.inf, top_p or jnp.inf))
-        for row in np.flatnonzero(going_B).tolist():
+            cut = wanted.top_k or jnp.inf, wanted.top_p or jnp.inf
+            token_B = np.asarray(draw(logits_BV, seed_B, state.read_B, wanted.temperature, *cut))
+        for row in np.flatnonzero(active_B).tolist():
             token = int(token_B[row])
-            if token in stop_ids:
-                going_B[row] = False
+            if token in wanted.stop_ids:
+                active_B[row] = False
                 continue
             written[row].append(token)
             if on_token is not None and on_token(row, token):
-                going_B[row] = False
-        if not going_B.any():
+                active_B[row] = False
+        if not active_B.any():
             break
-        logits_BV, state = advance(model, params, token_B[:, None], going_B, state)
+        logits_BV, state = advance(model, params, token_B[:, None], active_B, state)
     return written, state
 
 
@@ -228,17 +254,3 @@ def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> list[np
         if wrong.size:
             raise UserError(f"prompt {row} holds token id {wrong[0]}, but the model has ids below {vocab_size}")
     return arrays
-
-
-def _check_options(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
-    problems = []
-    if max_new_tokens < 0:
-        problems.append(f"max_new_tokens: found {max_new_tokens}; give 0 (only read) or more")
-    if not 0 <= temperature < float("inf"):
-        problems.append(f"temperature: found {temperature}; give 0 (the most likely token) or more")
-    if top_k is not None and top_k < 1:
-        problems.append(f"top_k: found {top_k}; give 1 or more")
-    if top_p is not None and not 0 < top_p <= 1:
-        problems.append(f"top_p: found {top_p}; give a probability above 0 and up to 1")
-    if problems:
-        raise UserError("\n".join(problems))

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from rich.table import Table
 
 from lm2_jax.batch import Batch
 from lm2_jax.common.statistics import wilson_interval
@@ -41,12 +42,12 @@ class Accuracy(TypedDict):
 
 
 def accuracy_by_length(
-    config: Config, model: Decoder, pipeline: Pipeline, mesh: Mesh, params: Any, log: Callable[[str], None]
+    config: Config, model: Decoder, pipeline: Pipeline, mesh: Mesh, params: Any, log: Callable[[str | Table], None]
 ) -> list[Accuracy]:
     """Asks eval.questions questions of every set of the pipeline at every length of eval.lengths.
 
     The same stories are asked at every length that they fit; at length 0 they stand alone, without background. `log`
-    receives a line before every cell of the table.
+    receives a line before every cell of the table, and the table.
     """
     T, settings = config.trained_segment_length, StepConfig.of(config)
     answer_step = make_answer_step(model, mesh, settings)
@@ -82,7 +83,26 @@ def accuracy_by_length(
                     high=high,
                 )
             )
+    log(accuracy_table(table, config.stages[-1].segments))
     return table
+
+
+def accuracy_table(table: Sequence[Accuracy], trained_segments: int) -> Table:
+    """The accuracies as a table for the terminal."""
+    rendered = Table(title="Accuracy by context length (exact match, held-out stories)")
+    for column in ("questions", "segments", "tokens", "accuracy", "95% interval", "asked"):
+        rendered.add_column(column, justify="left" if column == "questions" else "right")
+    for cell in table:
+        ratio = cell["segments"] / trained_segments
+        rendered.add_row(
+            cell["questions"],
+            f"{cell['segments']}{' (trained)' if ratio == 1 else f' ({ratio:g}x)' if ratio > 1 else ''}",
+            f"{cell['tokens']:,}",
+            f"{cell['accuracy']:.1%}",
+            f"{cell['low']:.1%} - {cell['high']:.1%}",
+            f"{cell['asked']:,}",
+        )
+    return rendered
 
 
 @functools.cache

@@ -11,7 +11,6 @@ import jax
 from jax.sharding import Mesh
 
 from lm2_jax.checkpoint.manager import Checkpoints
-from lm2_jax.common.files import lock_directory
 from lm2_jax.common.records import drop_records_after, read_records
 from lm2_jax.config import Config
 from lm2_jax.data.pipeline import Pipeline
@@ -25,8 +24,8 @@ from lm2_jax.training.accuracy import accuracy_by_length
 from lm2_jax.training.curriculum import Curriculum
 from lm2_jax.training.metrics_log import MetricsLog
 from lm2_jax.training.progress import Progress
-from lm2_jax.training.reporting import Reporter, SilentReporter, accuracy_table
-from lm2_jax.training.run_dir import check_data, open_run_dir, write_summary
+from lm2_jax.training.reporting import Reporter, SilentReporter
+from lm2_jax.training.run_dir import check_data, claim, open_run_dir, write_summary
 from lm2_jax.training.state import StepConfig, TrainState, create_state, shardings_of
 from lm2_jax.training.step import make_fresh_memory, make_train_step
 from lm2_jax.training.validation import Validation
@@ -47,21 +46,15 @@ def train(config: Config) -> dict[str, Any]:
     run_dir = open_run_dir(config)
 
     with use_mesh(mesh), contextlib.ExitStack() as cleanup:
-        if is_first():
-            taken = f"{run_dir}: another process trains in it; wait, or give another train.run_dir"
-            cleanup.enter_context(lock_directory(run_dir, taken))
+        cleanup.enter_context(claim(run_dir))
 
         # --- Model and state: resumed, or made where it will live ----------------------------------------------------
         model, settings = build_model(config), StepConfig.of(config)
         train_step = make_train_step(model, mesh, settings)
         validate = Validation(config, pipeline, model, mesh)
-        checkpoints = Checkpoints(run_dir, config.checkpoint)
-        cleanup.callback(checkpoints.close)
+        checkpoints = cleanup.enter_context(contextlib.closing(Checkpoints(run_dir, config.checkpoint)))
         state, progress, origin = initial_state(config, model, mesh, checkpoints)
-        if progress.step:
-            check_data(progress, pipeline, run_dir)
-        progress = dataclasses.replace(progress, data_fingerprint=pipeline.fingerprint())
-
+        progress = check_data(progress, pipeline, run_dir)
         reporter = cleanup.enter_context(_open_reporter(run_dir, progress.step, config.train.steps))
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         reporter.log(f"{config.memory.kind}: {parameters:,} parameters, {_describe(mesh)}, run directory {run_dir}")
@@ -105,10 +98,8 @@ def train(config: Config) -> dict[str, Any]:
             raise KeyboardInterrupt
 
         # --- The end: accuracy by length, summary, pictures ----------------------------------------------------------
-        table = []
-        if config.data.source == "stories":
-            table = accuracy_by_length(config, model, pipeline, mesh, state.params, reporter.log)
-            reporter.log(accuracy_table(table, config.stages[-1].segments))
+        run = config, model, pipeline, mesh, state.params
+        table = accuracy_by_length(*run, reporter.log) if config.data.source == "stories" else []
         return _finish(run_dir, progress, parameters, table, reporter) if is_first() else {}
 
 

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -101,24 +101,6 @@ class SilentReporter(contextlib.AbstractContextManager):
 
     def show(self, record: Record, stage: str) -> None:
         """Does nothing."""
-
-
-def accuracy_table(table: Sequence[Mapping[str, Any]], trained_segments: int) -> Table:
-    """The table of `accuracy_by_length`, for the terminal."""
-    rendered = Table(title="Accuracy by context length (exact match, held-out stories)")
-    for column in ("questions", "segments", "tokens", "accuracy", "95% interval", "asked"):
-        rendered.add_column(column, justify="left" if column == "questions" else "right")
-    for cell in table:
-        ratio = cell["segments"] / trained_segments
-        rendered.add_row(
-            cell["questions"],
-            f"{cell['segments']}{' (trained)' if ratio == 1 else f' ({ratio:g}x)' if ratio > 1 else ''}",
-            f"{cell['tokens']:,}",
-            f"{cell['accuracy']:.1%}",
-            f"{cell['low']:.1%} - {cell['high']:.1%}",
-            f"{cell['asked']:,}",
-        )
-    return rendered
 
 
 def _finite(value: Any) -> Any:

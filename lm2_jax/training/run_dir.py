@@ -6,13 +6,15 @@ end summary.json and training.png.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lm2_jax.common.errors import UserError
-from lm2_jax.common.files import write_atomically
+from lm2_jax.common.files import lock_directory, write_atomically
 from lm2_jax.common.records import Record
 from lm2_jax.config import Config, dump_config, load_config
 from lm2_jax.data.pipeline import Pipeline
@@ -54,19 +56,30 @@ def open_run_dir(config: Config) -> Path:
     return run_dir
 
 
+def claim(run_dir: Path) -> contextlib.AbstractContextManager[None]:
+    """Locks the run directory for this run. Raises UserError, on entering, if another process trains in it."""
+    taken = f"{run_dir}: another process trains in it; wait, or give another train.run_dir"
+    return lock_directory(run_dir, taken) if is_first() else contextlib.nullcontext()
+
+
 def read_run_config(run_dir: Path) -> Config | None:
     """The config that a run directory was started with; None if it holds none."""
     path = run_dir / "config.yaml"
     return load_config(path) if path.exists() else None
 
 
-def check_data(progress: Progress, pipeline: Pipeline, run_dir: Path) -> None:
-    """Raises UserError if files or tokenizer are not those that the checkpoint's data position refers to."""
-    if progress.data_fingerprint != pipeline.fingerprint():
+def check_data(progress: Progress, pipeline: Pipeline, run_dir: Path) -> Progress:
+    """The progress with the fingerprint of the data.
+
+    Raises UserError if files or tokenizer are not those that a resumed data position refers to.
+    """
+    fingerprint = pipeline.fingerprint()
+    if progress.step and progress.data_fingerprint != fingerprint:
         raise UserError(
             f"{run_dir}: the tokenizer or the files in data.path, data.validation_path or data.background have changed "
             "since its checkpoint; restore them, or start another train.run_dir"
         )
+    return dataclasses.replace(progress, data_fingerprint=fingerprint)
 
 
 def write_summary(run_dir: Path, summary: dict[str, Any], records: Sequence[Record]) -> list[Path]:

@@ -59,7 +59,7 @@ def test_a_save_that_fails_ends_the_run_which_goes_on_when_the_disk_is_well(
             save(self, state, *rest)
 
         patched.setattr(checkpoint_module.Checkpoints, "save", save_one)
-        message = rf"checkpoints: a checkpoint could not be saved \(OSError: .*{reason}\); the newest whole one is 4\."
+        message = rf"checkpoints: a checkpoint could not be saved \(OSError: .*{reason}\); the newest intact one is 4\."
         with pytest.raises(TrainingFailed, match=message):
             train(config)
     assert checkpoint_steps(tmp_path / "run") == [4]
@@ -166,7 +166,7 @@ def test_a_sound_run(run_dir, capsys):
     verify(run_dir)
     assert capsys.readouterr().out.splitlines() == [
         "config.yaml: sound (lm2, 12 steps)",
-        *(f"checkpoints/{step}: sound (whole, {tokens(run_dir, step):,} tokens read)" for step in (12, 8)),
+        *(f"checkpoints/{step}: sound (intact, {tokens(run_dir, step):,} tokens read)" for step in (12, 8)),
         "metrics.jsonl: sound (steps 1 to 12)",
         "summary.json: sound (complete, step 12)",
     ]
@@ -181,7 +181,7 @@ def tokens(run_dir, step):
     ("damage", "found"),
     [
         (lambda d: flip_bits(d / "checkpoints" / "12" / "params"), "checkpoints/12: damaged: "),
-        (lambda d: shutil.rmtree(d / "checkpoints"), "checkpoints: no whole checkpoint"),
+        (lambda d: shutil.rmtree(d / "checkpoints"), "checkpoints: no intact checkpoint"),
         (lambda d: drop_line(d / "metrics.jsonl", 3), "metrics.jsonl: line 4 is of step 5; expected 4"),
         (lambda d: (d / "metrics.jsonl").write_text("{}\n{}\n"), "metrics.jsonl: line 1 is no record: '{}'"),
         (lambda d: (d / "metrics.jsonl").write_text(""), "metrics.jsonl: ends at step 0, before the newest checkpoint"),
@@ -205,7 +205,7 @@ def test_verify_is_a_flag_of_train(run_dir, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["train", "--verify", str(run_dir)])
     train_module.main()
     assert "config.yaml: sound" in capsys.readouterr().out
-    with pytest.raises(UserError, match="no run directory"):
+    with pytest.raises(UserError, match="not a run directory"):
         verify(tmp_path)
 
 
