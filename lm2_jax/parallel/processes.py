@@ -1,6 +1,6 @@
-"""Several processes, one run: joining them, stopping them at the same step, and noticing that one is gone.
+"""Several processes of one run: they join, stop after the same step, and notice when one of them is gone.
 
-Every process runs the same command. What only one may do (locks, logs, pictures) is the first one's.
+Every process runs the same command. What only one may do (locks, logs, pictures) is done by the first.
 """
 
 from __future__ import annotations
@@ -22,43 +22,43 @@ from jax.experimental import multihost_utils
 
 from lm2_jax.common.errors import TrainingFailed, UserError
 
-_BEAT_SECONDS = 2.0  # how often a process tells the others that it lives
-_SILENCE_SECONDS = 30.0  # one that was silent so long is taken for dead; compiling and saving let the beat go on
-_ALIVE = "lm2_jax/alive/"  # keys of the coordination service: one for each process
-_LEFT = "left: "
+_BEAT_SECONDS = 2.0  # between heartbeats
+_SILENCE_SECONDS = 30.0  # heartbeat timeout; a thread sends heartbeats, so compiling and saving do not stop them
+_ALIVE = "lm2_jax/alive/"  # prefix of keys of the coordination service: one key a process
+_ENDED = "ended: "
 
 
 def is_first() -> bool:
-    """Whether this process is the one that locks, logs and draws; a single process is."""
+    """True in the process that locks, logs and draws; a single process does."""
     return jax.process_index() == 0
 
 
 def is_alone() -> bool:
-    """Whether this process is the only one of its run."""
+    """True if this process is the only one of its run."""
     return jax.process_count() == 1
 
 
 def for_all(value: bool) -> bool:
-    """Whether it is true in every process; all of them must ask."""
+    """True if `value` is true in every process; all of them must call this."""
     return value if is_alone() else bool(multihost_utils.process_allgather(np.array(value)).all())
 
 
 def wait_for_all(name: str) -> None:
-    """Returns once every process has come here."""
+    """Returns once every process has called it with this name."""
     if not is_alone():
         multihost_utils.sync_global_devices(name)
 
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-    """Within it this process is one of several; jax must not have been used before.
+    """Joins the processes of a run, for as long as the context lasts; jax must not have been used before.
 
     On a TPU pod (and under Slurm, Open MPI or Kubernetes) jax finds the others by itself; elsewhere they are named by
     JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
-    A process that fails tells the others why; they end too, and so they do within a minute when one is killed: with a
-    message and exit code 1 (2 where the user can mend it). Only when process 0 is killed, with which the service by
-    which they know of each other dies, jax mostly is first to end them: with a message of its own, by an abort.
+    A process that fails tells the others why, and they end too, with a message and exit code 1 (2 where the user can
+    mend it); when one is killed, the others end within a minute. Process 0 runs the coordination service: when it is
+    killed, jax mostly ends the others first, by an abort with a message of its own.
 
     Raises UserError if the others cannot be found.
     """
@@ -68,14 +68,14 @@ def joined() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        watch.leave(str(error), 2)
+        watch.end(str(error), 2)
     except TrainingFailed as error:
-        watch.leave(str(error), 1)
+        watch.end(str(error), 1)
     except Exception as error:
         if isinstance(error, jax.errors.JaxRuntimeError):  # most likely another process is gone: the watch will say so
             time.sleep(_SILENCE_SECONDS + 3 * _BEAT_SECONDS)
         traceback.print_exc()
-        watch.leave(f"{type(error).__name__} (its traceback is where it happened)", 1)
+        watch.end(f"{type(error).__name__} (its traceback is where it happened)", 1)
     finally:
         watch.stop()
         jax.distributed.shutdown()
@@ -103,9 +103,10 @@ def _initialize() -> None:
 
 
 class _Watch(threading.Thread):
-    """Tells the others that this process lives, and ends it when one of them has failed or gone.
+    """Sends heartbeats through the coordination service, and ends this process when another has failed or is gone.
 
-    By the coordination service, which process 0 runs: collectives would wait for a dead peer for ever.
+    Collectives would wait for a dead peer forever, and JAX's own heartbeats (100 seconds by default) end a process by
+    an abort that does not say what happened.
     """
 
     def __init__(self, client: Any) -> None:
@@ -122,40 +123,40 @@ class _Watch(threading.Thread):
                 self._tell(str(beats))
                 told = {int(key.removeprefix(_ALIVE)): text for key, text in self._client.key_value_dir_get(_ALIVE)}
             except jax.errors.JaxRuntimeError:
-                self._end(0, "is gone")
+                self._end_because(0, "is gone")
             now = time.monotonic()
             for process in set(range(self._count)) - {self._me}:
                 text = told.get(process, "")
-                if text.startswith(_LEFT):
-                    code, reason = text.removeprefix(_LEFT).split(" ", 1)
-                    self._end(process, f"has stopped: {reason}", int(code))
+                if text.startswith(_ENDED):
+                    code, reason = text.removeprefix(_ENDED).split(" ", 1)
+                    self._end_because(process, f"has stopped: {reason}", int(code))
                 if text != heard[process][0]:
                     heard[process] = text, now
                 elif now - heard[process][1] > _SILENCE_SECONDS:
-                    self._end(process, f"has been silent for {_SILENCE_SECONDS:.0f} seconds")
+                    self._end_because(process, f"has been silent for {_SILENCE_SECONDS:.0f} seconds")
 
-    def leave(self, reason: str, code: int) -> NoReturn:
+    def end(self, reason: str, code: int) -> NoReturn:
         """Ends this process and tells the others why."""
         self.stop()
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            self._tell(f"{_LEFT}{code} {reason}")
+            self._tell(f"{_ENDED}{code} {reason}")
             if self._me == 0:
                 time.sleep(3 * _BEAT_SECONDS)  # the service ends with this process: let the others read it
         _exit(reason, code)
 
     def stop(self) -> None:
-        """No more beats, and no more watching."""
+        """Ends the heartbeats and the watching."""
         self._over.set()
 
     def _tell(self, text: str) -> None:
         self._client.key_value_set(f"{_ALIVE}{self._me}", text, allow_overwrite=True)
 
-    def _end(self, process: int, what: str, code: int = 1) -> NoReturn:
+    def _end_because(self, process: int, what: str, code: int = 1) -> NoReturn:
         if self._over.is_set():
             threading.Event().wait()  # this process is leaving by itself
         _exit(
             f"process {process} of {self._count} {what}. This one (process {self._me}) ends too; when the cause is "
-            "mended start all of them again: they go on from the newest checkpoint",
+            "mended, start all of them again: they resume from the newest checkpoint",
             code,
         )
 
@@ -169,10 +170,10 @@ def _exit(reason: str, code: int) -> NoReturn:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[int], bool]]:
-    """SIGINT and SIGTERM ask the loop to save and leave; a second one ends the process at once.
+    """Makes SIGINT and SIGTERM ask the loop to save and stop; a second one ends the process at once.
 
-    Gives a function of the step just done, to be called after every step: whether to stop now. Several processes stop
-    after the same step, whichever of them was asked.
+    Yields a function of the step just done, to be called after every step: True when it is time to stop. Several
+    processes stop after the same step, whichever of them was asked.
     """
     asked = threading.Event()
 

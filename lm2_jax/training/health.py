@@ -1,6 +1,6 @@
-"""Watches a run's records for what ends badly: a loss that jumps, a bank that grows without bound, a dead memory.
+"""Warnings about a run that is going wrong: a loss that jumps, a bank that grows without bound, a memory without use.
 
-Each finding says what to change. What lasts is said once; a jump of the loss each time.
+Each warning says what to change. A lasting condition is reported once; a jump of the loss each time.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 _WARM_UP = 20  # records before the gates are judged: they open while the first facts are learnt
-_PATIENCE = 5  # records in a row, so that one odd window says nothing
+_PATIENCE = 5  # records in a row, so that one odd window does not count
 _GROWTH = 30.0  # times the norm that slots began with
 _HISTORY = 50  # records that a loss is compared with
-_JUMP = 2.0  # times their median, and a nat more
+_JUMP = 2.0  # times their median, plus one nat
 
-# A gate that stays below this is closed: (gate, share, what it means, what to change)
+# A gate that stays below a level is closed: (gate, level, what it means, what to change)
 _CLOSED = (
     (
         "gate_output",
@@ -37,14 +37,14 @@ _CLOSED = (
 
 
 class Health:
-    """What was seen of one run so far."""
+    """Watches the records of one run."""
 
     def __init__(self) -> None:
         self._losses: collections.deque[float] = collections.deque(maxlen=_HISTORY)
         self._stage: int | None = None  # of the losses
         self._first_norms: list[float] = []
         self._in_a_row: collections.Counter[str] = collections.Counter()
-        self._said: set[str] = set()
+        self._reported: set[str] = set()
         self._records = 0
 
     def look(self, record: Mapping[str, Any]) -> Iterator[str]:
@@ -53,19 +53,19 @@ class Health:
         yield from self._jump(record)
         yield from self._growth(record)
         if self._records > _WARM_UP:
-            for gate, share, meaning, remedy in _CLOSED:
-                if gate in record and self._lasts(gate, record[gate] < share):
+            for gate, level, meaning, remedy in _CLOSED:
+                if gate in record and self._lasts(gate, record[gate] < level):
                     yield (
-                        f"step {record['step']}: {meaning}: {gate} was below {share} for {_PATIENCE} records in a row "
+                        f"step {record['step']}: {meaning}: {gate} was below {level} for {_PATIENCE} records in a row "
                         f"(now {record[gate]:.2g}); {remedy}"
                     )
 
     def _jump(self, record: Mapping[str, Any]) -> Iterator[str]:
-        if record.get("stage") != self._stage:  # longer windows may well be harder
+        if record.get("stage") != self._stage:  # longer windows may be harder
             self._losses.clear()
             self._stage = record.get("stage")
         loss, usual = record["loss"], statistics.median(self._losses) if len(self._losses) == _HISTORY else None
-        if not math.isfinite(loss):  # such steps are left out, counted and limited
+        if not math.isfinite(loss):  # such steps are skipped, counted and limited
             return
         self._losses.append(loss)
         if usual is not None and loss > _JUMP * usual + 1:
@@ -90,9 +90,9 @@ class Health:
             )
 
     def _lasts(self, what: str, here: bool) -> bool:
-        """Whether it has been so for long enough, and was not said before."""
+        """True if a condition has lasted long enough, and was not reported before."""
         self._in_a_row[what] = self._in_a_row[what] + 1 if here else 0
-        if self._in_a_row[what] < _PATIENCE or what in self._said:
+        if self._in_a_row[what] < _PATIENCE or what in self._reported:
             return False
-        self._said.add(what)
+        self._reported.add(what)
         return True

@@ -13,12 +13,12 @@ import optax.contrib
 from lm2_jax.config import OptimConfig
 
 _UNDECAYED = ("embedding", "memory_tokens")
-_RMS_OF_ADAM = 0.2  # root mean square of a step of Adam's, about (arXiv 2502.16982)
+_RMS_OF_ADAM = 0.2  # approximate root mean square of Adam's updates (arXiv 2502.16982)
 
 
 @functools.cache
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    """Clip, Adam or Muon, decoupled decay: gradients to the direction that is subtracted, times the learning rate."""
+    """Clipping, Adam or Muon, decoupled decay; its updates times the learning rate are subtracted from the weights."""
     scale = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
     if config.kind == "muon":
         scale = optax.partition({"muon": _scale_by_muon(), "adam": scale}, _muon_or_adam)
@@ -30,7 +30,7 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
 
 
 def _scale_by_muon() -> optax.GradientTransformation:
-    """Stacked matrices [L,in,out] to the nearest orthogonal ones, as large as what Adam makes of them."""
+    """Turns stacked matrices [L,in,out] into the nearest orthogonal ones, at the size of Adam's updates."""
 
     def matrices(updates: Any) -> Any:
         return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2), updates)
@@ -42,7 +42,7 @@ def _scale_by_muon() -> optax.GradientTransformation:
 
 
 def _muon_or_adam(params: Any) -> Any:
-    """Muon for the matrices of attention and feed-forward layers, Adam for all else."""
+    """Labels parameters: Muon for the matrices of attention and feed-forward layers, Adam for all else."""
 
     def label(path: tuple, array: jax.Array) -> str:
         names, rank = _names_and_rank(path, array)
@@ -62,7 +62,7 @@ def decay_mask(params: Any) -> Any:
 
 
 def _names_and_rank(path: tuple, array: jax.Array) -> tuple[list[str], int]:
-    """A parameter's names from the outside in, and its rank without the layer axis that it has inside the blocks."""
+    """A parameter's names from the outside in, and its rank without the layer axis of stacked blocks."""
     names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
     return names, array.ndim - any(name in ("blocks", "bank_blocks") for name in names)
 

@@ -12,16 +12,19 @@ from tensorboardX.summary import scalar
 
 
 class Board(EventsWriter):
-    """A TensorBoard file, written by this thread: SummaryWriter's own ends on a full disk, and the next write waits."""
+    """A TensorBoard file, written by the calling thread.
+
+    SummaryWriter's own thread dies on a full disk, and the next write waits for it forever.
+    """
 
     def __init__(self, directory: Path, first_step: int) -> None:
         directory.mkdir(exist_ok=True)
         super().__init__(str(directory / "events"))
-        # what an earlier process wrote of this step and later ones is void
+        # TensorBoard drops what an earlier process wrote of this step and later ones
         self.write_event(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """The numbers of a record, at its step and time."""
+        """Adds the numbers of a record, at its step and time."""
         values = [
             scalar(key, value).value[0]
             for key, value in record.items()
