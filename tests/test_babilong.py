@@ -13,7 +13,6 @@ from helpers import on_one_device, random_checkpoint
 from lm2_jax.common.errors import UserError, run_command
 from lm2_jax.config import parse_config
 from lm2_jax.data.babi.babilong import (
-    Books,
     BuiltSamples,
     Sample,
     babi_questions,
@@ -22,6 +21,7 @@ from lm2_jax.data.babi.babilong import (
     parse_length,
     read_samples,
 )
+from lm2_jax.data.babi.background import Books
 from lm2_jax.data.babi.files import Question, Statement, question_samples, read_babi
 from lm2_jax.data.babi.sources import QuestionSource
 from lm2_jax.decoding.sampling import generate

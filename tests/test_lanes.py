@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from lm2_jax.common.errors import UserError
-from lm2_jax.data.documents import Document
-from lm2_jax.data.lanes import LaneDataset, make_iterator, shuffled_documents
+from lm2_jax.data.documents import Document, DocumentSource
+from lm2_jax.data.lanes import LaneDataset, Lanes, make_iterator
 
 BOUNDARIES = ("segment", "packed", "stream")
 KEYS = {"tokens_BST", "targets_BST", "document_BST", "reset_BS", "answers_BST"}
@@ -24,19 +24,15 @@ def make_document(number, length, answers=()):
     return Document(tokens=(100 * number + np.arange(length)).astype(np.int32), answers=mask)
 
 
+class Documents(list, DocumentSource):
+    """Documents in memory."""
+
+
 def lanes_of(documents, boundaries, *, lanes, segments, length, shuffle_seed=None):
-    if shuffle_seed is None:
-        dataset = grain.MapDataset.source(documents).repeat(None)
-    else:
-        dataset = shuffled_documents(documents, shuffle_seed)
-    return LaneDataset(
-        dataset,
-        num_lanes=lanes,
-        segments=segments,
-        segment_length=length,
-        boundaries=boundaries,
-        documents_per_epoch=len(documents),
-    )
+    source = Documents(documents) if isinstance(documents, list) else documents
+    in_order = grain.MapDataset.range(len(source)).repeat(None)
+    ordinals = in_order if shuffle_seed is None else source.ordinals(shuffle_seed)
+    return LaneDataset(source, ordinals, Lanes(lanes, segments, length, boundaries))
 
 
 def random_documents(seed, count=23, longest=40):
@@ -53,10 +49,15 @@ def take(iterator, count):
 
 def concatenate(windows):
     """Windows joined along the segment axis."""
-    return {key: np.concatenate([window[key] for window in windows], axis=1) for key in KEYS}
+    return {key: np.concatenate([getattr(window, key) for window in windows], axis=1) for key in KEYS}
+
+
+def arrays(window):
+    return window if isinstance(window, dict) else {key: getattr(window, key) for key in KEYS}
 
 
 def assert_same(actual, expected):
+    actual, expected = arrays(actual), arrays(expected)
     assert actual.keys() == expected.keys() == KEYS
     for key in KEYS:
         assert actual[key].dtype == expected[key].dtype
@@ -179,9 +180,9 @@ def test_stream_layout():
 def test_many_documents_in_a_packed_segment_after_a_continued_one():
     documents = [make_document(1, 7)] + [make_document(n, 2) for n in (2, 3, 4)]  # 6, 1, 1, 1 positions
     window = next(make_iterator(lanes_of(documents, "packed", lanes=1, segments=2, length=5), 0))
-    np.testing.assert_array_equal(window["document_BST"][0], [[1, 1, 1, 1, 1], [1, 2, 3, 4, 5]])
-    np.testing.assert_array_equal(window["tokens_BST"][0, 1], [105, 200, 300, 400, 100])
-    np.testing.assert_array_equal(window["reset_BS"], [[True, False]])
+    np.testing.assert_array_equal(window.document_BST[0], [[1, 1, 1, 1, 1], [1, 2, 3, 4, 5]])
+    np.testing.assert_array_equal(window.tokens_BST[0, 1], [105, 200, 300, 400, 100])
+    np.testing.assert_array_equal(window.reset_BS, [[True, False]])
 
 
 # --- The rule ------------------------------------------------------------------------------------------------------
@@ -191,7 +192,7 @@ def test_many_documents_in_a_packed_segment_after_a_continued_one():
 def test_ties_go_to_the_lowest_lane(boundaries):
     documents = [make_document(n, 5) for n in range(1, 7)]  # all equally long: all lanes always tie
     window = next(make_iterator(lanes_of(documents, boundaries, lanes=3, segments=2, length=4), 0))
-    np.testing.assert_array_equal(window["tokens_BST"][:, :, 0], [[100, 400], [200, 500], [300, 600]])
+    np.testing.assert_array_equal(window.tokens_BST[:, :, 0], [[100, 400], [200, 500], [300, 600]])
 
 
 @pytest.mark.parametrize("boundaries", BOUNDARIES)
@@ -227,11 +228,11 @@ def test_the_number_of_segments_in_a_window_changes_nothing(boundaries):
     assert states[0] == states[1] == states[2]
 
 
-class OnlyOwn:
+class OnlyOwn(DocumentSource):
     """Documents that may be read, of a source whose other documents belong to other processes."""
 
-    def __init__(self, documents):
-        self.documents, self.read = documents, set()
+    def __init__(self, documents, lengths):
+        self.documents, self.lengths, self.read = documents, lengths, set()
 
     def __len__(self):
         return len(self.documents)
@@ -250,23 +251,14 @@ def test_processes_lay_out_their_own_lanes_of_one_schedule(boundaries, by_length
     expected, own_lanes = take(alone, 20), ([0, 3], [1], [2])
     read = []  # by each process
     for own in own_lanes:
-        source = OnlyOwn(documents)
-        dataset = LaneDataset(
-            shuffled_documents(source, 5),
-            num_lanes=4,
-            segments=2,
-            segment_length=8,
-            boundaries=boundaries,
-            documents_per_epoch=len(documents),
-            lengths=shuffled_documents(lengths, 5) if by_lengths else None,
-            own_lanes=own,
-        )
+        source = OnlyOwn(documents, lengths if by_lengths else None)
+        dataset = LaneDataset(source, source.ordinals(5), Lanes(4, 2, 8, boundaries, own))
         iterator = make_iterator(dataset, 0)
         first = take(iterator, 7)
         resumed = make_iterator(dataset, 0)
         resumed.set_state(iterator.get_state())
         for window, whole in zip([*first, *take(resumed, 13)], expected, strict=True):
-            assert_same(window, {key: rows[own] for key, rows in whole.items()})
+            assert_same(window, {key: rows[own] for key, rows in arrays(whole).items()})
         assert resumed.get_state() == alone.get_state()
         read.append(source.read)
     everything = set.union(*read)
@@ -318,18 +310,19 @@ def test_padding_is_zero_everywhere():
 
 def test_every_epoch_is_another_permutation():
     numbers = list(range(50))
-    shuffled = shuffled_documents(numbers, seed=7)
+    source = Documents(numbers)
+    shuffled = source.ordinals(7)
     epochs = [[shuffled[epoch * 50 + position] for position in range(50)] for epoch in range(4)]
     assert all(sorted(epoch) == numbers for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
-    assert [shuffled_documents(numbers, seed=7)[position] for position in range(50)] == epochs[0]
-    assert [shuffled_documents(numbers, seed=8)[position] for position in range(50)] != epochs[0]
+    assert [source.ordinals(7)[position] for position in range(50)] == epochs[0]
+    assert [source.ordinals(8)[position] for position in range(50)] != epochs[0]
 
 
 def test_short_documents_are_skipped():
     documents = [make_document(1, 0), make_document(2, 5), make_document(3, 1), make_document(4, 5)]
     iterator = make_iterator(lanes_of(documents, "segment", lanes=1, segments=4, length=4), 0)
-    np.testing.assert_array_equal(next(iterator)["tokens_BST"][0, :, 0], [200, 400, 200, 400])
+    np.testing.assert_array_equal(next(iterator).tokens_BST[0, :, 0], [200, 400, 200, 400])
     assert iterator.get_state() == {"ordinals": [-1], "offsets": [0], "next": 8, "epoch": 2}
 
 
@@ -341,7 +334,7 @@ def test_no_usable_document_ends_with_an_error(prefetch, seed):
         next(make_iterator(dataset, prefetch))
     one_usable = [make_document(n, 1) for n in range(1, 6)] + [make_document(6, 2)]
     dataset = lanes_of(one_usable, "packed", lanes=1, segments=1, length=6, shuffle_seed=seed)
-    assert (next(make_iterator(dataset, prefetch))["tokens_BST"] == 600).all()
+    assert (next(make_iterator(dataset, prefetch)).tokens_BST == 600).all()
 
 
 # --- State ---------------------------------------------------------------------------------------------------------
@@ -401,15 +394,15 @@ def test_a_longer_stage_goes_on_from_the_same_tokens(boundaries):
         if ordinal >= 0:
             document = documents[ordinal % len(documents)]
             n = min(12, len(document.tokens) - 1 - offset)
-            np.testing.assert_array_equal(window["tokens_BST"][lane].ravel()[:n], document.tokens[offset : offset + n])
-            assert not window["reset_BS"][lane, 0]
-            assert window["document_BST"][lane, 0, 0] == 1
+            np.testing.assert_array_equal(window.tokens_BST[lane].ravel()[:n], document.tokens[offset : offset + n])
+            assert not window.reset_BS[lane, 0]
+            assert window.document_BST[lane, 0, 0] == 1
         elif boundaries != "stream":
-            assert window["reset_BS"][lane, 0]
+            assert window.reset_BS[lane, 0]
     if boundaries != "segment":  # there the layout knows no segments, so the tokens are those of the short stage
         expected = concatenate(take(first, 3))
         for key in ("tokens_BST", "targets_BST", "answers_BST"):
-            np.testing.assert_array_equal(window[key].reshape(3, 12), expected[key].reshape(3, 12))
+            np.testing.assert_array_equal(arrays(window)[key].reshape(3, 12), expected[key].reshape(3, 12))
 
 
 @pytest.mark.parametrize("prefetch", (0, 2))
@@ -428,7 +421,7 @@ def test_a_document_that_shrank_is_refused():
 # --- The thread ----------------------------------------------------------------------------------------------------
 
 
-class FlakySource:
+class FlakySource(DocumentSource):
     """Fails once at its fifth document."""
 
     def __init__(self):
@@ -447,12 +440,12 @@ class FlakySource:
 @pytest.mark.parametrize("prefetch", (0, 1, 4))
 def test_errors_surface_where_they_belong_and_lose_nothing(prefetch):
     iterator = make_iterator(lanes_of(FlakySource(), "segment", lanes=1, segments=2, length=4), prefetch)
-    firsts = [next(iterator)["tokens_BST"][0, 0, 0] for _ in range(2)]
+    firsts = [next(iterator).tokens_BST[0, 0, 0] for _ in range(2)]
     state = iterator.get_state()
     with pytest.raises(UserError, match=r"shard\.bin: gone"):
         next(iterator)
     assert iterator.get_state() == state
-    firsts += [next(iterator)["tokens_BST"][0, 0, 0] for _ in range(2)]
+    firsts += [next(iterator).tokens_BST[0, 0, 0] for _ in range(2)]
     assert firsts == [100, 300, 500, 700]
     iterator.close()
 
@@ -480,12 +473,13 @@ def test_an_abandoned_iterator_ends_its_thread():
 @pytest.mark.parametrize("ending", ("", "iterator.close()"))
 def test_the_interpreter_exits_quietly(ending):
     program = f"""
-import grain, numpy as np
-from lm2_jax.data.documents import Document
-from lm2_jax.data.lanes import LaneDataset, make_iterator
-documents = grain.MapDataset.source([Document(np.arange(9, dtype=np.int32), np.zeros(9, bool))]).repeat(None)
-iterator = make_iterator(LaneDataset(documents, num_lanes=2, segments=2, segment_length=4, boundaries="packed",
-                                     documents_per_epoch=1), 2)
+import numpy as np
+from lm2_jax.data.documents import Document, DocumentSource
+from lm2_jax.data.lanes import LaneDataset, Lanes, make_iterator
+class Documents(list, DocumentSource):
+    pass
+source = Documents([Document(np.arange(9, dtype=np.int32), np.zeros(9, bool))])
+iterator = make_iterator(LaneDataset(source, source.ordinals(0), Lanes(2, 2, 4, "packed")), 2)
 next(iterator)
 {ending}
 """

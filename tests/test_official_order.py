@@ -46,10 +46,10 @@ def test_batches_are_the_official_trainers(tmp_path):
             for item in sampler:
                 window = next(windows)
                 piece = tokens[item * B * T : (item + 1) * B * T + 1]
-                np.testing.assert_array_equal(window["tokens_BST"][:, 0], piece[:-1].reshape(B, T))
-                np.testing.assert_array_equal(window["targets_BST"][:, 0], piece[1:].reshape(B, T))
-                assert not window["reset_BS"].any()
-                assert (window["document_BST"] == 1).all()
+                np.testing.assert_array_equal(window.tokens_BST[:, 0], piece[:-1].reshape(B, T))
+                np.testing.assert_array_equal(window.targets_BST[:, 0], piece[1:].reshape(B, T))
+                assert not window.reset_BS.any()
+                assert (window.document_BST == 1).all()
 
 
 def test_a_shard_with_less_than_an_item(tmp_path):

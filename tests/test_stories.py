@@ -12,9 +12,10 @@ import pytest
 from lm2_jax.common.errors import UserError
 from lm2_jax.config import DataConfig, StoriesConfig
 from lm2_jax.data.babi.background import BACKGROUND_LEXICON, BookBackground, builtin_sentences, split_sentences
-from lm2_jax.data.babi.files import Question, Statement, question_samples, read_babi
-from lm2_jax.data.babi.sources import QuestionSource, Scatterer, StorySource, is_held_out
-from lm2_jax.data.babi.world import LEXICON, World, answer, generate_story
+from lm2_jax.data.babi.files import Question, Statement, is_held_out, question_samples, read_babi
+from lm2_jax.data.babi.scatter import Scatterer
+from lm2_jax.data.babi.sources import QuestionSource, StoryFiles, StorySource
+from lm2_jax.data.babi.world import LEXICON, World, first_answer, generate_story
 from lm2_jax.tokenizer.stories import StoriesTokenizer
 
 TASKS = ("qa1", "qa2", "qa3", "qa4", "qa5")
@@ -203,11 +204,11 @@ def test_verbs_and_question_forms_are_as_frequent_as_in_babi(task):
 
 def test_solver_refuses_what_it_cannot_know():
     with pytest.raises(ValueError, match="no answer"):
-        answer(["Mary went to the office."], "Where is John?")
+        first_answer(["Mary went to the office."], "Where is John?")
     with pytest.raises(ValueError, match="no statement"):
-        answer(["Mary sings."], "Where is Mary?")
+        first_answer(["Mary sings."], "Where is Mary?")
     with pytest.raises(ValueError, match="no question"):
-        answer(["Mary went to the office."], "Why is Mary there?")
+        first_answer(["Mary went to the office."], "Why is Mary there?")
 
 
 # --- Background ----------------------------------------------------------------------------------------------------
@@ -388,12 +389,15 @@ def test_stories_and_questions_of_files(tmp_path):
     short = StorySource(data(path=path), TOKENIZER, budget=24, seed=0, held_out=False)
     assert len(short) == len(train) and short[0].answers.sum() == 1
 
-    questions = QuestionSource(data(), TOKENIZER, budget=64, seed=0, count=1000, paths=[path])
+    questions = QuestionSource(data(), TOKENIZER, budget=64, seed=0, count=1000, files=StoryFiles((path,), "eval.path"))
     assert len(questions) == 72
     asked = collections.Counter(told(questions[i]).count(".") for i in range(72))
     assert asked == {1: 36, 2: 36}
     assert all(questions[i].answers.sum() == 1 for i in range(72))
-    assert len(QuestionSource(data(), TOKENIZER, budget=64, seed=0, count=10, paths=[path])) == 10
+    assert (
+        len(QuestionSource(data(), TOKENIZER, budget=64, seed=0, count=10, files=StoryFiles((path,), "eval.path")))
+        == 10
+    )
 
     own = data(path=path, validation_path=path)
     assert [len(StorySource(own, TOKENIZER, budget=64, seed=0, held_out=h)) for h in (False, True)] == [36, 36]
@@ -405,7 +409,7 @@ def test_budgets_that_are_too_small(tmp_path):
         StorySource(data(path=path), TOKENIZER, budget=12, seed=0, held_out=False)
     assert len(StorySource(data(path=path), TOKENIZER, budget=13, seed=0, held_out=False))
     with pytest.raises(UserError, match=r"eval.path: .*a document has 12"):
-        QuestionSource(data(), TOKENIZER, budget=12, seed=0, count=5, paths=[path])
+        QuestionSource(data(), TOKENIZER, budget=12, seed=0, count=5, files=StoryFiles((path,), "eval.path"))
     with pytest.raises(UserError, match="12 tokens are too few for a story of qa3"):
         StorySource(data(("qa3",)), TOKENIZER, budget=12, seed=0, held_out=False)
 

@@ -137,7 +137,7 @@ def _timed(work: Callable[[], object]) -> tuple[object, float, float]:
 
 def lanes(args: argparse.Namespace) -> None:
     """Tokens a second of the lanes of a prepared directory, for each `boundaries`, without a model."""
-    from lm2_jax.data.lanes import make_iterator  # grain and jax take seconds, which --help should not
+    from lm2_jax.data.lanes import make_iterator  # imported late so that --help stays fast
     from lm2_jax.data.pipeline import Pipeline
     from lm2_jax.tokenizer import with_vocabulary
 
@@ -153,7 +153,7 @@ def lanes(args: argparse.Namespace) -> None:
         next(windows)
 
         def read(windows=windows) -> int:  # noqa: ANN001
-            return sum(int((next(windows)["document_BST"] > 0).sum()) for _ in range(args.windows))
+            return sum(int((next(windows).document_BST > 0).sum()) for _ in range(args.windows))
 
         tokens, wall, cpu = _timed(read)
         windows.close()

@@ -8,7 +8,7 @@ import json
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from lm2_jax.common.errors import UserError
 from lm2_jax.data.paths import expand_paths
 from lm2_jax.data.texts import bom_size, check_line, cut_text, decode_text, json_text, read_lines, tokenize
 from lm2_jax.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import grain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Document:
     Attributes:
       tokens: int32 [n], with the tokenizer's begin and end tokens where it has them.
       answers: bool [n], True where the token belongs to the answer of a question.
-      text_bytes: UTF-8 bytes of the text that the tokens stand for; None where it is not at hand.
+      text_bytes: UTF-8 bytes of the text that the tokens stand for; None where that is not known.
     """
 
     tokens: np.ndarray
@@ -34,26 +37,33 @@ class Document:
 
 
 class DocumentSource(Protocol):
-    """Documents by number. The same number gives the same document, always; `repr` says in a few words what it is.
+    """Documents by number. The same number always gives the same document; `repr` describes the source in a few words.
 
     Attributes:
       lengths: int [len(self)], the tokens of each document, where that is known without reading them; else None.
     """
 
-    lengths: np.ndarray | None
+    lengths: np.ndarray | None = None
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Document: ...
 
+    def ordinals(self, seed: int) -> grain.MapDataset[int]:
+        """The order of reading, without end: ordinal p + e * len(self) -> the number of document p of epoch e.
 
-class _FileSource(abc.ABC):
+        Every epoch is another permutation, drawn from `len(self)`, `seed` and the epoch alone.
+        """
+        import grain  # imported late: those who only prepare data do without
+
+        return grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat(None)
+
+
+class _FileSource(DocumentSource, abc.ABC):
     """Documents that are byte spans of files: found once at the start, read again on every access.
 
     Raises UserError with the problems of all files, or if there is no document at all.
     """
-
-    lengths: np.ndarray | None = None
 
     def __init__(self, paths: Sequence[str | Path], key: str) -> None:
         self._paths = expand_paths(paths, key)
@@ -74,17 +84,17 @@ class _FileSource(abc.ABC):
 
     @abc.abstractmethod
     def _find(self, path: Path) -> Iterable[tuple[int, int]]:
-        """Checks a file and gives the byte spans of its documents."""
+        """Checks a file and yields the byte spans of its documents."""
 
     @abc.abstractmethod
     def _parse(self, data: bytes) -> tuple[np.ndarray, int | None]:
-        """Tokens [n] of one span's bytes, and the bytes of its text."""
+        """Turns one span's bytes into tokens [n], and counts the bytes of its text."""
 
     def __len__(self) -> int:
         return len(self._spans)
 
     def __getitem__(self, index: int) -> Document:
-        """A document. Raises UserError if its file is gone, or no longer what it was at the start."""
+        """Reads a document. Raises UserError if its file is gone, or has changed since the start."""
         number, start, end = self._spans[index].tolist()
         path = self._paths[number]
         try:
@@ -95,9 +105,9 @@ class _FileSource(abc.ABC):
                 raise ValueError("it is shorter")
             tokens, text_bytes = self._parse(data)
         except OSError as error:
-            raise UserError(f"{path}: cannot be read any more ({error.strerror}); bring it back") from None
+            raise UserError(f"{path}: cannot be read any more ({error.strerror}); put it back") from None
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: has changed since it was opened ({error}); bring the old one back") from None
+            raise UserError(f"{path}: has changed since it was opened ({error}); put the old one back") from None
         return Document(tokens.astype(np.int32), np.zeros(len(tokens), bool), text_bytes)
 
     def __repr__(self) -> str:
@@ -105,7 +115,7 @@ class _FileSource(abc.ABC):
 
 
 class TextSource(_FileSource):
-    """UTF-8 text files, each one document or several; documents of white space alone are left out.
+    """UTF-8 text files, each one document or several; documents of nothing but white space are left out.
 
     Args:
       paths: files and globs.
@@ -140,7 +150,7 @@ class TextSource(_FileSource):
 
 
 class JsonLinesSource(_FileSource):
-    """JSON lines: each an object whose `text` is a document; blank lines and texts of white space are left out.
+    """JSON lines: each an object whose `text` is a document; blank lines and blank texts are left out.
 
     Args:
       paths: files and globs; uncompressed.
@@ -171,7 +181,7 @@ class JsonLinesSource(_FileSource):
 class BinSource(_FileSource):
     """Shards of the official code: 256 int32 (magic, version, number of tokens, zeros), then the tokens as uint32.
 
-    A document begins at each begin token; what stands before a shard's first one is a document too.
+    A document begins at each begin token; tokens before a shard's first one are a document too.
 
     Args:
       paths: files and globs.
@@ -181,7 +191,7 @@ class BinSource(_FileSource):
     """
 
     MAGIC, VERSION, HEADER_BYTES = 20240801, 7, 1024
-    _CHUNK = 1 << 22  # tokens looked at together
+    _CHUNK = 1 << 22  # tokens checked at a time
 
     def __init__(
         self, paths: Sequence[str | Path], vocab_size: int, bos_id: int = 128_000, key: str = "data.path"
@@ -202,7 +212,7 @@ class BinSource(_FileSource):
             if (largest := int(chunk.max())) >= self._vocab_size:
                 raise UserError(
                     f"{path}: token {start + int(chunk.argmax())} is id {largest}, outside of a vocabulary of "
-                    f"{self._vocab_size}; set the one that the shard was made with"
+                    f"{self._vocab_size}; set the vocabulary that the shard was made with"
                 )
             for begin in (start + np.flatnonzero(chunk == self._bos_id)).tolist():
                 if begin > document:
@@ -211,10 +221,12 @@ class BinSource(_FileSource):
         yield self._offset(document), self._offset(count)
 
     def _check_header(self, path: Path) -> int:
-        """Number of tokens in a sound shard."""
+        """The number of tokens in a shard. Raises UserError if header and size do not agree."""
         header = np.fromfile(path, "<i4", count=256)
         if len(header) < 256:
-            raise UserError(f"{path}: ends inside its header; a shard starts with {self.HEADER_BYTES} bytes of it")
+            raise UserError(
+                f"{path}: ends inside its header; a shard starts with a header of {self.HEADER_BYTES} bytes"
+            )
         magic, version, count = header[:3].tolist()
         if (magic, version) != (self.MAGIC, self.VERSION):
             raise UserError(
@@ -236,13 +248,13 @@ class BinSource(_FileSource):
 
 def _reject_compressed(path: Path) -> None:
     if path.suffix in (".gz", ".zst", ".bz2", ".xz"):
-        raise UserError(f"{path}: is compressed; unpack it first, only plain files are read")
+        raise UserError(f"{path}: is compressed; unpack it first, as only plain files are read")
 
 
 # --- Held-out documents --------------------------------------------------------------------------------------------
 
 
-class Subset:
+class Subset(DocumentSource):
     """Some documents of a source, in its order.
 
     Args:
@@ -267,7 +279,7 @@ class Subset:
 def split_documents(
     source: DocumentSource, validation_fraction: float, seed: int
 ) -> tuple[DocumentSource, DocumentSource | None]:
-    """Training and validation documents: a share of `source`, drawn by `seed`, is held out.
+    """Splits a source into training and validation documents: a share of it, drawn by `seed`, is held out.
 
     The share is rounded to whole documents, at least one; with a fraction of 0 nothing is held out (None).
 

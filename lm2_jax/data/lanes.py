@@ -26,10 +26,12 @@ follows all lanes, by lengths, and reads and lays out its own; the place is the 
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import heapq
 import weakref
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import grain
 import numpy as np
@@ -37,10 +39,9 @@ from grain.experimental import ThreadPrefetchDatasetIterator
 
 from lm2_jax.batch import Batch
 from lm2_jax.common.errors import UserError
-from lm2_jax.data.documents import Document
+from lm2_jax.data.documents import Document, DocumentSource
 
 Boundaries = Literal["segment", "packed", "stream"]
-Item = TypeVar("Item")
 
 
 class Placement(NamedTuple):
@@ -53,94 +54,77 @@ class Placement(NamedTuple):
 
     @property
     def end(self) -> int:
-        """One past its last position; beyond the window where later windows go on with it."""
+        """One past its last position; beyond the window where later windows continue it."""
         return self.start + self.length - 1
 
     def after(self, length: int) -> Placement | None:
-        """As seen from a window that starts `length` positions later; None if it has ended by then."""
+        """Counts from a window that starts `length` positions later; None if the document has ended by then."""
         return self._replace(start=self.start - length) if self.end > length else None
 
 
-def shuffled_documents(source: Sequence[Item], seed: int) -> grain.MapDataset[Item]:
-    """An endless dataset of documents (or their lengths) by ordinal: position p of epoch e is e * len(source) + p.
+@dataclasses.dataclass(frozen=True)
+class Lanes:
+    """Shape of the windows, and the rule by which documents are laid into them.
 
-    Every epoch is another permutation of `source`, drawn from its length, `seed` and the epoch alone.
-    """
-    return grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
-
-
-def documents_in_order(source: Sequence[Item]) -> grain.MapDataset[Item]:
-    """An endless dataset of documents (or their lengths) by ordinal: every epoch is `source` as it stands."""
-    return grain.MapDataset.source(source).repeat(None)
-
-
-class LaneDataset(grain.IterDataset[Batch]):
-    """An endless stream of windows, read from documents by ordinal.
-
-    The iterator's state is one JSON object, {"ordinals": [B], "offsets": [B], "next": n, "epoch": e}: per lane the
-    document it is in (-1: none) and the positions already read of it, the next ordinal to hand out, and that one's
-    epoch. It holds for any number and length of segments, so a run may go on with longer windows.
+    Attributes:
+      num_lanes: lanes of all processes together.
+      segments: segments in a window.
+      segment_length: positions in a segment.
+      boundaries: where documents may start; see the head of this file.
+      own_lanes: the lanes of this process, a row of its windows each, in this order; None: all.
     """
 
-    def __init__(
-        self,
-        documents: grain.MapDataset[Document],
-        *,
-        num_lanes: int,
-        segments: int,
-        segment_length: int,
-        boundaries: Boundaries,
-        documents_per_epoch: int,
-        lengths: grain.MapDataset[int] | None = None,
-        own_lanes: Sequence[int] | None = None,
-    ) -> None:
-        """Windows have a row for each of `own_lanes`, in their order; None stands for all `num_lanes`.
+    num_lanes: int
+    segments: int
+    segment_length: int
+    boundaries: Boundaries
+    own_lanes: Sequence[int] | None = None
 
-        lengths: tokens of each document by ordinal, where they are known without reading it; other processes' documents
-          are then never read.
-        """
-        super().__init__(documents)
-        self.documents = documents
-        self.lengths = lengths
-        self.num_lanes = num_lanes
-        self.rows = {lane: row for row, lane in enumerate(range(num_lanes) if own_lanes is None else own_lanes)}
-        self.segments = segments
-        self.segment_length = segment_length
-        self.boundaries = boundaries
-        self.documents_per_epoch = documents_per_epoch
+    @functools.cached_property
+    def rows(self) -> dict[int, int]:
+        """The row of each of this process's lanes."""
+        own = range(self.num_lanes) if self.own_lanes is None else self.own_lanes
+        return {lane: row for row, lane in enumerate(own)}
 
     @property
     def window_length(self) -> int:
         """Positions of one lane in a window, S * T."""
         return self.segments * self.segment_length
 
-    def __iter__(self) -> LaneIterator:
-        return LaneIterator(self)
-
-    def place(self, ordinal: int, lane: int, start: int) -> Placement:
-        """The document `ordinal` at `start` of a lane; it is read if the lane is this process's."""
-        if lane in self.rows or self.lengths is None:
-            document = self.documents[ordinal]
-            return Placement(ordinal, document if lane in self.rows else None, start, len(document.tokens))
-        return Placement(ordinal, None, start, int(self.lengths[ordinal]))
-
-    def place_next(self, ordinal: int, lane: int, start: int) -> Placement:
-        """The first document at or after `ordinal` that has a target. Raises UserError if a whole epoch has none."""
-        # Two epochs' worth of ordinals in a row contain one whole epoch, whatever the two shuffles.
-        for candidate in range(ordinal, ordinal + 2 * self.documents_per_epoch):
-            placement = self.place(candidate, lane, start)
-            if placement.length >= 2:
-                return placement
-        raise UserError(
-            f"data: none of the {self.documents_per_epoch} documents has 2 tokens or more; "
-            "a document needs an input and a target"
-        )
-
     def free_at(self, placement: Placement) -> int:
         """The position at which the lane of `placement` takes its next document."""
         if self.boundaries == "segment":
             return -(-placement.end // self.segment_length) * self.segment_length
         return placement.end
+
+    def fill(
+        self, reading: Sequence[Placement | None], next_placement: Callable[[int, int], Placement | None]
+    ) -> list[tuple[int, Placement]]:
+        """Hands out documents until no lane is free inside the window, or none is left.
+
+        Args:
+          reading: the document that each lane is in as the window starts.
+          next_placement: (lane, start) -> the next document, placed at `start` of the lane; None if none is left.
+
+        Returns:
+          All (lane, placement) that reach into the window; those of a lane in their order.
+        """
+        placements = [(lane, placement) for lane, placement in enumerate(reading) if placement is not None]
+        free = [(self.free_at(placement) if placement else 0, lane) for lane, placement in enumerate(reading)]
+        heapq.heapify(free)  # the lane that is free first on top; pairs compare, so ties go to the lowest lane
+        while free[0][0] < self.window_length:
+            start, lane = free[0]
+            placement = next_placement(lane, start)
+            if placement is None:
+                break
+            placements.append((lane, placement))
+            heapq.heapreplace(free, (self.free_at(placement), lane))
+        return placements
+
+    def reading_after(self, placements: Sequence[tuple[int, Placement]]) -> list[Placement | None]:
+        """The document that each lane is in after the window of `placements`."""
+        last = dict(placements)  # of a lane's placements, the last one stays
+        return [last[lane].after(self.window_length) if lane in last else None for lane in range(self.num_lanes)]
 
     def lay_out(self, placements: Sequence[tuple[int, Placement]]) -> Batch:
         """The window of all (lane, placement) that reach into it, in this process's lanes."""
@@ -173,56 +157,96 @@ class LaneDataset(grain.IterDataset[Batch]):
         )
 
 
+class LaneDataset(grain.IterDataset[Batch]):
+    """An endless stream of windows.
+
+    The iterator's state is one JSON object, {"ordinals": [B], "offsets": [B], "next": n, "epoch": e}: per lane the
+    document it is in (-1: none) and the positions already read of it, the next ordinal to hand out, and that one's
+    epoch. It holds for any number and length of segments, so a run may resume with longer windows.
+
+    Args:
+      source: the documents; where it knows their lengths, those of other processes are never read.
+      ordinals: the order of reading: the number in `source` of each ordinal, as `DocumentSource.ordinals` gives it.
+      lanes: the shape of the windows, and the lanes of this process.
+    """
+
+    def __init__(self, source: DocumentSource, ordinals: grain.MapDataset[int], lanes: Lanes) -> None:
+        super().__init__(ordinals)
+        self.source = source
+        self.ordinals = ordinals
+        self.lanes = lanes
+
+    def __iter__(self) -> LaneIterator:
+        return LaneIterator(self)
+
+    def place(self, ordinal: int, lane: int, start: int) -> Placement:
+        """Places the document `ordinal` at `start` of a lane; it is read if the lane is this process's."""
+        number = self.ordinals[ordinal]
+        if lane in self.lanes.rows or self.source.lengths is None:
+            document = self.source[number]
+            return Placement(ordinal, document if lane in self.lanes.rows else None, start, len(document.tokens))
+        return Placement(ordinal, None, start, int(self.source.lengths[number]))
+
+    def place_next(self, ordinal: int, lane: int, start: int) -> Placement:
+        """Places the first document at or after `ordinal` that has a target. Raises UserError if an epoch has none."""
+        # Two epochs' worth of ordinals in a row contain one whole epoch, whatever the two shuffles.
+        for candidate in range(ordinal, ordinal + 2 * len(self.source)):
+            placement = self.place(candidate, lane, start)
+            if placement.length >= 2:
+                return placement
+        raise UserError(
+            f"data: none of the {len(self.source)} documents has 2 tokens or more; "
+            "a document needs an input and a target"
+        )
+
+
 class LaneIterator(grain.DatasetIterator[Batch]):
     """The windows of a LaneDataset. If reading a document raises, the iterator stays where it was."""
 
     def __init__(self, dataset: LaneDataset) -> None:
         super().__init__()
         self._dataset = dataset
-        self._reading: list[Placement | None] = [None] * dataset.num_lanes
+        self._reading: list[Placement | None] = [None] * dataset.lanes.num_lanes
         self._next = 0
 
     def __next__(self) -> Batch:
         """Hands out documents until no lane is free inside the window."""
         self._assert_not_closed()
-        dataset, length, next_ordinal = self._dataset, self._dataset.window_length, self._next
-        placements = [(lane, reading) for lane, reading in enumerate(self._reading) if reading is not None]
-        free = [(dataset.free_at(reading) if reading else 0, lane) for lane, reading in enumerate(self._reading)]
-        heapq.heapify(free)  # the lane that is free first on top; pairs compare, so ties go to the lowest lane
-        while free[0][0] < length:
-            start, lane = free[0]
+        dataset, lanes, next_ordinal = self._dataset, self._dataset.lanes, self._next
+
+        def next_placement(lane: int, start: int) -> Placement:
+            nonlocal next_ordinal
             placement = dataset.place_next(next_ordinal, lane, start)
             next_ordinal = placement.ordinal + 1
-            placements.append((lane, placement))
-            heapq.heapreplace(free, (dataset.free_at(placement), lane))
-        window = dataset.lay_out(placements)
+            return placement
 
-        last = dict(placements)  # of a lane's placements, the last one stays
-        self._reading = [last[lane].after(length) for lane in range(dataset.num_lanes)]
-        self._next = next_ordinal
+        placements = lanes.fill(self._reading, next_placement)
+        window = lanes.lay_out(placements)
+        self._reading, self._next = lanes.reading_after(placements), next_ordinal
         return window
 
     def get_state(self) -> dict[str, Any]:
-        """The place after the windows returned so far."""
+        """The data position after the windows returned so far."""
         return {
             "ordinals": [reading.ordinal if reading else -1 for reading in self._reading],
             "offsets": [-reading.start if reading else 0 for reading in self._reading],
             "next": self._next,
-            "epoch": self._next // self._dataset.documents_per_epoch,
+            "epoch": self._next // len(self._dataset.source),
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on from a place saved by any LaneDataset over the same documents with as many lanes.
+        """Resumes from a position saved by any LaneDataset over the same documents with as many lanes.
 
-        Raises ValueError for another number of lanes, UserError if a document has become too short to go on in.
+        Raises ValueError for another number of lanes, UserError if a document has become too short to continue in.
         """
         dataset, ordinals, offsets = self._dataset, state["ordinals"], state["offsets"]
-        if not len(ordinals) == len(offsets) == dataset.num_lanes:
+        num_lanes = dataset.lanes.num_lanes
+        if not len(ordinals) == len(offsets) == num_lanes:
             raise ValueError(
-                f"the saved data position has {len(ordinals)} lanes, this run has {dataset.num_lanes}; "
+                f"the saved data position has {len(ordinals)} lanes, this run has {num_lanes}; "
                 "resume with the number of lanes it was saved with"
             )
-        reading: list[Placement | None] = [None] * dataset.num_lanes
+        reading: list[Placement | None] = [None] * num_lanes
         for lane, (ordinal, offset) in enumerate(zip(ordinals, offsets, strict=True)):
             if ordinal >= 0:
                 reading[lane] = placement = dataset.place(ordinal, lane, -offset)
@@ -237,14 +261,14 @@ class LaneIterator(grain.DatasetIterator[Batch]):
 def make_iterator(dataset: LaneDataset, prefetch: int) -> grain.DatasetIterator[Batch]:
     """The windows of `dataset`; a thread keeps `prefetch` of them ready (0: no thread).
 
-    `get_state` describes what follows the last window received, whatever the thread has made since; errors in the
-    thread are raised by the `next` whose window they prevented. `close` ends the thread and drops what it made.
+    `get_state` is the position after the last window received, however far ahead the thread is; errors in the thread
+    are raised by the `next` whose window they prevented. `close` ends the thread and drops the windows it made.
     """
     return _PrefetchIterator(iter(dataset), prefetch) if prefetch else iter(dataset)
 
 
 class _PrefetchIterator(ThreadPrefetchDatasetIterator[Batch]):
-    """Grain's, which fails in its destructor when that closes it (again) after Grain's modules are torn down."""
+    """Grain's iterator, closed before the interpreter exits: Grain's own destructor fails once its modules are gone."""
 
     def __init__(self, windows: grain.DatasetIterator[Batch], prefetch: int) -> None:
         super().__init__(windows, prefetch)

@@ -1,7 +1,7 @@
 """The official trainer's data order: `.bin` shards cut into items, shuffled within each shard by torch's sampler.
 
-An item is a batch: B·T consecutive tokens as [B,T] row by row, so that row b + 1 goes on where row b ends, and the last
-row's last target is the token after them. Every pass over a shard takes its items in the same order.
+An item is a batch: B·T consecutive tokens as [B,T] row by row, so that row b + 1 continues where row b ends, and the
+last row's last target is the token after them. Every pass over a shard takes its items in the same order.
 
 Axes: B lanes, T tokens in a segment.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import grain
 import numpy as np
 
 from lm2_jax.common.errors import UserError
@@ -39,8 +40,12 @@ class OfficialItems(BinSource):
         self._batch_size, self._segment_length = batch_size, segment_length
         super().__init__(paths, vocab_size, key=key)
 
+    def ordinals(self, seed: int) -> grain.MapDataset[int]:
+        """The order of reading, without end: every epoch takes the rows as they stand."""
+        return grain.MapDataset.range(len(self)).repeat(None)
+
     def _find(self, path: Path) -> Iterator[tuple[int, int]]:
-        for _ in super()._find(path):  # looks at every id
+        for _ in super()._find(path):  # checks every id
             pass
         B, T = self._batch_size, self._segment_length
         count = self._check_header(path)
@@ -53,7 +58,7 @@ class OfficialItems(BinSource):
 
 
 def torch_permutation(n: int, seed: int) -> list[int]:
-    """`torch.randperm(n, generator=torch.Generator().manual_seed(seed))`, without torch, for n below 2**32 / 20.
+    """Computes `torch.randperm(n, generator=torch.Generator().manual_seed(seed))` without torch, for n < 2**32 / 20.
 
     Fisher-Yates from the front, each swap by one 32-bit number of a Mersenne Twister.
     """

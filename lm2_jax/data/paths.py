@@ -10,7 +10,7 @@ from lm2_jax.common.errors import UserError
 
 
 def expand_paths(paths: Sequence[str | Path], key: str) -> list[Path]:
-    """The files that paths and globs (`**` goes into directories) name, each once, sorted.
+    """Lists the files that paths and globs (`**` matches any depth of directories) name, each once, sorted.
 
     Raises UserError, naming the setting `key`, for every path that leads to no file and for directories.
     """

@@ -1,25 +1,16 @@
-"""From a config to lanes: which documents there are, which are held out, and in which order lanes read them."""
+"""From a config to lanes: the documents of a run, those that are held out, and the lanes that read them."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-import grain
 
 from lm2_jax.common.errors import UserError
 from lm2_jax.config import Config, DataConfig, StageConfig
-from lm2_jax.data.babi.sources import QuestionSource, StorySource
-from lm2_jax.data.documents import (
-    BinSource,
-    DocumentSource,
-    JsonLinesSource,
-    TextSource,
-    split_documents,
-)
-from lm2_jax.data.lanes import LaneDataset, documents_in_order, shuffled_documents
+from lm2_jax.data.babi.sources import QuestionSource, StoryFiles, StorySource
+from lm2_jax.data.documents import BinSource, DocumentSource, JsonLinesSource, TextSource, split_documents
+from lm2_jax.data.lanes import LaneDataset, Lanes
 from lm2_jax.data.mixture import Mixture
 from lm2_jax.data.official_order import OfficialItems
 from lm2_jax.data.paths import expand_paths
@@ -34,7 +25,7 @@ class Pipeline:
         """Opens the files that `config.data` names. Raises UserError where they are missing, damaged or empty.
 
         tokenizer: None for `.bin` shards, which hold ids.
-        own_lanes: the lanes of this process, of several; None if it is the only one.
+        own_lanes: the lanes of this process; None if it is the only process.
         """
         self._config = config
         self._own_lanes = own_lanes
@@ -56,24 +47,24 @@ class Pipeline:
         return self._lanes(self.sources(stage)[0], stage)
 
     def validation(self, stage: StageConfig) -> LaneDataset | None:
-        """Windows of the documents held out; None if there are none. The same ones from every fresh iterator."""
+        """Windows of held-out documents, the same from every fresh iterator; None if nothing is held out."""
         held_out = self.sources(stage)[1]
         return None if held_out is None else self._lanes(held_out, stage)
 
     def fingerprint(self) -> str:
-        """16 hex digits that change with the tokenizer, with files' names and sizes, with manifests and weights."""
-        data, parts = self._config.data, [self._tokenizer.fingerprint() if self._tokenizer else ""]
+        """16 hex digits that change with the tokenizer, files' names and sizes, manifests and weights."""
+        data, lines = self._config.data, [self._tokenizer.fingerprint() if self._tokenizer else ""]
         for key in ("path", "validation_path", "background"):
             paths = getattr(data, key) or ()
             if data.source == "prepared" and key != "background":
-                parts += [f"{key} {_manifest_digest(path)}" for path in paths]
+                lines += [f"{key} {_manifest_digest(path)}" for path in paths]
             elif paths:
-                parts += [f"{key} {path.name} {path.stat().st_size}" for path in expand_paths(paths, f"data.{key}")]
-        parts += [f"mixture {_manifest_digest(part.path)} {part.weight!r}" for part in data.mixture]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+                lines += [f"{key} {path.name} {path.stat().st_size}" for path in expand_paths(paths, f"data.{key}")]
+        lines += [f"mixture {_manifest_digest(part.path)} {part.weight!r}" for part in data.mixture]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
     def sources(self, stage: StageConfig) -> tuple[DocumentSource, DocumentSource | None]:
-        """Training documents and those held out; stories are as long as the stage's window."""
+        """Training documents and held-out ones (None without any); stories are as long as the stage's window."""
         if self._files is not None:
             return self._files
         if stage not in self._stories:
@@ -91,22 +82,22 @@ class Pipeline:
         )
 
     def question_sets(self) -> Iterator[tuple[str, Callable[[int | None], QuestionSource]]]:
-        """Names of sets of questions, and what makes them for a context of so many tokens (None: no background).
+        """Yields the name of each set of questions, and a function of the context's tokens (None: no background).
 
-        First the held-out stories of what is trained on: each task of the generator, or each file of data.path; then
+        First come held-out stories of the training data: each task of the generator, or each file of data.path; then
         the files of eval.path.
         """
-        data, ask = self._config.data, self._config.eval
+        data, settings = self._config.data, self._config.eval
 
-        def among(data: DataConfig, **which: Any) -> Callable[[int | None], QuestionSource]:
+        def among(data: DataConfig, files: StoryFiles | None = None) -> Callable[[int | None], QuestionSource]:
             return lambda budget: QuestionSource(
                 data,
                 self._tokenizer,
                 budget=budget,
                 seed=self._config.train.seed,
-                count=ask.questions,
+                count=settings.questions,
+                files=files,
                 segment_length=self._config.stages[-1].segment_length,
-                **which,
             )
 
         if data.path is None:
@@ -115,16 +106,16 @@ class Pipeline:
                 yield f"{task} (generator)", among(data.model_copy(update={"stories": stories}))
         else:
             for path in expand_paths(data.validation_path or data.path, "data.path"):
-                held_out = data.validation_path is None
-                yield f"{path.name} (held out)", among(data, paths=(str(path),), key="data.path", held_out=held_out)
-        for path in expand_paths(ask.path, "eval.path") if ask.path else ():
-            yield path.name, among(data, paths=(str(path),))
+                side = "all" if data.validation_path else "held out"
+                yield f"{path.name} (held out)", among(data, StoryFiles((str(path),), "data.path", side))
+        for path in expand_paths(settings.path, "eval.path") if settings.path else ():
+            yield path.name, among(data, StoryFiles((str(path),), "eval.path"))
 
     def _check_stories(self) -> None:
-        """Finds bad files and segments that are too short for a story now, not when their stage or the end comes."""
+        """Finds bad files and too short segments at the start, not when their stage or the evaluation begins."""
         stages, lengths = self._config.stages, self._config.eval.lengths
         self.sources(min(stages, key=lambda stage: stage.segments * stage.segment_length))
-        shortest = min(filter(None, lengths), default=0)  # what fits the shortest context fits all of them
+        shortest = min(filter(None, lengths), default=0)  # a story that fits the shortest context fits all of them
         for _, make_source in self.question_sets():
             make_source(shortest * stages[-1].segment_length or None)
 
@@ -135,12 +126,12 @@ class Pipeline:
         training = self._open(data.path, "data.path")
         if data.validation_path is not None:
             return training, self._open(data.validation_path, "data.validation_path")
-        if data.order == "official":  # whose validation is other shards
+        if data.order == "official":  # the official trainer validates on other shards
             return training, None
         return split_documents(training, data.validation_fraction, self._config.train.seed)
 
     def _open_mixture(self) -> tuple[DocumentSource, DocumentSource | None]:
-        """Of every part a share is held out; both kinds of documents are mixed by the same weights."""
+        """Holds out a share of every source; training and held-out documents are mixed by the same weights."""
         data = self._config.data
         weights, pairs, problems = [part.weight for part in data.mixture], [], []
         for number, part in enumerate(data.mixture):
@@ -171,31 +162,17 @@ class Pipeline:
         return TextSource(paths, self._tokenizer, data.document_separator, key=key)
 
     def _lanes(self, source: DocumentSource, stage: StageConfig) -> LaneDataset:
-        def in_order(items: Sequence[Any]) -> grain.MapDataset[Any]:
-            if self._config.data.order == "official":
-                return documents_in_order(items)
-            if isinstance(source, Mixture):
-                return source.shuffled(self._config.train.seed).map(items.__getitem__)
-            return shuffled_documents(items, self._config.train.seed)
-
-        return LaneDataset(
-            in_order(source),
-            num_lanes=self._config.data.batch_size,
-            segments=stage.segments,
-            segment_length=stage.segment_length,
-            boundaries=self._config.data.boundaries,
-            documents_per_epoch=len(source),
-            lengths=None if source.lengths is None else in_order(source.lengths),
-            own_lanes=self._own_lanes,
-        )
+        data = self._config.data
+        lanes = Lanes(data.batch_size, stage.segments, stage.segment_length, data.boundaries, self._own_lanes)
+        return LaneDataset(source, source.ordinals(self._config.train.seed), lanes)
 
 
 def held_out_files(data: DataConfig) -> list[Path]:
-    """The files that hold a run's validation documents; of prepared data, the manifests."""
+    """Lists the files that hold a run's validation documents: manifests where data is prepared."""
     paths = data.validation_path or data.path or tuple(part.path for part in data.mixture)
     return [Path(path) / MANIFEST for path in paths] if data.source == "prepared" else expand_paths(paths, "data.path")
 
 
 def _manifest_digest(directory: str) -> str:
-    """Changes with anything that a prepared directory holds: its manifest has the checksums."""
+    """A digest that changes with anything in a prepared directory, since its manifest holds checksums."""
     return hashlib.sha256((Path(directory) / MANIFEST).read_bytes()).hexdigest()

@@ -1,6 +1,6 @@
 """Prepared data: a directory of token shards with a manifest; how it is written, read and checked.
 
-    manifest.json              what it was made of, with what, and every shard with its size and checksum
+    manifest.json              inputs, tokenizer and settings it was made with; size and checksum of every shard
     00000-00000.arrayrecord    a record a document: CRC-32 (4 bytes), then its ids as little-endian uint16 or uint32
     00000-00000.index.npy      int32 [documents, 2]: tokens of each document, bytes of its text (-1: not known)
     tokenizer.json             a copy of the tokenizer's file (tokenizer.model for sentencepiece and llama3)
@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from lm2_jax.common.errors import UserError
 from lm2_jax.common.untrusted import read_limited, short_repr
 from lm2_jax.config import TokenizerConfig
-from lm2_jax.data.documents import BinSource, Document
+from lm2_jax.data.documents import BinSource, Document, DocumentSource
 
 Format = Literal["arrayrecord", "bin"]
 MANIFEST = "manifest.json"
@@ -39,7 +39,7 @@ _VERSION = 1
 _LARGEST_MANIFEST = 1 << 28  # bytes: of a million inputs or shards
 _UNCOMPRESSED = "group_size:1,uncompressed"  # a document can be read without its neighbours
 _RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
-_OPEN_SHARDS = 512  # of a source at a time; a process may often have no more than 1,024 files open
+_OPEN_SHARDS = 512  # at a time, per source; many systems allow a process 1,024 open files
 
 
 class _Record(BaseModel):
@@ -62,7 +62,7 @@ class Shard(_Record):
 
 
 class TokenizerRecord(_Record):
-    """The tokenizer that the ids are of."""
+    """The tokenizer that made the ids."""
 
     kind: str
     file: Literal["tokenizer.json", "tokenizer.model"] | None  # its copy in the directory
@@ -71,7 +71,7 @@ class TokenizerRecord(_Record):
 
 
 class Manifest(_Record):
-    """What a directory of prepared data holds. `settings`, `sources` and `problems` are there to be looked up."""
+    """Contents of a directory of prepared data. `settings`, `sources` and `problems` are for people to look up."""
 
     version: int
     format: Format
@@ -79,7 +79,7 @@ class Manifest(_Record):
     documents: _Count
     tokens: _Count
     text_bytes: _Count
-    empty: _Count  # documents of white space alone, left out
+    empty: _Count  # documents of nothing but white space, left out
     skipped: _Count  # documents left out because something was wrong with them
     problems: tuple[str, ...]  # what it was, for the first of them
     settings: dict[str, Any]
@@ -93,14 +93,14 @@ def id_dtype(vocab_size: int) -> np.dtype:
 
 
 def read_manifest(directory: str | Path, key: str = "data.path") -> Manifest:
-    """The manifest of a directory. Raises UserError if it is not there, damaged, or of another version."""
+    """Reads a directory's manifest. Raises UserError if it is missing, damaged, or of another version."""
     path = Path(directory) / MANIFEST
     try:
         manifest = Manifest.model_validate_json(read_limited(path, _LARGEST_MANIFEST))
     except FileNotFoundError:
         raise UserError(
-            f"{key}: {directory} has no {MANIFEST}; name a directory that tools/prepare_data.py has finished (it goes "
-            "on where it stopped when it is called again)"
+            f"{key}: {directory} has no {MANIFEST}; name a directory that tools/prepare_data.py has finished "
+            "(called again, it resumes where it stopped)"
         ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
@@ -116,16 +116,16 @@ def read_manifest(directory: str | Path, key: str = "data.path") -> Manifest:
 
 
 def make_manifest(**values: Any) -> str:
-    """A manifest as JSON text; its version and sums are filled in."""
+    """Makes a manifest as JSON text; its version and sums are filled in."""
     shards = values["shards"]
     sums = {name: sum(getattr(shard, name) for shard in shards) for name in ("documents", "tokens", "text_bytes")}
     return Manifest(version=_VERSION, **sums, **values).model_dump_json(indent=1) + "\n"
 
 
 def read_index(directory: str | Path, manifest: Manifest) -> np.ndarray:
-    """Tokens and bytes of text of every document, int32 [documents, 2]; -1 where the bytes are not known.
+    """Reads tokens and bytes of text of every document, int32 [documents, 2]; -1 where the bytes are not known.
 
-    Raises UserError for an index that is not what the manifest says.
+    Raises UserError for an index that disagrees with the manifest.
     """
     return np.concatenate([_read_index(index_path(Path(directory), shard.name), shard) for shard in manifest.shards])
 
@@ -160,12 +160,12 @@ class Encoded:
     index: np.ndarray
 
     def documents(self) -> list[np.ndarray]:
-        """The tokens of each."""
+        """The tokens of each document."""
         return np.split(self.tokens, np.cumsum(self.index[:-1, 0])) if len(self.index) else []
 
 
 def write_shard(
-    directory: Path, scratch: Path, name: str, format: Format, parts: Iterable[Encoded], vocab_size: int
+    directory: Path, scratch: Path, name: str, format: Format, encoded: Iterable[Encoded], vocab_size: int
 ) -> Shard:
     """Writes the documents as one shard; its files appear in `directory` once they are whole and on the disk.
 
@@ -176,9 +176,9 @@ def write_shard(
     indices = [np.zeros((0, 2), np.int32)]
 
     def documents() -> Iterator[np.ndarray]:
-        for part in parts:
-            indices.append(part.index)
-            yield from part.documents()
+        for consecutive in encoded:
+            indices.append(consecutive.index)
+            yield from consecutive.documents()
 
     _WRITERS[format](data, documents(), id_dtype(vocab_size))
     index = np.concatenate(indices)
@@ -203,12 +203,12 @@ def write_shard(
 
 
 def data_file(directory: Path, name: str, format: Format) -> Path:
-    """Where a shard's documents are."""
+    """The path of a shard's documents."""
     return directory / f"{name}.{format}"
 
 
 def index_path(directory: Path, name: str) -> Path:
-    """Where a shard's index is."""
+    """The path of a shard's index."""
     return directory / f"{name}.index.npy"
 
 
@@ -221,7 +221,7 @@ def _write_array_record(path: Path, documents: Iterable[np.ndarray], dtype: np.d
 
 
 def _write_bin(path: Path, documents: Iterable[np.ndarray], dtype: np.dtype) -> None:
-    """The official layout; see `documents.BinSource`."""
+    """Writes the official layout; see `documents.BinSource`."""
     header, count = np.zeros(BinSource.HEADER_BYTES // 4, "<i4"), 0
     with path.open("wb") as file:
         file.write(header.tobytes())
@@ -249,21 +249,21 @@ def _sync(path: Path) -> None:
 # --- Reading -------------------------------------------------------------------------------------------------------
 
 
-class PreparedSource:
+class PreparedSource(DocumentSource):
     """The documents of directories of prepared data, in their order.
 
     Sizes and indices are checked at the start, a document's own checksum when it is read.
 
     Args:
-      directories: what tools/prepare_data.py has written.
-      fingerprint: of the tokenizer that the ids should be of; None: any.
+      directories: written by tools/prepare_data.py.
+      fingerprint: of the tokenizer that must have made the ids; None: any.
       key: the setting that `directories` come from, for messages.
 
     Attributes:
       lengths: int32 [documents], tokens of each.
 
-    Raises UserError, with the problems of all directories, for manifests that are missing, damaged or of another
-    tokenizer, and files that are missing, cut short or damaged.
+    Raises UserError, with the problems of all directories, for manifests that are missing, damaged or made with
+    another tokenizer, and for files that are missing, cut short or damaged.
     """
 
     def __init__(
@@ -285,13 +285,13 @@ class PreparedSource:
             raise UserError("\n".join(problems))
         self.lengths, self._text_bytes = np.concatenate(indices).T
         self._starts = np.cumsum([0, *(shard.documents for _, shard, _ in self._shards)])  # of each shard's documents
-        self._reader = functools.lru_cache(_OPEN_SHARDS)(_open_reader)  # of its own: a file may be replaced
+        self._reader = functools.lru_cache(_OPEN_SHARDS)(_open_reader)  # a cache per source: a file may be replaced
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> Document:
-        """A document. Raises UserError if it is damaged."""
+        """Reads a document. Raises UserError if it is damaged."""
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         path, _, dtype = self._shards[number]
         record = int(index - self._starts[number])
@@ -302,7 +302,7 @@ class PreparedSource:
             raise UserError(f"{path}: record {record} is damaged ({reason}); {_REMEDY}") from None
         length, text_bytes = int(self.lengths[index]), int(self._text_bytes[index])
         if len(data) != 4 + length * dtype.itemsize or zlib.crc32(data[4:]) != struct.unpack_from("<I", data)[0]:
-            raise UserError(f"{path}: record {record} is damaged (its CRC-32 is another); {_REMEDY}")
+            raise UserError(f"{path}: record {record} is damaged (its CRC-32 does not match); {_REMEDY}")
         tokens = np.frombuffer(data, dtype, offset=4).astype(np.int32)
         return Document(tokens, np.zeros(length, bool), None if text_bytes < 0 else text_bytes)
 
@@ -319,7 +319,7 @@ def _open_reader(path: Path) -> ArrayRecordReader:
 
 
 def verify(directory: str | Path, manifest: Manifest) -> None:
-    """Reads every byte of every shard. Raises UserError that names each which is not what the manifest says."""
+    """Reads every byte of every shard. Raises UserError naming all that disagree with the manifest."""
     problems = []
     for shard in manifest.shards:
         file = data_file(Path(directory), shard.name, manifest.format)
@@ -337,7 +337,7 @@ def verify(directory: str | Path, manifest: Manifest) -> None:
 
 
 def _check(directory: Path, fingerprint: str | None, key: str) -> Manifest:
-    """The manifest of a directory to train on, whose files are there."""
+    """Reads the manifest of a directory to train on, and checks tokenizer, format and files."""
     manifest = read_manifest(directory, key)
     made_with = manifest.tokenizer
     if fingerprint not in (None, made_with.fingerprint):
@@ -356,7 +356,7 @@ def _check(directory: Path, fingerprint: str | None, key: str) -> Manifest:
 
 
 def _problem(directory: Path, shard: Shard, format: Format) -> str | None:
-    """What shows at a glance that a shard is not whole."""
+    """The first sign that a shard is not whole, without reading it; None if there is none."""
     data, index = data_file(directory, shard.name, format), index_path(directory, shard.name)
     if missing := [str(path) for path in (data, index) if not path.is_file()]:
         return f"{', '.join(missing)}: missing, though the manifest names it; {_REMEDY}"
@@ -366,7 +366,7 @@ def _problem(directory: Path, shard: Shard, format: Format) -> str | None:
 
 
 def tokenizer_of(directory: str | Path, manifest: Manifest) -> TokenizerConfig:
-    """The settings of the tokenizer that a directory was prepared with; its file is the copy beside the manifest.
+    """The settings of a directory's tokenizer, whose file is the copy beside the manifest.
 
     Raises UserError for a manifest that names none.
     """

@@ -1,4 +1,4 @@
-"""From bytes to texts to tokens: what text files and JSON lines have in common wherever they are read."""
+"""From bytes to texts to tokens: how text files and JSON lines are decoded, in training and in preparation alike."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lm2_jax.common.errors import UserError
 from lm2_jax.common.untrusted import short_repr
 from lm2_jax.tokenizer import Tokenizer, encode_long
 
-_LONGEST_LINE = 1 << 25  # bytes: lists in lists take some 30 times as many once they are read
+_LONGEST_LINE = 1 << 25  # bytes: parsed, nested lists take some 30 times as many
 
 
 def bom_size(data: bytes) -> int:
@@ -25,7 +25,7 @@ def bom_size(data: bytes) -> int:
 
 
 def decode_text(data: bytes, where: str | Path, offset: int = 0) -> str:
-    """Text of the bytes that stand at `offset` of what `where` names. Raises UserError if they are not UTF-8."""
+    """Decodes bytes found at `offset` of the file `where`. Raises UserError if they are not UTF-8."""
     try:
         return data.decode()
     except UnicodeDecodeError as error:
@@ -33,7 +33,7 @@ def decode_text(data: bytes, where: str | Path, offset: int = 0) -> str:
 
 
 def cut_text(text: str, separator: str | None) -> Iterator[str]:
-    """The pieces of a text, in order and together all of it; a new one starts where `separator` (a regex) matches."""
+    """Cuts a text into documents, leaving nothing out; a new one starts where `separator` (a regex) matches."""
     cuts = (match.start() for match in re.finditer(separator, text, re.M)) if separator else ()
     for first, last in itertools.pairwise((0, *cuts, len(text))):
         if last > first:
@@ -41,7 +41,7 @@ def cut_text(text: str, separator: str | None) -> Iterator[str]:
 
 
 def read_lines(file: BinaryIO) -> Iterator[bytes]:
-    """The lines of a file, with their ends; of one that is too long, which `check_line` refuses, the beginning."""
+    """Yields the lines of a file with their ends; too long a line, which `check_line` refuses, only in part."""
     while line := file.readline(_LONGEST_LINE + 1):
         yield line
         while len(line) > _LONGEST_LINE and not line.endswith(b"\n"):
@@ -51,11 +51,11 @@ def read_lines(file: BinaryIO) -> Iterator[bytes]:
 def check_line(line: bytes, where: str) -> None:
     """Raises UserError for a line that is too long to be parsed."""
     if len(line) > _LONGEST_LINE:
-        raise UserError(f"{where}: is longer than {_LONGEST_LINE:,} bytes; cut its text")
+        raise UserError(f"{where}: is longer than {_LONGEST_LINE:,} bytes; split its text")
 
 
 def json_text(line: str, where: str, field: str = "text") -> str:
-    """The text in a JSON line's `field`. Raises UserError if it holds none."""
+    """Reads the text in a JSON line's `field`. Raises UserError if there is none."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -68,11 +68,11 @@ def json_text(line: str, where: str, field: str = "text") -> str:
     if not isinstance(text, str):
         raise UserError(f"{where}: {field!r} is {type(text).__name__}; expected a string")
     if re.search("[\ud800-\udfff]", text):
-        raise UserError(f"{where}: {field!r} holds half a surrogate pair (\\ud800-\\udfff), which is no character")
+        raise UserError(f"{where}: {field!r} holds half a surrogate pair (\\ud800-\\udfff), which is not a character")
     return text
 
 
 def tokenize(text: str, tokenizer: Tokenizer) -> np.ndarray:
-    """Ids of a document, int32 [n], between the begin and the end token where the tokenizer has them."""
+    """Tokenises a document: ids int32 [n], between the begin and the end token where the tokenizer has them."""
     begin, end = (np.array([] if id is None else [id], np.int32) for id in (tokenizer.bos_id, tokenizer.eos_id))
     return np.concatenate([begin, encode_long(tokenizer, text), end])

@@ -21,7 +21,6 @@ from lm2_jax.common.errors import UserError
 from lm2_jax.common.progress import clock
 from lm2_jax.config import BabilongConfig, BabilongTask, Config
 from lm2_jax.data.babi.babilong import (
-    Books,
     BuiltSamples,
     Sample,
     Samples,
@@ -31,6 +30,7 @@ from lm2_jax.data.babi.babilong import (
     parse_length,
     read_samples,
 )
+from lm2_jax.data.babi.background import Books
 from lm2_jax.data.paths import expand_paths
 from lm2_jax.evals.babilong_prompts import TASKS, official_prompt
 from lm2_jax.evals.generation import answer

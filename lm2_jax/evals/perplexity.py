@@ -8,7 +8,6 @@ Axes: B lanes, S segments, T tokens, P positions of a document or of a lane's wi
 
 from __future__ import annotations
 
-import heapq
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ from lm2_jax.common.errors import UserError
 from lm2_jax.common.progress import clock
 from lm2_jax.config import Config
 from lm2_jax.data.documents import BinSource, DocumentSource, JsonLinesSource, TextSource
-from lm2_jax.data.lanes import LaneDataset, Placement, documents_in_order
+from lm2_jax.data.lanes import Lanes, Placement
 from lm2_jax.data.paths import expand_paths
 from lm2_jax.data.pipeline import Pipeline, held_out_files
 from lm2_jax.evals.model import EvalModel
@@ -74,14 +73,7 @@ def evaluate(loaded: EvalModel, output: Path | None, log: Callable[[str], None])
     finished = ResultLog(finished_path(output), identity, key=("document",))
     left = [index for index in range(len(source)) if (index,) not in finished]
     progress = _Progress(log, len(left), len(source))
-    lanes = LaneDataset(
-        documents_in_order(source),
-        num_lanes=config.data.batch_size,
-        segments=stage.segments,
-        segment_length=T,
-        boundaries="segment",
-        documents_per_epoch=len(source),
-    )
+    lanes = Lanes(config.data.batch_size, stage.segments, T, "segment")
     nll_step, memory = _make_step(loaded)
     read: dict[int, list[np.ndarray]] = {}  # nats so far of the documents that are under way
     for window, placements in _windows(source, left, lanes):
@@ -146,27 +138,22 @@ def _text_bytes(placement: Placement, loaded: EvalModel) -> int | None:
 
 
 def _windows(
-    source: DocumentSource, indices: list[int], lanes: LaneDataset
+    source: DocumentSource, indices: list[int], lanes: Lanes
 ) -> Iterator[tuple[Batch, list[tuple[int, Placement]]]]:
     """Every document once, in lanes; with each window all (lane, placement) that reach into it, numbered as in source.
 
     Those of one token are left out: they have nothing to predict.
     """
     following = (Placement(i, document, 0, n) for i in indices if (n := len((document := source[i]).tokens)) > 1)
+
+    def next_placement(lane: int, start: int) -> Placement | None:
+        placement = next(following, None)
+        return placement and placement._replace(start=start)
+
     reading: list[Placement | None] = [None] * lanes.num_lanes
-    while True:
-        placements = [(lane, placement) for lane, placement in enumerate(reading) if placement is not None]
-        free = [(0 if placement is None else lanes.free_at(placement), lane) for lane, placement in enumerate(reading)]
-        heapq.heapify(free)
-        while free[0][0] < lanes.window_length and (new := next(following, None)) is not None:
-            start, lane = free[0]
-            placements.append((lane, new._replace(start=start)))
-            heapq.heapreplace(free, (lanes.free_at(placements[-1][1]), lane))
-        if not placements:
-            return
+    while placements := lanes.fill(reading, next_placement):
         yield lanes.lay_out(placements), placements
-        last = dict(placements)
-        reading = [last[lane].after(lanes.window_length) if lane in last else None for lane in range(lanes.num_lanes)]
+        reading = lanes.reading_after(placements)
 
 
 # --- The loss ------------------------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ import numpy as np
 
 from lm2_jax.common.errors import UserError
 from lm2_jax.config import Config
-from lm2_jax.data.babi.files import Statement, Story
-from lm2_jax.data.babi.sources import Scatterer, is_held_out
+from lm2_jax.data.babi.files import Statement, Story, is_held_out
+from lm2_jax.data.babi.scatter import Scatterer
 from lm2_jax.data.babi.world import PEOPLE, generate_story
 from lm2_jax.data.documents import Document
 from lm2_jax.inspection.reading import look_at_segment

@@ -1,17 +1,16 @@
 """BABILong samples (arXiv 2406.10149): bAbI questions whose facts are scattered through books; built or read.
 
-A sample is all statements before one question, question lines dropped. Its context is `length` tokens long, of which
-300 are left for the prompt; facts stand in their order between sentences of a book in theirs.
+A sample has all statements before one question, and no other question. Its context is `length` tokens long, of which
+300 are left for the prompt; facts stand in their order between consecutive sentences of a book.
 """
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate, islice, pairwise
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,15 +18,14 @@ import numpy as np
 
 from lm2_jax.common.errors import UserError
 from lm2_jax.config import BabilongTask, StoriesConfig
-from lm2_jax.data.babi.background import builtin_sentences, split_sentences
-from lm2_jax.data.babi.files import Story, question_samples, read_babi
-from lm2_jax.data.babi.sources import is_held_out
+from lm2_jax.data.babi.background import Books, builtin_sentences
+from lm2_jax.data.babi.files import Story, is_held_out, question_samples, read_babi
+from lm2_jax.data.babi.scatter import interleave
 from lm2_jax.data.babi.world import generate_story
-from lm2_jax.data.paths import expand_paths
 from lm2_jax.tokenizer import Tokenizer
 
 PROMPT_TOKENS = 300
-FEWEST_TOKENS = 10  # of a book's sentence
+FEWEST_TOKENS = 10  # of a book's sentence; shorter ones are left out
 _COLUMNS = {"input": "context", "question": "question", "target": "target"}
 _GENERATED = ("qa1", "qa2", "qa3", "qa4", "qa5")
 
@@ -42,7 +40,7 @@ class Sample:
 
 
 class Samples(Protocol):
-    """Samples by number. The same number gives the same sample, always."""
+    """Samples by number. The same number always gives the same sample."""
 
     def __len__(self) -> int: ...
 
@@ -50,37 +48,11 @@ class Samples(Protocol):
 
 
 def parse_length(name: str) -> int:
-    """Tokens of a length such as 0k, 128k or 1M, in decimal thousands and millions."""
+    """Parses a length such as 0k, 128k or 1M: decimal thousands and millions of tokens."""
     return int(name[:-1]) * {"k": 1_000, "M": 1_000_000}[name[-1]]
 
 
 # --- Building ------------------------------------------------------------------------------------------------------
-
-
-class Books:
-    """Sentences of real text in their natural order.
-
-    Sentences are told apart by our own rule, where the original has Punkt. Raises UserError if a file or pattern
-    matches nothing, cannot be read as UTF-8, or holds no text.
-    """
-
-    def __init__(self, paths: Sequence[str], key: str = "eval.babilong.books") -> None:
-        self._books = [_sentences_of(path, key) for path in expand_paths(paths, key)]
-
-    def sentences(self, rng: np.random.Generator) -> Iterator[str]:
-        """Every sentence once, from a random character of a random book on.
-
-        At the book's end the others follow in random order, then what stands before that character. The first and the
-        last sentence of each stretch are left out: the character may have cut the one, the file the other.
-        """
-        first, *others = rng.permutation(len(self._books)).tolist()
-        book = self._books[first]
-        starts = list(accumulate((len(sentence) + 1 for sentence in book), initial=0))
-        cut = bisect.bisect_right(starts, int(rng.integers(starts[-1])))  # the first that starts after the character
-        yield from book[cut:-1]
-        for other in others:
-            yield from self._books[other][1:-1]
-        yield from book[1 : cut - 1]
 
 
 class BuiltSamples:
@@ -88,10 +60,10 @@ class BuiltSamples:
 
     Args:
       questions: statements and one question each; those whose statements alone are too long are left out.
-      length: tokens of the context and of the prompt around it; 0: statements alone.
-      counter: the tokenizer that tokens are counted with.
-      books: where background comes from; None: built-in sentences.
-      seed: of the background and of the places of the statements.
+      length: tokens of the context and of the prompt around it; 0: statements only.
+      counter: the tokenizer that counts the tokens.
+      books: the background; None: built-in sentences.
+      seed: of the background and of the statements' positions.
       count: the most samples to have.
 
     Raises UserError if no question fits, and, asked for a sample, if the books hold less text than its length.
@@ -128,17 +100,14 @@ class BuiltSamples:
         rng = np.random.default_rng((*self._seed, index))
         background = self._background(self._budget - self._facts_length(self._questions[index]), rng)
         positions = np.sort(rng.integers(0, len(background) + 1, size=len(facts))).tolist()
-        pieces: list[str] = []
-        for fact, (before, here) in zip(facts, pairwise((0, *positions)), strict=True):
-            pieces += [*background[before:here], fact.text]
-        pieces += background[positions[-1] if positions else 0 :]
-        return Sample(" ".join(pieces), question.text, question.answer)
+        context = interleave([fact.text for fact in facts], background, positions)
+        return Sample(" ".join(context), question.text, question.answer)
 
     def _facts_length(self, story: Story) -> int:
         return sum(self._count_tokens(line.text) for line in story[:-1])
 
     def _background(self, budget: int, rng: np.random.Generator) -> list[str]:
-        """Sentences of `budget` tokens, the last one cut to fit."""
+        """Takes sentences of `budget` tokens, the last one cut to fit."""
         encode, taken, left = self._counter.encode, list[str](), budget
         for sentence in self._books.sentences(rng) if self._books else builtin_sentences(rng):
             if left <= 0:
@@ -159,9 +128,9 @@ class BuiltSamples:
 
 
 def babi_questions(directory: str | Path, task: BabilongTask, seed: int) -> tuple[list[Story], list[Path]]:
-    """Every question of a task in a shuffled order, and the files they are from.
+    """Reads every question of a task, in a shuffled order, and lists the files they come from.
 
-    Files are qaN_*test.txt of the directory; where a task has none, all its qaN_*.txt. Raises UserError without any.
+    Files are qaN_*test.txt of the directory, or, if a task has none, all its qaN_*.txt. Raises UserError without any.
     """
     directory = Path(directory)
     files = sorted(directory.glob(f"{task}_*test.txt")) or sorted(directory.glob(f"{task}_*.txt"))
@@ -175,7 +144,7 @@ def babi_questions(directory: str | Path, task: BabilongTask, seed: int) -> tupl
 
 
 def generated_questions(task: BabilongTask, config: StoriesConfig, seed: int, count: int) -> list[Story]:
-    """Made-up questions that no training story shares its statements with. Raises UserError beyond qa5."""
+    """Makes up questions whose statements are those of no training story. Raises UserError beyond qa5."""
     if task not in _GENERATED:
         raise UserError(
             f"eval.babilong.babi is missing: the generator makes {', '.join(_GENERATED)}, and tasks asks for {task}; "
@@ -190,21 +159,11 @@ def generated_questions(task: BabilongTask, config: StoriesConfig, seed: int, co
     return stories
 
 
-def _sentences_of(path: Path, key: str) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{key}: {path} cannot be read as a UTF-8 text file ({error})") from None
-    if not text.strip():
-        raise UserError(f"{key}: {path} is empty; name running text such as a book")
-    return split_sentences(text)
-
-
 # --- Reading -------------------------------------------------------------------------------------------------------
 
 
 def find_samples(directory: str | Path, task: BabilongTask, length: str) -> list[Path]:
-    """The files with the samples of a task and a length, in a directory downloaded from the hub (or like it).
+    """Finds the files with the samples of a task and a length, in a directory downloaded from the hub (or like it).
 
     {length}/{task}.json, .jsonl, .parquet or -*.parquet (RMT-team/babilong-1k-samples), or {task}/{length}.json and so
     on; either also inside data/ (RMT-team/babilong). Raises UserError without any.
@@ -215,12 +174,12 @@ def find_samples(directory: str | Path, task: BabilongTask, length: str) -> list
                 if files := sorted(folder.glob(name + ending)):
                     return files
     what = f"holds no {length}/{task}.json or .parquet" if Path(directory).is_dir() else "is no directory"
-    raise UserError(f"eval.babilong.path: {directory} {what}; download RMT-team/babilong, or ask for what is there")
+    raise UserError(f"eval.babilong.path: {directory} {what}; download RMT-team/babilong, or ask for what it holds")
 
 
 def read_samples(files: Sequence[Path]) -> list[Sample]:
-    """The samples of `find_samples`' files. Raises UserError for what cannot be read, is empty or lacks a column."""
-    samples = [_sample(row, f"{path}: row {n}") for path in files for n, row in enumerate(_rows(path))]
+    """Reads the files of `find_samples`. Raises UserError for one that cannot be read, is empty or lacks a column."""
+    samples = [_to_sample(row, f"{path}: row {n}") for path in files for n, row in enumerate(_rows(path))]
     if not samples:
         raise UserError(f"{', '.join(map(str, files))}: no samples; the file is empty")
     return samples
@@ -251,7 +210,7 @@ def _parquet_rows(path: Path) -> list[Any]:
         raise UserError(f"{path}: cannot be read as parquet ({error})") from None
 
 
-def _sample(row: Any, where: str) -> Sample:
+def _to_sample(row: Any, where: str) -> Sample:
     if not isinstance(row, Mapping):
         raise UserError(f"{where}: holds {type(row).__name__}; expected an object with {', '.join(_COLUMNS)}")
     missing = [column for column in _COLUMNS if column not in row]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import re
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +43,7 @@ _MOST_PARTS = max(map(len, _GRAMMAR))
 BACKGROUND_LEXICON: tuple[str, ...] = tuple(
     sorted({".", *(word for template in _GRAMMAR for part in template for words in part for word in words.split())})
 )
-"""Every word and mark of the built-in sentences, as written. No person, place, object, direction or verb of bAbI."""
+"""Every word and mark of the built-in sentences, as written; no person, place, object, direction or verb of bAbI."""
 
 _SENTENCE_END = re.compile(
     r"(?:(?<=[.!?])|(?<=[.!?][\"'\u201d\u2019)]))(?<!\bMr\.)(?<!\bMrs\.)(?<!\bDr\.)(?<!\bSt\.)(?<!\b[A-Z]\.)"
@@ -51,7 +53,7 @@ _FEWEST_WORDS = 10
 
 
 def builtin_sentences(rng: np.random.Generator) -> Iterator[str]:
-    """Endless sentences of 6 to 9 words such as "The old lantern glows softly under golden clouds."."""
+    """Yields sentences of 6 to 9 words without end, such as "The old lantern glows softly under golden clouds."."""
     while True:
         for which, *draws in rng.random((16, 1 + _MOST_PARTS)).tolist():
             template = _GRAMMAR[int(which * len(_GRAMMAR))]
@@ -64,34 +66,67 @@ class BookBackground:
 
     Sentences under 10 words are left out, and so are the first and the last of a file. All files are held in memory.
 
-    Raises UserError if a file or pattern matches nothing, cannot be read as UTF-8, or has no sentence to use.
+    Raises UserError if a file or pattern matches nothing, cannot be read as UTF-8, or has no usable sentence.
     """
 
     def __init__(self, paths: Sequence[str]) -> None:
-        self._books = [_book_sentences(path) for path in expand_paths(paths, "data.background")]
+        self._books = [_usable_sentences(path) for path in expand_paths(paths, "data.background")]
 
     def __repr__(self) -> str:
         return f"BookBackground({len(self._books)} books)"
 
     def sentences(self, rng: np.random.Generator) -> Iterator[str]:
-        """Endless sentences from a random place of a random book; after its end it begins again."""
+        """Yields sentences without end from a random one of a random book on; after its end the book starts again."""
         book = self._books[rng.integers(len(self._books))]
-        place = int(rng.integers(len(book)))
+        first = int(rng.integers(len(book)))
         while True:
-            yield from book[place:]
-            place = 0
+            yield from book[first:]
+            first = 0
+
+
+class Books:
+    """Sentences of real text in their natural order, each once.
+
+    Sentences are split by a rule of our own, where BABILong has Punkt. Raises UserError if a file or pattern matches
+    nothing, cannot be read as UTF-8, or holds no text.
+    """
+
+    def __init__(self, paths: Sequence[str], key: str = "eval.babilong.books") -> None:
+        self._books = [split_sentences(_read_text(path, key)) for path in expand_paths(paths, key)]
+
+    def sentences(self, rng: np.random.Generator) -> Iterator[str]:
+        """Yields every sentence once, from a random character of a random book on.
+
+        After that book the others follow in random order, then the text before that character. The first and the last
+        sentence of each stretch are left out: the character may have cut the one, the end of the file the other.
+        """
+        first, *others = rng.permutation(len(self._books)).tolist()
+        book = self._books[first]
+        starts = list(accumulate((len(sentence) + 1 for sentence in book), initial=0))
+        cut = bisect.bisect_right(starts, int(rng.integers(starts[-1])))  # the first that starts after the character
+        yield from book[cut:-1]
+        for other in others:
+            yield from self._books[other][1:-1]
+        yield from book[1 : cut - 1]
 
 
 def split_sentences(text: str) -> list[str]:
-    """Sentences of running text, line breaks and runs of spaces made one space."""
+    """Splits running text into sentences; line breaks and runs of spaces become one space."""
     return _SENTENCE_END.split(" ".join(text.split()))
 
 
-def _book_sentences(path: Path) -> list[str]:
+def _read_text(path: Path, key: str) -> str:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.background: {path} cannot be read as a UTF-8 text file ({error})") from None
+        raise UserError(f"{key}: {path} cannot be read as a UTF-8 text file ({error})") from None
+    if not text.strip():
+        raise UserError(f"{key}: {path} is empty; name running text such as a book")
+    return text
+
+
+def _usable_sentences(path: Path) -> list[str]:
+    text = _read_text(path, "data.background")
     sentences = [sentence for sentence in split_sentences(text)[1:-1] if len(sentence.split()) >= _FEWEST_WORDS]
     if not sentences:
         raise UserError(

@@ -1,9 +1,10 @@
-"""bAbI v1.2 stories as data: reading the files, and one BABILong sample per question."""
+"""bAbI v1.2 stories as data: read from files, split by a hash, one BABILong sample per question."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,12 +28,13 @@ class Question:
 
 Line = Statement | Question
 Story = tuple[Line, ...]
+_HELD_OUT_SHARE = 8  # one story in so many is held out
 
 
 def read_babi(path: str | Path) -> list[Story]:
-    """Reads the stories of one bAbI file, questions in their places.
+    """Reads the stories of one bAbI file, with their questions.
 
-    Lines are `ID text`, questions `ID text<tab>answer<tab>supports` (some copies have | for the tabs); the ID counts
+    Lines are `ID text`, questions `ID text<tab>answer<tab>supports` (some copies have | for the tabs); IDs count
     from 1, and 1 begins a story.
 
     Raises UserError, with the file and the line, for a file that is missing, empty or not UTF-8, a line without a
@@ -67,13 +69,19 @@ def read_babi(path: str | Path) -> list[Story]:
 
 
 def question_samples(story: Story) -> Iterator[Story]:
-    """One story per question: the statements before it, then that question alone (BABILong, arXiv 2406.10149)."""
+    """Yields one story per question: the statements before it, then that question (BABILong, arXiv 2406.10149)."""
     statements: list[Line] = []
     for line in story:
         if isinstance(line, Question):
             yield (*statements, line)
         else:
             statements.append(line)
+
+
+def is_held_out(story: Story) -> bool:
+    """True for the held-out eighth of all stories: by a stable hash of the statements, whatever is asked."""
+    text = " ".join(line.text for line in story if isinstance(line, Statement))
+    return zlib.crc32(text.encode()) % _HELD_OUT_SHARE == 0
 
 
 def _parse_line(text: str, where: str) -> Line:

@@ -44,7 +44,7 @@ _T = TypeVar("_T")
 
 @dataclasses.dataclass
 class World:
-    """What is known after some statements.
+    """Everything that is known after some statements.
 
     Attributes:
       place: where each person is.
@@ -61,7 +61,7 @@ class World:
     neighbours: dict[tuple[str, str], str] = dataclasses.field(default_factory=dict)
 
     def tell(self, statement: str) -> None:
-        """Takes in one statement, such as "Mary got the milk there."; raises ValueError if it is no bAbI sentence."""
+        """Adds one statement, such as "Mary got the milk there."; raises ValueError if it is not a bAbI sentence."""
         match statement.removesuffix(".").split():
             case ["The", room, "is", direction, "of", "the", other] if direction in _OPPOSITE:
                 self.neighbours[direction, other] = room
@@ -82,10 +82,10 @@ class World:
                 raise ValueError(f"no statement of tasks qa1-qa5: {statement!r}")
 
     def answers(self, question: str) -> tuple[str, ...]:
-        """The answers to a question, best first: empty where nothing is known, one as a rule.
+        """The answers to a question, best first: none where nothing is known, otherwise usually one.
 
-        There are several only for "What did X give to Y?" when X gave Y several things: bAbI then means any of them.
-        Raises ValueError for a sentence that is no question of these tasks.
+        There are several only for "What did X give to Y?" when X gave Y several things: bAbI then accepts any of them.
+        Raises ValueError for a sentence that is not a question of these tasks.
         """
         found: Sequence[str | None]
         match question.removesuffix("?").split():
@@ -115,7 +115,7 @@ class World:
         return tuple(dict.fromkeys(answer for answer in found if answer is not None))
 
     def questions(self, task: Task) -> list[str]:
-        """The questions of a task that have exactly one answer now; more likely ones stand there several times."""
+        """The questions of a task that now have exactly one answer; likelier ones are listed several times."""
         match task:
             case "qa1":
                 return [f"Where is {person}?" for person in self.place]
@@ -145,8 +145,8 @@ class World:
             visits.append(place)
 
 
-def answer(statements: Sequence[str], question: str) -> str:
-    """The answer to a question of qa1-qa5 after the statements, by simulation; raises ValueError if there is none."""
+def first_answer(statements: Sequence[str], question: str) -> str:
+    """Answers a question of qa1-qa5 after the statements, by simulation; raises ValueError if there is no answer."""
     world = World()
     for statement in statements:
         world.tell(statement)
@@ -168,11 +168,11 @@ def generate_story(
 
     Args:
       task: qa1 to qa5.
-      rng: where all choices come from.
+      rng: the source of all choices.
       num_facts: statements, at least 1. The story goes on until a question can be asked; qa4 has at most 5.
-      questions_between: questions before the last statement; fewer where too little is known in time.
-      questions_after: questions after the last statement, no two alike; fewer where there is less to ask.
-      asked_between: tasks that questions before the last statement are of; None: the story's own.
+      questions_between: questions before the last statement; fewer if too little is known by then.
+      questions_after: questions after the last statement, all different; fewer if there is less to ask.
+      asked_between: tasks of the questions before the last statement; None: the story's own.
 
     Returns:
       Statements and questions; the last line is a question.
@@ -199,7 +199,7 @@ def generate_story(
 
 
 def _draws(rng: np.random.Generator) -> Iterator[float]:
-    """Uniform numbers in [0, 1), drawn in blocks: a call of the generator for each would cost ten times as much."""
+    """Yields uniform numbers in [0, 1), drawn in blocks: one call for each would take ten times as long."""
     while True:
         yield from rng.random(128).tolist()
 
@@ -209,7 +209,7 @@ def _pick(draws: Iterator[float], options: Sequence[_T]) -> _T:
 
 
 def _ask(tasks: Sequence[Task], world: World, draws: Iterator[float], count: int) -> list[Question]:
-    """Up to `count` different questions."""
+    """Picks up to `count` different questions."""
     asked, open_questions = [], [text for task in tasks for text in world.questions(task)]
     while open_questions and len(asked) < count:
         text = _pick(draws, open_questions)
@@ -222,8 +222,8 @@ def _actions(task: Task, draws: Iterator[float], num_facts: int) -> Iterator[str
     """An endless play of people who move, pick up, drop and (qa5) give.
 
     Everyone and everything starts somewhere that only the play knows, so an object may be taken "there" before the
-    reader can tell where; `hidden` is the world with that knowledge. After `num_facts` acts mostly one
-    actor goes on, which soon gives something to ask about.
+    reader can tell where; `hidden` is the world with that knowledge. After `num_facts` acts mostly one actor
+    continues, which soon gives something to ask about.
     """
     people = _QA5_PEOPLE if task == "qa5" else PEOPLE
     hidden = World(place={person: _pick(draws, _PLACES) for person in people})
@@ -255,7 +255,7 @@ def _actions(task: Task, draws: Iterator[float], num_facts: int) -> Iterator[str
 
 
 def _map(draws: Iterator[float], num_facts: int) -> Iterator[str]:
-    """Rooms in a straight line, each pair of neighbours told once, in any order and from either side (qa4)."""
+    """Describes rooms in a straight line (qa4): each pair of neighbours once, in any order and from either side."""
     rooms = sorted(_PLACES, key=lambda _: next(draws))[: num_facts + 1]
     direction = _pick(draws, tuple(_OPPOSITE))
     for room, other in sorted(itertools.pairwise(rooms), key=lambda _: next(draws)):
@@ -266,7 +266,7 @@ def _map(draws: Iterator[float], num_facts: int) -> Iterator[str]:
 
 
 def _before_questions(thing: str, visits: Sequence[str]) -> Iterator[str]:
-    """Questions about the place before the present one (four times as likely, as in bAbI) and before the last one."""
+    """Asks where a thing was before its present place (four times as often, as in bAbI) and before the previous one."""
     if len(visits) > 1:
         yield from [f"Where was the {thing} before the {visits[-1]}?"] * 4
     if len(visits) > 2:
@@ -274,7 +274,7 @@ def _before_questions(thing: str, visits: Sequence[str]) -> Iterator[str]:
 
 
 def _gift_questions(giver: str, thing: str, receiver: str) -> tuple[str, ...]:
-    """Asks for the object, the giver or the receiver, each as often."""
+    """Asks for the object, the giver or the receiver, each equally often."""
     return (
         *(f"What did {giver} give to {receiver}?",) * 2,
         f"Who gave the {thing} to {receiver}?",
