@@ -89,7 +89,7 @@ def test_text_errors(tmp_path):
         TextSource([tmp_path / "*"], BYTES)
     assert str(error.value).split("\n") == [
         f"{tmp_path}/bad.txt: not UTF-8 text, byte 6 is 0xe9",
-        f"{tmp_path}/book.txt.gz: is compressed; unpack it first, only plain files are read",
+        f"{tmp_path}/book.txt.gz: is compressed; unpack it first, as only plain files are read",
     ]
     with pytest.raises(UserError, match=r"data.validation_path: no documents; all files are empty: .*blank.txt"):
         TextSource([write(tmp_path / "blank.txt", " \n")], BYTES, key="data.validation_path")

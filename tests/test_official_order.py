@@ -61,5 +61,5 @@ def test_a_shard_with_less_than_an_item(tmp_path):
 
 
 def test_only_for_a_stream_of_shards():
-    with pytest.raises(UserError, match=r"data\.order official: it is that of \.bin shards read as a stream"):
+    with pytest.raises(UserError, match=r"data\.order official needs data\.source bin and data\.boundaries stream"):
         parse_config("", ("data.order=official",))

@@ -12,16 +12,20 @@ from helpers import tiny_config
 
 from lm2_jax.common.errors import UserError
 from lm2_jax.config import TokenizerConfig, load_config, save_config
+from lm2_jax.data.documents import DocumentSource
 from lm2_jax.data.lanes import make_iterator
 from lm2_jax.data.mixture import Mixture
 from lm2_jax.data.pipeline import Pipeline
-from lm2_jax.data.prepare.inputs import JsonLinesInput
-from lm2_jax.data.prepare.shards import Settings, prepare, run_locally
+from lm2_jax.data.prepare.files import JsonLinesInput
+from lm2_jax.data.prepare.plan import prepare
+from lm2_jax.data.prepare.shards import Settings
+from lm2_jax.data.prepare.workers import run_locally
 from lm2_jax.data.prepared import PreparedSource, read_manifest, tokenizer_of, verify
 from lm2_jax.tokenizer import BytesTokenizer
 
 BYTES = BytesTokenizer()
 BOUNDARIES = ("segment", "packed", "stream")
+KEYS = ("tokens_BST", "targets_BST", "document_BST", "reset_BS", "answers_BST")
 
 
 def make_texts(count, seed=0, longest=60):
@@ -40,7 +44,7 @@ def prepare_texts(directory, texts, **changes):
 @pytest.fixture(autouse=True, scope="module")
 def small_chunks():
     with pytest.MonkeyPatch.context() as monkeypatch:  # several shards
-        monkeypatch.setattr("lm2_jax.data.prepare.inputs.CHUNK_BYTES", 1500)
+        monkeypatch.setattr("lm2_jax.data.prepare.chunks.CHUNK_BYTES", 1500)
         yield
 
 
@@ -115,7 +119,7 @@ def test_a_record_with_a_wrong_checksum_is_refused(directory, monkeypatch):
     source = PreparedSource([directory])
     source[3]
     monkeypatch.setattr("lm2_jax.data.prepared.zlib.crc32", lambda data: 1)
-    with pytest.raises(UserError, match=r"record 3 is damaged \(its CRC-32 is another\)"):
+    with pytest.raises(UserError, match=r"record 3 is damaged \(its CRC-32 does not match\)"):
         source[3]
 
 
@@ -164,7 +168,7 @@ def test_files_that_the_manifest_does_not_name_are_not_read(directory, tmp_path)
 # --- Mixtures ------------------------------------------------------------------------------------------------------
 
 
-class Numbers:
+class Numbers(DocumentSource):
     """Documents of one token, from `start` on."""
 
     def __init__(self, start, count):
@@ -188,7 +192,7 @@ def test_a_mixture_is_its_parts_one_after_the_other():
 def test_shares_are_those_of_the_weights(weights):
     sizes = (5000, 900, 1500)
     mixture = Mixture([Numbers(0, n) for n in sizes], weights)
-    order = mixture.shuffled(3)
+    order = mixture.ordinals(3)
     numbers = np.array([order[ordinal] for ordinal in range(10_000)])
     ends = np.cumsum(sizes)
     for part, (end, size, weight) in enumerate(zip(ends, sizes, weights, strict=True)):
@@ -198,7 +202,7 @@ def test_shares_are_those_of_the_weights(weights):
         epochs = [own[start : start + size] for start in range(0, len(own) - size + 1, size)]
         assert all(len(set(epoch)) == size for epoch in epochs), "each of its epochs has every document once"
         assert len({tuple(epoch) for epoch in epochs}) == len(epochs), "each epoch has its own order"
-    again, other = Mixture([Numbers(0, n) for n in sizes], weights).shuffled(3), mixture.shuffled(4)
+    again, other = Mixture([Numbers(0, n) for n in sizes], weights).ordinals(3), mixture.ordinals(4)
     assert [again[9000 + k] for k in range(50)] == numbers[9000:9050].tolist()
     assert [other[k] for k in range(50)] != numbers[:50].tolist()
 
@@ -222,10 +226,10 @@ def test_a_mixture_from_a_config(directory, tmp_path):
     texts = [{BYTES.decode(source[index].tokens) for index in range(len(source))} for source in (training, held_out)]
     assert not texts[0] & texts[1] and texts[0] | texts[1] == {*make_texts(150), *make_texts(40, seed=1)}
     assert sum(text.startswith("1.") for text in texts[1]) == 4
-    documents = pipeline.training(config.stages[0]).documents
-    second = sum(BYTES.decode(documents[ordinal].tokens).startswith("1.") for ordinal in range(400))
+    order = training.ordinals(config.train.seed)
+    second = sum(BYTES.decode(training[order[ordinal]].tokens).startswith("1.") for ordinal in range(400))
     assert second == 100
-    assert next(iter(pipeline.validation(config.stages[0])))["reset_BS"].any()
+    assert next(iter(pipeline.validation(config.stages[0]))).reset_BS.any()
     changed = config_of(tmp_path, parts.replace("0.25", "0.26"), "data.validation_fraction=0.1")
     assert Pipeline(changed, BYTES).fingerprint() != pipeline.fingerprint() == Pipeline(config, BYTES).fingerprint()
 
@@ -234,8 +238,8 @@ def test_a_mixture_from_a_config(directory, tmp_path):
     ("overrides", "message"),
     [
         ((), r"data\.path is missing; source prepared reads the directories"),
-        (("data.path=x", "data.mixture=[{path: y}]"), r"data\.mixture takes the place of path.* and path x"),
-        (("data.source=bin", "data.mixture=[{path: y}]"), r"data\.mixture takes .*; found source bin"),
+        (("data.path=x", "data.mixture=[{path: y}]"), r"data\.mixture stands for path.* and path x"),
+        (("data.source=bin", "data.mixture=[{path: y}]"), r"data\.mixture stands .*; found source bin"),
         (("data.mixture=[{path: y, weight: 0}]",), r"data\.mixture\.0\.weight: found 0; should be greater than 0"),
     ],
 )
@@ -260,9 +264,9 @@ def pipelines(config, processes):
 
 def windows_of(iterators):
     """Rows of all processes together; their places are the same."""
-    parts = [next(iterator) for iterator in iterators]
+    rows = [next(iterator) for iterator in iterators]
     assert all(iterator.get_state() == iterators[0].get_state() for iterator in iterators)
-    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    return {key: np.concatenate([getattr(own, key) for own in rows]) for key in KEYS}
 
 
 @pytest.mark.parametrize(("boundaries", "processes"), [*itertools.product(BOUNDARIES, (1, 2, 4))])

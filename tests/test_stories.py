@@ -261,7 +261,6 @@ STORY = story_of(
 @pytest.mark.parametrize("budget", [46, 47, 50, 64, 128, 500])
 def test_scatter_keeps_the_story_and_fills_the_budget(budget):
     scatterer = Scatterer(TOKENIZER, budget)
-    layouts = set()
     for seed in range(20):
         document = scatterer.scatter(STORY, np.random.default_rng(seed))
         assert len(document.tokens) == len(document.answers) == budget + 1
@@ -273,8 +272,13 @@ def test_scatter_keeps_the_story_and_fills_the_budget(budget):
         assert text.endswith("where is john? garden. where is mary? hallway.")
         assert TOKENIZER.decode(document.tokens[document.answers]) == "office garden hallway"
         assert "<unk>" not in text
-        layouts.add(text)
-    assert len(layouts) == 20 or budget <= 50
+
+
+@pytest.mark.parametrize("budget", [64, 128, 500])
+def test_every_seed_scatters_the_story_differently(budget):
+    scatterer = Scatterer(TOKENIZER, budget)
+    documents = [scatterer.scatter(STORY, np.random.default_rng(seed)) for seed in range(20)]
+    assert len({document.tokens.tobytes() for document in documents}) == 20
 
 
 def test_scatter_refuses_a_story_that_is_too_long():

@@ -1,4 +1,4 @@
-"""Measures the way of data: preparing against the bare tokenizer, kills, and how fast lanes are read."""
+"""Benchmarks the data: tokenising throughput against the bare tokenizer, crash recovery, loader throughput."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _PREPARE = [sys.executable, str(Path(__file__).with_name("prepare_data.py"))]
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def make_corpus(args: argparse.Namespace) -> None:
-    """JSON lines of random sentences of books, with some numbers and signs among them; always the same."""
+    """Writes JSON lines of random sentences from books, with some numbers and signs among them; always the same."""
     text = "\n".join(path.read_text(encoding="utf-8") for path in expand_paths(args.input, "--input"))
     sentences = [sentence for sentence in re.split(r"(?<=[.!?])\s+", text) if 20 < len(sentence) < 600]
     rng, size = random.Random(0), 0
@@ -70,7 +70,7 @@ def make_corpus(args: argparse.Namespace) -> None:
 
 
 def preparing(args: argparse.Namespace) -> None:
-    """The command next to `encode_batch` on the same texts, half of them before it and half after it."""
+    """Times the command against `encode_batch` on the same texts, half of them before it and half after it."""
     (path,) = args.input
     texts = [json.loads(line)["text"] for line in Path(path).read_bytes().split(b"\n") if line]
     tokenizer = tokenizers.Tokenizer.from_file(args.tokenizer)
@@ -94,7 +94,7 @@ def preparing(args: argparse.Namespace) -> None:
 
 
 def kills(args: argparse.Namespace) -> None:
-    """Kills the command at random moments, a tenth of the way apart; then lets it end: the output must be the same."""
+    """Kills the command at random moments, spread over its work, then lets it finish: the output must be the same."""
     whole, killed = args.output / "whole", args.output / "killed"
     _prepare(args, whole, 1).wait()
     shards, rng = len(read_manifest(whole).shards), random.Random(0)
@@ -121,7 +121,7 @@ def _prepare(args: argparse.Namespace, output: Path, shard_mb: int) -> subproces
 
 
 def _timed(work: Callable[[], object]) -> tuple[object, float, float]:
-    """Result, seconds, and CPU seconds of this process and of those it has waited for."""
+    """Returns the result, seconds, and CPU seconds of this process and of those it has waited for."""
 
     def cpu() -> float:
         usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
@@ -136,7 +136,7 @@ def _timed(work: Callable[[], object]) -> tuple[object, float, float]:
 
 
 def lanes(args: argparse.Namespace) -> None:
-    """Tokens a second of the lanes of a prepared directory, for each `boundaries`, without a model."""
+    """Times the lanes of a prepared directory without a model: tokens a second, for each `boundaries`."""
     from lm2_jax.data.lanes import make_iterator  # imported late so that --help stays fast
     from lm2_jax.data.pipeline import Pipeline
     from lm2_jax.tokenizer import with_vocabulary

@@ -1,4 +1,4 @@
-"""Makes token shards of text, JSON lines, parquet, hub data sets and official shards; or shows what shards hold."""
+"""Makes token shards from text, JSON lines, parquet, hub data sets and official shards; or inspects shards."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import _checkout  # noqa: F401
 import numpy as np
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -18,7 +19,9 @@ from lm2_jax.common.errors import UserError, run_command
 from lm2_jax.config import pattern_problem
 from lm2_jax.data.documents import BinSource, DocumentSource
 from lm2_jax.data.prepare.inputs import open_inputs
-from lm2_jax.data.prepare.shards import Settings, Tally, prepare, run_locally
+from lm2_jax.data.prepare.plan import prepare
+from lm2_jax.data.prepare.shards import Settings
+from lm2_jax.data.prepare.workers import Tally, run_locally
 from lm2_jax.data.prepared import (
     Manifest,
     PreparedSource,
@@ -37,19 +40,19 @@ _EXAMPLES = """examples:
       --tokenizer HuggingFaceTB/SmolLM2-135M
   python tools/prepare_data.py --inspect prepared/books
 
-Then set data.source to prepared and data.path to the output. Called again, it goes on where it was stopped. The output
-is the same for any number of workers.
+Then set data.source to prepared and data.path to the output. Called again, it resumes where it stopped. The output is
+the same for any number of workers.
 """
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--input", nargs="+", metavar="FILE_OR_GLOB_OR_HUB_ID", help="read in sorted order, hub data sets last")
-    add("--output", type=Path, metavar="DIR", help="a new directory, or an unfinished one to go on with")
+    add("--output", type=Path, metavar="DIR", help="a new directory, or an unfinished one to resume")
     add("--tokenizer", metavar="NAME_OR_FILE", help="bytes, a file (any kind), or a hub repository with tokenizer.json")
     add("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes that tokenise; default: one a core")
     add(
@@ -92,7 +95,7 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace, settings: Settings) -> None:
-    """Prepares, and says what was made."""
+    """Prepares, and prints a summary."""
     tokenizer = settings.load_tokenizer()
     inputs = open_inputs(
         args.input,
@@ -115,7 +118,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
 
 
 def describe(manifest: Manifest) -> str:
-    """A manifest in a line."""
+    """Describes a manifest in one line."""
     text = f"{manifest.documents:,} documents, {manifest.tokens:,} tokens in {len(manifest.shards):,} file(s)"
     if manifest.empty or manifest.skipped:
         text += f"; left out: {manifest.empty:,} empty, {manifest.skipped:,} damaged"
@@ -147,7 +150,7 @@ class _Bar:
         self._progress.stop()
 
     def show(self, tally: Tally) -> None:
-        """Takes in how far it is."""
+        """Updates the bar."""
         rate = tally.tokens / max(time.monotonic() - self._since, 1e-9)
         text = f"{tally.tokens:,} tokens, {rate:,.0f}/s" + (f", {tally.skipped:,} skipped" if tally.skipped else "")
         self._progress.update(self._task, completed=tally.read, total=tally.total, tokens=text)
@@ -157,7 +160,7 @@ class _Bar:
 
 
 def inspect(directory: Path) -> None:
-    """Checks a directory, and shows counts, lengths, documents and padding; writes lengths.png into it.
+    """Checks a directory, prints counts, lengths, documents and padding, and writes lengths.png into it.
 
     Raises UserError if the directory is not whole.
     """
@@ -180,7 +183,7 @@ def inspect(directory: Path) -> None:
     for number in sorted({0, len(source) // 2, len(source) - 1}):
         text = tokenizer.decode(source[number].tokens)
         print(f"document {number}, {lengths[number]:,} tokens: {text[:300]!r}{'...' if len(text) > 300 else ''}")
-    _plot(lengths, directory / "lengths.png")
+    plot_lengths(lengths).savefig(directory / "lengths.png", dpi=150)
     print(f"written: {directory / 'lengths.png'}")
 
 
@@ -193,7 +196,7 @@ def _open(directory: Path, manifest: Manifest) -> DocumentSource:
 
 
 def padding_table(lengths: np.ndarray) -> Table:
-    """How much of lanes is padding, by segment length and `data.boundaries`, for documents of these lengths."""
+    """Tabulates the share of padding in lanes, by segment length and `data.boundaries`, for these document lengths."""
     table = Table(title="share of padding in lanes")
     for column in ("segment length", "boundaries: segment", "packed", "stream"):
         table.add_column(column, justify="right")
@@ -205,19 +208,14 @@ def padding_table(lengths: np.ndarray) -> Table:
     return table
 
 
-def _plot(lengths: np.ndarray, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 3.5))
+def plot_lengths(lengths: np.ndarray) -> Figure:
+    """Draws a histogram of document lengths."""
+    figure = Figure(figsize=(6, 3.5), layout="tight")
+    axes = figure.subplots()
     bins = np.geomspace(max(lengths.min(), 1), lengths.max() + 1, 60)
     axes.hist(lengths.clip(1), bins=bins)
     axes.set(xscale="log", xlabel="tokens in a document", ylabel="documents", title=f"{len(lengths):,} documents")
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    return figure
 
 
 if __name__ == "__main__":

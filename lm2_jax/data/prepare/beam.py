@@ -1,7 +1,7 @@
-"""Preparing data on Apache Beam: the steps of `prepare.py` as a pipeline, for more machines than one.
+"""Preparing data on Apache Beam: the steps of `shards.py` as a pipeline, for more than one machine.
 
-Groups of inputs are read beside each other, their chunks spread over all workers and tokenised, and the results of a
-shard brought together and written. Inputs and output must be paths that every worker sees.
+Groups of inputs are read in parallel, their chunks are spread over all workers and tokenised, and the results of a
+shard are collected and written. Inputs and output must be paths that every worker sees.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from lm2_jax.common.errors import UserError
-from lm2_jax.data.prepare.inputs import Input
-from lm2_jax.data.prepare.shards import Program, Report, Settings, finish_shard, is_whole, read_tasks, run_task
+from lm2_jax.data.prepare.chunks import Input
+from lm2_jax.data.prepare.shards import MakeShards, Report, Settings, finish_shard, is_whole, read_tasks, run_task
 
 
-def run_on_beam(options: Sequence[str] = ()) -> Program:
-    """A runner on Beam; options are those of its command line, by default for this machine.
+def run_on_beam(options: Sequence[str] = ()) -> MakeShards:
+    """Makes shards on Beam; options are those of its command line, by default for this machine.
 
     Raises UserError if Beam is not installed or does not know the options.
     """
@@ -34,7 +34,7 @@ def run_on_beam(options: Sequence[str] = ()) -> Program:
             tasks = (
                 pipeline
                 | "groups" >> beam.Create(left)
-                | "beside each other" >> beam.Reshuffle()
+                | "in parallel" >> beam.Reshuffle()
                 | "read" >> beam.FlatMap(lambda group: read_tasks(*group, settings.shard_bytes))
                 | "what is left" >> beam.Filter(lambda task: task.shard not in whole_shards)
             )
