@@ -238,8 +238,8 @@ def test_a_mixture_from_a_config(directory, tmp_path):
     ("overrides", "message"),
     [
         ((), r"data\.path is missing; source prepared reads the directories"),
-        (("data.path=x", "data.mixture=[{path: y}]"), r"data\.mixture stands for path.* and path x"),
-        (("data.source=bin", "data.mixture=[{path: y}]"), r"data\.mixture stands .*; found source bin"),
+        (("data.path=x", "data.mixture=[{path: y}]"), r"data\.mixture replaces path.* and path x"),
+        (("data.source=bin", "data.mixture=[{path: y}]"), r"data\.mixture .*; found source bin"),
         (("data.mixture=[{path: y, weight: 0}]",), r"data\.mixture\.0\.weight: found 0; should be greater than 0"),
     ],
 )
