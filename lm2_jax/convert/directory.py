@@ -64,7 +64,7 @@ def read(path: Path, track: Track | None = None) -> Checkpoint:
         memory = found["memory_bank"].read()
     origin = path / "origin"
     if origin.is_symlink():
-        raise UserError(f"{origin}: is a link to elsewhere; put the directory itself there")
+        raise UserError(f"{origin}: links to elsewhere; put the directory itself there")
     return Checkpoint(config, tensors, memory, origin if origin.is_dir() else None)
 
 
