@@ -68,18 +68,18 @@ class Pipeline:
         if self._files is not None:
             return self._files
         if stage not in self._stories:
-            self._stories[stage] = self._make_stories(stage, held_out=False), self._make_stories(stage, held_out=True)
+            self._stories[stage] = tuple(
+                StorySource(
+                    self._config.data,
+                    self._tokenizer,
+                    budget=stage.segments * stage.segment_length,
+                    seed=self._config.train.seed,
+                    held_out=held_out,
+                    segment_length=stage.segment_length,
+                )
+                for held_out in (False, True)
+            )
         return self._stories[stage]
-
-    def _make_stories(self, stage: StageConfig, held_out: bool) -> StorySource:
-        return StorySource(
-            self._config.data,
-            self._tokenizer,
-            budget=stage.segments * stage.segment_length,
-            seed=self._config.train.seed,
-            held_out=held_out,
-            segment_length=stage.segment_length,
-        )
 
     def question_sets(self) -> Iterator[tuple[str, Callable[[int | None], QuestionSource]]]:
         """Yields the name of each set of questions, and a function of the context's tokens (None: no background).

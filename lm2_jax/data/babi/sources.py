@@ -49,53 +49,45 @@ class StoryFiles:
         return side
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class _Documents(DocumentSource):
     """Random-access documents, each a function of (seed, index), with given stories or made-up ones."""
 
-    def __init__(
-        self,
-        scatterer: Scatterer,
-        config: StoriesConfig,
-        *,
-        seed: int,
-        held_out: bool,
-        count: int,
-        stories: Sequence[Story] | None,
-    ) -> None:
-        self._scatterer = scatterer
-        self._config = config
-        self._seed = seed
-        self._held_out = held_out
-        self._count = count
-        self._stories = stories
-        if stories is None:
-            for task in config.tasks:
-                self._make_up(task, np.random.default_rng(seed))
+    scatterer: Scatterer
+    config: StoriesConfig
+    seed: int
+    held_out: bool
+    count: int
+    stories: Sequence[Story] | None
+
+    def __post_init__(self) -> None:
+        for task in self.config.tasks if self.stories is None else ():
+            self._make_up(task, np.random.default_rng(self.seed))  # raises UserError if none fits
 
     def __len__(self) -> int:
-        return self._count
+        return self.count
 
     def __getitem__(self, index: int) -> Document:
-        if not 0 <= index < self._count:
-            raise IndexError(f"document {index} of {self._count}")
-        rng = np.random.default_rng((self._seed, index))
-        if self._stories is None:
-            tasks = self._config.tasks
+        if not 0 <= index < self.count:
+            raise IndexError(f"document {index} of {self.count}")
+        rng = np.random.default_rng((self.seed, index))
+        if self.stories is None:
+            tasks = self.config.tasks
             story = self._make_up(tasks[int(rng.random() * len(tasks))], rng)
         else:
-            story = self._stories[index]
-        return self._scatterer.scatter(story, rng)
+            story = self.stories[index]
+        return self.scatterer.scatter(story, rng)
 
     def __repr__(self) -> str:
-        origin = ",".join(self._config.tasks) if self._stories is None else "files"
+        origin = ",".join(self.config.tasks) if self.stories is None else "files"
         return (
-            f"{type(self).__name__}({origin}, budget={self._scatterer.budget}, seed={self._seed}, "
-            f"held_out={self._held_out}, documents={self._count})"
+            f"{type(self).__name__}({origin}, budget={self.scatterer.budget}, seed={self.seed}, "
+            f"held_out={self.held_out}, documents={self.count})"
         )
 
     def _make_up(self, task: Task, rng: np.random.Generator) -> Story:
         """Makes up a story on the wanted side of the split; one that is too long is made again with fewer lines."""
-        config, room = self._config, self._scatterer.room
+        config, room = self.config, self.scatterer.room
         ranges = (config.facts, config.questions_between, config.questions_after)
         for _ in range(_MAX_ATTEMPTS):
             draws = rng.random(3).tolist()
@@ -103,15 +95,15 @@ class _Documents(DocumentSource):
                 low + int(draw * (high + 1 - low)) for (low, high), draw in zip(ranges, draws, strict=True)
             )
             story = generate_story(task, rng, facts, between, after, config.tasks)
-            while (length := self._scatterer.length(story)) > room and (facts, between, after) != (1, 0, 1):
+            while (length := self.scatterer.length(story)) > room and (facts, between, after) != (1, 0, 1):
                 facts, between, after = (
                     max(least, count * room // length) for least, count in ((1, facts), (0, between), (1, after))
                 )
                 story = generate_story(task, rng, facts, between, after, config.tasks)
-            if length <= room and is_held_out(story) == self._held_out:
+            if length <= room and is_held_out(story) == self.held_out:
                 return story
         raise UserError(
-            f"data.segment_length: {self._scatterer.budget} tokens are too few for a story of {task} with one "
+            f"data.segment_length: {self.scatterer.budget} tokens are too few for a story of {task} with one "
             "question; use longer or more segments (data.segments_per_window, train.curriculum, eval.lengths), or "
             "leave the task out of data.stories.tasks"
         )

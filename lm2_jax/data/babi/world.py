@@ -145,17 +145,6 @@ class World:
             visits.append(place)
 
 
-def first_answer(statements: Sequence[str], question: str) -> str:
-    """Answers a question of qa1-qa5 after the statements, by simulation; raises ValueError if there is no answer."""
-    world = World()
-    for statement in statements:
-        world.tell(statement)
-    answers = world.answers(question)
-    if not answers:
-        raise ValueError(f"{question!r} has no answer after {' '.join(statements)!r}")
-    return answers[0]
-
-
 def generate_story(
     task: Task,
     rng: np.random.Generator,
@@ -169,7 +158,7 @@ def generate_story(
     Args:
       task: qa1 to qa5.
       rng: the source of all choices.
-      num_facts: statements, at least 1. The story goes on until a question can be asked; qa4 has at most 5.
+      num_facts: statements, at least 1; more if no question can be asked yet. qa4 has at most 5.
       questions_between: questions before the last statement; fewer if too little is known by then.
       questions_after: questions after the last statement, all different; fewer if there is less to ask.
       asked_between: tasks of the questions before the last statement; None: the story's own.

@@ -42,8 +42,13 @@ def prepare(inputs: Sequence[Input], settings: Settings, runner: MakeShards) -> 
     if settings.format == "bin" and tokenizer.bos_id is None:
         raise UserError("--tokenizer: has no begin token; documents of .bin shards begin with one")
     output, progress_dir = settings.output, settings.progress_dir
+    plan = {
+        "tokenizer": tokenizer.fingerprint(),
+        **settings.options(),
+        "inputs": [source.state() for source in inputs],
+    }
     if (output / MANIFEST).exists():
-        manifest = _finished(inputs, settings, tokenizer)
+        manifest = _finished(plan, settings)
         shutil.rmtree(progress_dir, ignore_errors=True)  # left by a run killed after its manifest
         return manifest
     try:
@@ -51,7 +56,7 @@ def prepare(inputs: Sequence[Input], settings: Settings, runner: MakeShards) -> 
     except OSError as error:
         raise UserError(f"--output: {output} cannot be made ({error.strerror})") from None
     with lock_directory(progress_dir, f"{output}: another process is preparing it; wait, or give another --output"):
-        _keep_plan(_plan(inputs, settings, tokenizer), settings)
+        _keep_plan(plan, settings)
         done = _reports(progress_dir)
         raise_first(_problems(done), settings)
         runner(group_inputs(inputs, settings.shard_bytes), settings, done, tokenizer.vocab_size)
@@ -62,17 +67,11 @@ def prepare(inputs: Sequence[Input], settings: Settings, runner: MakeShards) -> 
     return manifest
 
 
-def _plan(inputs: Sequence[Input], settings: Settings, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Settings that must match before an interrupted preparation may be resumed."""
-    return {
-        "tokenizer": tokenizer.fingerprint(),
-        **settings.options(),
-        "inputs": [source.state() for source in inputs],
-    }
-
-
 def _keep_plan(plan: dict[str, Any], settings: Settings) -> None:
-    """Writes the plan. Raises UserError if the unfinished work has another plan."""
+    """Writes the plan: settings that must match before an interrupted preparation may be resumed.
+
+    Raises UserError if the unfinished work has another plan.
+    """
     path = settings.progress_dir / _PLAN
     if not path.exists():
         others = [child.name for child in settings.output.iterdir() if child != settings.progress_dir]
@@ -88,19 +87,14 @@ def _keep_plan(plan: dict[str, Any], settings: Settings) -> None:
         )
 
 
-def _finished(inputs: Sequence[Input], settings: Settings, tokenizer: Tokenizer) -> Manifest:
+def _finished(plan: dict[str, Any], settings: Settings) -> Manifest:
     """Reads the finished manifest. Raises UserError if it is that of another preparation."""
     manifest = read_manifest(settings.output, "--output")
-    before = {
-        "tokenizer": manifest.tokenizer.fingerprint,
-        **manifest.settings,
-        "inputs": [{key: source.get(key) for key in _AT_A_GLANCE} for source in manifest.sources],
-    }
-    now = {
-        "tokenizer": tokenizer.fingerprint(),
-        **settings.options(),
-        "inputs": [{key: source.state().get(key) for key in _AT_A_GLANCE} for source in inputs],
-    }
+    before = {"tokenizer": manifest.tokenizer.fingerprint, **manifest.settings, "inputs": manifest.sources}
+    before, now = (
+        made | {"inputs": [{key: source.get(key) for key in _AT_A_GLANCE} for source in made["inputs"]]}
+        for made in (before, plan)
+    )
     if differences := _differences(before, now):
         raise UserError(
             f"--output: {settings.output} holds another preparation; give another --output, or remove it:\n"
