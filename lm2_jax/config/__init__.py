@@ -4,6 +4,8 @@ A config file holds any subset of the keys of `Config`; `--set a.b=c` overrides 
 and reported at once, each with the file, the key, the value found and what would be right.
 """
 
+# ruff: noqa: F401 (imported here for others)
+
 from __future__ import annotations
 
 from lm2_jax.config.evaluation import (
@@ -32,33 +34,3 @@ from lm2_jax.config.sections import (
     TrainConfig,
 )
 from lm2_jax.config.spec import ModelSpec
-
-__all__ = [
-    "LARGEST",
-    "BabilongConfig",
-    "BabilongTask",
-    "CheckpointConfig",
-    "Config",
-    "DataConfig",
-    "EvalConfig",
-    "HarnessConfig",
-    "MemoryConfig",
-    "MeshConfig",
-    "MixtureConfig",
-    "MmluConfig",
-    "ModelConfig",
-    "ModelSpec",
-    "OptimConfig",
-    "PerplexityConfig",
-    "RopeScaling",
-    "StageConfig",
-    "StoriesConfig",
-    "TokenizerConfig",
-    "TrainConfig",
-    "dump_config",
-    "load_config",
-    "parse_config",
-    "pattern_problem",
-    "replace",
-    "save_config",
-]

@@ -1,5 +1,7 @@
 """Text to token ids and back: one class or function for each `tokenizer.kind`."""
 
+# ruff: noqa: F401 (imported here for others)
+
 from __future__ import annotations
 
 from lm2_jax.tokenizer.base import Tokenizer, encode_long
@@ -13,17 +15,3 @@ from lm2_jax.tokenizer.loading import (
     with_vocabulary,
 )
 from lm2_jax.tokenizer.stories import StoriesTokenizer
-
-__all__ = [
-    "BytesTokenizer",
-    "StoriesTokenizer",
-    "Tokenizer",
-    "byte_letters",
-    "check_vocabulary",
-    "convert_llama3",
-    "encode_long",
-    "find_tokenizer",
-    "load_text_tokenizer",
-    "load_tokenizer",
-    "with_vocabulary",
-]
