@@ -256,7 +256,7 @@ def test_command(checkpoint, tmp_path, monkeypatch, capsys):
         (("eval.babilong.tasks=[qa1, qa21]",), "eval.babilong.tasks.1: found 'qa21'; should be 'qa1', 'qa2'"),
         (("eval.babilong.lengths=[0k, 1000]",), "eval.babilong.lengths.1: found 1000; should be a valid string"),
         (("eval.babilong.lengths=4K",), "lengths: found '4K'; write 0k, 4k, 128k or 1M"),
-        (("eval.babilong.tasks=[qa1, qa2, qa1]",), "tasks: qa1 stands there twice"),
+        (("eval.babilong.tasks=[qa1, qa2, qa1]",), "tasks: qa1 appears twice"),
         (("eval.babilong={path: hub, books: a.txt}",), "leave out babi and books"),
         (("eval.babilong.path=nowhere",), "eval.babilong.path: nowhere is no directory"),
         (("eval.babilong={path: empty, tasks: qa1}",), "empty holds no 0k/qa1.json or .parquet"),

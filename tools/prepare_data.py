@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import _checkout  # noqa: F401
@@ -55,12 +57,7 @@ def main() -> None:
     add("--output", type=Path, metavar="DIR", help="a new directory, or an unfinished one to resume")
     add("--tokenizer", metavar="NAME_OR_FILE", help="bytes, a file (any kind), or a hub repository with tokenizer.json")
     add("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes that tokenise; default: one a core")
-    add(
-        "--on-error",
-        choices=("stop", "skip"),
-        default="stop",
-        help="at a damaged document; default: stop",
-    )
+    add("--on-error", choices=("stop", "skip"), default="stop", help="at a damaged document; default: stop")
     add("--format", choices=("arrayrecord", "bin"), default="arrayrecord", help="bin: the official code's shards")
     add("--field", default="text", metavar="NAME", help="key or column that holds the text; default: text")
     add("--document-separator", metavar="REGEX", help="text files: a document starts where it matches")
@@ -110,8 +107,8 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
 
         manifest = prepare(inputs, settings, run_on_beam(args.beam_options.split()))
     else:
-        with _Bar() as bar:
-            manifest = prepare(inputs, settings, run_locally(args.workers, bar.show))
+        with _bar() as show:
+            manifest = prepare(inputs, settings, run_locally(args.workers, show))
     print(f"{settings.output}: {describe(manifest)}")
     for problem in manifest.problems[:5]:
         print(f"  left out: {problem}")
@@ -125,35 +122,21 @@ def describe(manifest: Manifest) -> str:
     return text
 
 
-class _Bar:
-    """Progress on a terminal; silent elsewhere."""
+@contextlib.contextmanager
+def _bar() -> Iterator[Callable[[Tally], None]]:
+    """Shows progress on a terminal; silent elsewhere."""
+    console, since = Console(stderr=True), time.monotonic()
+    text = TextColumn("{task.percentage:3.0f}%  {task.fields[tokens]}")
+    settings = {"console": console, "disable": not console.is_terminal, "transient": True}
+    with Progress(SpinnerColumn(), BarColumn(), text, TimeRemainingColumn(), **settings) as progress:
+        task = progress.add_task("", tokens="", total=None)
 
-    def __init__(self) -> None:
-        self._console = Console(stderr=True)
-        self._progress = Progress(
-            SpinnerColumn(),
-            BarColumn(),
-            TextColumn("{task.percentage:3.0f}%  {task.fields[tokens]}"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-            transient=True,
-        )
-        self._task = self._progress.add_task("", tokens="", total=None)
-        self._since = time.monotonic()
+        def show(tally: Tally) -> None:
+            rate = tally.tokens / max(time.monotonic() - since, 1e-9)
+            text = f"{tally.tokens:,} tokens, {rate:,.0f}/s" + (f", {tally.skipped:,} skipped" if tally.skipped else "")
+            progress.update(task, completed=tally.read, total=tally.total, tokens=text)
 
-    def __enter__(self) -> _Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def show(self, tally: Tally) -> None:
-        """Updates the bar."""
-        rate = tally.tokens / max(time.monotonic() - self._since, 1e-9)
-        text = f"{tally.tokens:,} tokens, {rate:,.0f}/s" + (f", {tally.skipped:,} skipped" if tally.skipped else "")
-        self._progress.update(self._task, completed=tally.read, total=tally.total, tokens=text)
+        yield show
 
 
 # --- Inspecting ----------------------------------------------------------------------------------------------------

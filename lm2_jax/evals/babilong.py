@@ -23,7 +23,6 @@ from lm2_jax.config import BabilongConfig, BabilongTask, Config
 from lm2_jax.data.babi.babilong import (
     BuiltSamples,
     Sample,
-    Samples,
     babi_questions,
     find_samples,
     generated_questions,
@@ -71,7 +70,7 @@ class _Cell:
     task: BabilongTask
     length: str
     count: int
-    open: Callable[[], Samples]
+    open: Callable[[], Sequence[Sample]]
     source: str
 
     def key(self, index: int) -> tuple:

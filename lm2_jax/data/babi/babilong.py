@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -37,14 +37,6 @@ class Sample:
     context: str
     question: str
     target: str
-
-
-class Samples(Protocol):
-    """Samples by number. The same number always gives the same sample."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Sample: ...
 
 
 def parse_length(name: str) -> int:

@@ -72,9 +72,6 @@ class BookBackground:
     def __init__(self, paths: Sequence[str]) -> None:
         self._books = [_usable_sentences(path) for path in expand_paths(paths, "data.background")]
 
-    def __repr__(self) -> str:
-        return f"BookBackground({len(self._books)} books)"
-
     def sentences(self, rng: np.random.Generator) -> Iterator[str]:
         """Yields sentences without end from a random one of a random book on; after its end the book starts again."""
         book = self._books[rng.integers(len(self._books))]

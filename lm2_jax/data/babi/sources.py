@@ -158,16 +158,11 @@ class QuestionSource(_Documents):
     over lengths are paired. From bAbI files every question is a sample, as in BABILong, in a fixed shuffled order;
     those that do not fit the budget are left out.
 
-    Args:
-      data: the data section of the config; `data.path` is not used.
-      tokenizer: text to ids.
-      budget: input positions of a document; None: as many as its story has.
-      seed: with the index it determines the document.
+    The arguments are those of StorySource, but `data.path` is not used, and
+
+      budget: None: as many input positions as the story has.
       count: documents; fewer if the files hold fewer questions.
       files: bAbI files; None: made-up stories.
-      segment_length: as in StorySource.
-
-    Raises UserError if files cannot be used or the budget is too small for any story.
     """
 
     def __init__(

@@ -46,17 +46,15 @@ class Unreachable(UserError):
 
 
 class Input(Protocol):
-    """A stream of raw documents that can be pickled."""
+    """A stream of raw documents that can be pickled.
 
-    @property
-    def name(self) -> str:
-        """The file or hub data set, as messages and the manifest name it."""
-        ...
+    Attributes:
+      name: the file or hub data set, as messages and the manifest name it.
+      size: bytes of the file; None if that is not known.
+    """
 
-    @property
-    def size(self) -> int | None:
-        """Bytes of the file; None if that is not known."""
-        ...
+    name: str
+    size: int | None
 
     def read(self) -> Iterator[Chunk]:
         """Yields the raw documents in order; the same ones, in the same chunks, every time.

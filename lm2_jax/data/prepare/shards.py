@@ -114,9 +114,6 @@ MakeShards = Callable[[Sequence[tuple[Input, ...]], Settings, Mapping[str, Repor
 """Makes the shards of groups, except those done already: (groups, settings, done, vocab_size)."""
 
 
-# --- The steps -----------------------------------------------------------------------------------------------------
-
-
 def group_inputs(inputs: Sequence[Input], shard_bytes: int) -> list[tuple[Input, ...]]:
     """Groups consecutive inputs up to `shard_bytes` together; larger ones and those of unknown size stand alone."""
     groups: list[list[Input]] = []
