@@ -45,7 +45,7 @@ class Parsed(Exception):
     """A command got this far."""
 
 
-@pytest.mark.parametrize("words", commands())
+@pytest.mark.parametrize("words", list(commands()))
 def test_commands_parse(words, monkeypatch):
     module, arguments = (words[2], words[3:]) if words[1] == "-m" else (Path(words[1]).stem, words[2:])
     parse = argparse.ArgumentParser.parse_args
@@ -82,7 +82,7 @@ def test_memory_kind_of_the_docs():
         "{model: {vocab_size: 11, d_model: 8, num_layers: 2, num_heads: 2, num_kv_heads: 2, d_ff: 8}, "
         "memory: {kind: none}, data: {segment_length: 4}}"
     )
-    model = Decoder(config, names["Mean"](config))
+    model = Decoder(config.spec, names["Mean"](config.spec))
     tokens_BST = np.arange(24).reshape(2, 3, 4) % 11
     memory = model.init_memory(2)
     params = model.init(jax.random.key(0), tokens_BST[:, 0], memory)["params"]
