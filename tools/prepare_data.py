@@ -12,7 +12,6 @@ from pathlib import Path
 
 import _checkout  # noqa: F401
 import numpy as np
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -193,6 +192,8 @@ def padding_table(lengths: np.ndarray) -> Table:
 
 def plot_lengths(lengths: np.ndarray) -> Figure:
     """Draws a histogram of document lengths."""
+    from matplotlib.figure import Figure  # imported late so that --help stays fast
+
     figure = Figure(figsize=(6, 3.5), layout="tight")
     axes = figure.subplots()
     bins = np.geomspace(max(lengths.min(), 1), lengths.max() + 1, 60)
