@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import _checkout  # noqa: F401
 import numpy as np
@@ -33,6 +34,9 @@ from lm2_jax.data.prepared import (
     verify,
 )
 from lm2_jax.tokenizer import find_tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _EXAMPLES = """examples:
   python tools/prepare_data.py --input 'books/*.txt' --output prepared/books --tokenizer books/tokenizer.json
