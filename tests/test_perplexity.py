@@ -156,7 +156,7 @@ def test_finished_documents_are_not_read_again(files, checkpoint, tmp_path, monk
         result = measure(checkpoint, path, output=output)
         assert result["nats_per_token"] == pytest.approx(expected["nats_per_token"], rel=1e-6)
         assert finished.read_text().splitlines(keepends=True)[:7] == lines[:7]
-        monkeypatch.setattr(perplexity, "run_window", None)
+        monkeypatch.setattr(perplexity, "run_batch", None)
         assert measure(checkpoint, path, output=output) == result
         with pytest.raises(UserError, match=r"samples of another evaluation \(files"):
             measure(checkpoint, f"eval.perplexity.path={files}/0*.txt", output=output)
