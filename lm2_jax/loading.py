@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from lm2_jax.checkpoint.checksums import DamagedError, array_checksums, first_line
+from lm2_jax.checkpoint.manager import DamagedError, array_checksums, first_line
 from lm2_jax.common.errors import UserError
 from lm2_jax.config import Config, load_config
 from lm2_jax.convert import directory as converted

@@ -19,16 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from lm2_jax.checkpoint.checksums import DamagedError, array_checksums, first_line
 from lm2_jax.common.errors import TrainingFailed, UserError
 from lm2_jax.config import CheckpointConfig, Config
 from lm2_jax.parallel.processes import for_all, is_first, wait_for_all
 
 Progress = Mapping[str, Any]  # JSON
 State = Any  # a frozen dataclass of arrays, whose field `params` holds the weights
+
+
+class DamagedError(Exception):
+    """A checkpoint that cannot be read, or whose arrays are not the ones that were saved."""
 
 
 class Checkpoints:
@@ -183,6 +187,21 @@ def _split(state: State) -> tuple[Any, dict[str, Any]]:
     return state.params, training
 
 
+@jax.jit
+def _checksum_arrays(tree: Any) -> jax.Array:
+    def checksum(x: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(x, jnp.uint32).reshape(-1)
+        weight = 2 * jax.lax.iota(jnp.uint32, bits.size) + 1  # odd: no bit of a value is lost in the product
+        return jnp.sum(bits * weight, dtype=jnp.uint32)
+
+    return jnp.stack([checksum(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def array_checksums(tree: Any) -> list[int]:
+    """One 32-bit number per array, the same on any mesh: integer sums do not depend on their order."""
+    return jax.device_get(_checksum_arrays(tree)).tolist()
+
+
 def _checksums(params: Any, training: Any, progress: Progress) -> list[int]:
     """Checksums of every array, parameters first, then a CRC-32 of `progress`."""
     text = json.dumps(progress, sort_keys=True)
@@ -194,3 +213,8 @@ def _lacks_resources(error: Exception) -> bool:
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES):
         return True
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
+def first_line(error: Exception) -> str:
+    """An error's type and the first line of its message, for a message of our own."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else 'no details'}"

@@ -21,14 +21,13 @@ from lm2_jax.parallel.mesh import make_mesh, own_lanes, to_devices, use_mesh
 from lm2_jax.parallel.processes import is_alone, is_first, stop_signals
 from lm2_jax.tokenizer import check_vocabulary, load_tokenizer
 from lm2_jax.training.accuracy import accuracy_by_length
-from lm2_jax.training.curriculum import Curriculum
+from lm2_jax.training.curriculum import Curriculum, Progress
 from lm2_jax.training.metrics_log import MetricsLog
-from lm2_jax.training.progress import Progress
 from lm2_jax.training.reporting import Reporter, SilentReporter
 from lm2_jax.training.run_dir import check_data, claim, open_run_dir, write_summary
 from lm2_jax.training.state import StepConfig, TrainState, create_state, shardings_of
 from lm2_jax.training.step import make_fresh_memory, make_train_step
-from lm2_jax.training.validation import Validation
+from lm2_jax.training.validation import validate
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -51,7 +50,6 @@ def train(config: Config) -> dict[str, Any]:
         # --- Model and state: resumed, or made where it will live ----------------------------------------------------
         model, settings = build_model(config), StepConfig.of(config)
         train_step = make_train_step(model, mesh, settings)
-        validate = Validation(config, pipeline, model, mesh)
         checkpoints = cleanup.enter_context(contextlib.closing(Checkpoints(run_dir, config.checkpoint)))
         state, progress, origin = initial_state(config, model, mesh, checkpoints)
         progress = check_data(progress, pipeline, run_dir)
@@ -79,7 +77,7 @@ def train(config: Config) -> dict[str, Any]:
                 validating = last or _due(progress.step, config.eval.every_steps)
                 saving = last or _due(progress.step, config.checkpoint.every_steps)
                 if validating:
-                    log.extend(validate(state.params, stage))
+                    log.extend(validate(config, model, pipeline, mesh, state.params, stage))
                 if logging or validating or saving:
                     progress = log.flush(progress)
                 if curriculum.stage_is_over(progress, logging):

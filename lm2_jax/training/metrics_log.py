@@ -9,8 +9,8 @@ import jax
 from lm2_jax.common.errors import TrainingFailed
 from lm2_jax.common.records import Record
 from lm2_jax.config import StageConfig
+from lm2_jax.training.curriculum import Progress
 from lm2_jax.training.health import Health
-from lm2_jax.training.progress import Progress
 from lm2_jax.training.reporting import Reporter, SilentReporter
 
 

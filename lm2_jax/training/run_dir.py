@@ -21,7 +21,7 @@ from lm2_jax.data.pipeline import Pipeline
 from lm2_jax.loading import differences
 from lm2_jax.parallel.processes import is_first
 from lm2_jax.plots.runs import Run, plot_runs
-from lm2_jax.training.progress import Progress
+from lm2_jax.training.curriculum import Progress
 
 # Keys that may differ between a run directory and the command that resumes it: none of them changes what is learnt,
 # but for train.steps, which moves the learning rate's decay.

@@ -17,26 +17,21 @@ from lm2_jax.training.state import StepConfig
 from lm2_jax.training.step import make_eval_step, make_fresh_memory
 
 
-class Validation:
-    """Measures held-out documents in a memory of its own: training's is never touched."""
+def validate(config: Config, model: Decoder, pipeline: Pipeline, mesh: Mesh, params: Any, stage: StageConfig) -> Record:
+    """Mean negative log-likelihood (nats a token), and accuracy where there are answers; {} without documents.
 
-    def __init__(self, config: Config, pipeline: Pipeline, model: Decoder, mesh: Mesh) -> None:
-        self._config, self._pipeline, self._mesh = config, pipeline, mesh
-        settings = StepConfig.of(config)
-        self._eval_step = make_eval_step(model, mesh, settings)
-        self._fresh_memory = make_fresh_memory(model, mesh, settings)
-
-    def __call__(self, params: Any, stage: StageConfig) -> Record:
-        """Mean negative log-likelihood (nats a token), and accuracy where there are answers; {} without documents."""
-        lanes = self._pipeline.validation(stage)
-        if lanes is None:
-            return {}
-        sums, memory, windows = LossSums.zero(), self._fresh_memory(params), iter(lanes)
-        for _ in range(self._config.eval.windows):
-            batch = to_devices(self._mesh, self._config.data.batch_size, next(windows))
-            here, memory = self._eval_step(params, memory, batch)
-            sums = jax.tree.map(lambda a, b: a + b, sums, here)
-        record = {"validation_loss": float(sums.nll) / max(int(sums.tokens), 1)}
-        if int(sums.answers):
-            record["validation_accuracy"] = int(sums.correct) / int(sums.answers)
-        return record
+    The documents are read in a fresh memory: training's is never touched.
+    """
+    lanes, settings = pipeline.validation(stage), StepConfig.of(config)
+    if lanes is None:
+        return {}
+    eval_step = make_eval_step(model, mesh, settings)
+    sums, memory, windows = LossSums.zero(), make_fresh_memory(model, mesh, settings)(params), iter(lanes)
+    for _ in range(config.eval.windows):
+        batch = to_devices(mesh, config.data.batch_size, next(windows))
+        here, memory = eval_step(params, memory, batch)
+        sums = jax.tree.map(lambda a, b: a + b, sums, here)
+    record = {"validation_loss": float(sums.nll) / max(int(sums.tokens), 1)}
+    if int(sums.answers):
+        record["validation_accuracy"] = int(sums.correct) / int(sums.answers)
+    return record

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import jax
 
-from lm2_jax.checkpoint.checksums import DamagedError
-from lm2_jax.checkpoint.manager import Checkpoints
+from lm2_jax.checkpoint.manager import Checkpoints, DamagedError
 from lm2_jax.common.errors import TrainingFailed, UserError
 from lm2_jax.config import replace
 from lm2_jax.model import build_model
