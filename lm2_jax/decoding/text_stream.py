@@ -1,4 +1,4 @@
-"""Generated tokens to text, as they come."""
+"""Generated tokens turned into text as they arrive."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from lm2_jax.tokenizer import Tokenizer
 
 
 class TextStream:
-    """Tokens to text as they come, up to the first stop string.
+    """Writes tokens as text as they arrive, up to the first stop string.
 
-    Text is held back where the next token may still change it: an incomplete character, the beginning of a stop string.
+    Text that the next token may still change is held back: an incomplete character, the beginning of a stop string.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], write: Callable[[str], object]) -> None:
         self._tokenizer, self._stops, self._write = tokenizer, stops, write
-        self._ids: list[int] = []  # the tokens of the last text, for the space between them and the next, and new ones
-        self._old = 0  # how many of them are not new
+        self._ids: list[int] = []  # tokens of the last text written, as context for spaces, and the new ones
+        self._old = 0  # number of ids that are context
         self._held = ""
 
     def push(self, token: int) -> bool:
-        """Whether a stop string is complete with this token."""
+        """Adds a token; True if it completes a stop string."""
         self._ids.append(token)
         text = self._new_text()
         if text.endswith("\ufffd"):
@@ -40,9 +40,9 @@ class TextStream:
 
     def _add(self, text: str) -> bool:
         self._held += text
-        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
-        begun = [n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])]
-        ready = min(places) if places else len(self._held) - max(begun, default=0)
+        found = [index for stop in self._stops if (index := self._held.find(stop)) >= 0]
+        partial = [n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])]
+        ready = min(found) if found else len(self._held) - max(partial, default=0)
         self._write(self._held[:ready])
-        self._held = "" if places else self._held[ready:]
-        return bool(places)
+        self._held = "" if found else self._held[ready:]
+        return bool(found)
