@@ -38,7 +38,7 @@ def write_report(output: Path) -> str:
         title = "## Ablations of lm2 at equal parameters (qa1; exact match at multiples of the trained length)"
         parts.append(_ablations(title, ablations, output / "gates.png"))
     if first := by_phase.get("first round"):
-        title = "## How the parts were settled: lm2 before, with parts that are gone and switches that are no more"
+        title = "## How the parts were chosen: an earlier lm2, with parts and switches that it has lost"
         parts.append(_ablations(title, first, output / "first_round.png"))
     text = "\n".join(parts) or "no cells yet\n"
     (output / "report.md").write_text(text, encoding="utf-8")
@@ -210,21 +210,21 @@ def _plot_comparison(
 
 def _grid(results: Sequence[Result], picture: Path) -> str:
     _plot_settings(results, picture)
-    taken = {model: best_setting(_of(results, model)) for model in _in_order(results, "model")}
+    selected = {model: best_setting(_of(results, model)) for model in _in_order(results, "model")}
     lines = [
         "## Every setting: exact match in per cent",
         "",
         "By set of questions the mean over 1 to 8 times the trained length, by length the mean over the generator's,",
-        "then the mean of all that with its 95% interval over seeds, and that of every seed. A model takes the setting",
-        "that is best with the first seed.",
+        "then the mean of all that with its 95% interval over seeds, and that of every seed. The setting that is",
+        "best with the first seed is selected.",
         "",
-        *_by_setting(results, taken),
+        *_by_setting(results, selected),
     ]
     return "\n".join([*lines, ""])
 
 
-def _by_setting(results: Sequence[Result], taken: Mapping[str, str]) -> list[str]:
-    """A table of models and settings; those a model has taken are marked."""
+def _by_setting(results: Sequence[Result], selected: Mapping[str, str]) -> list[str]:
+    """A table of models and settings; the selected ones are marked."""
     sets = _sets(results[0])
     asked = _of_generator(sets)
     multiples = [m for m in sorted({m for _, m in _by_set_and_multiple(results)}) if 1 <= m <= 8]
@@ -239,14 +239,14 @@ def _by_setting(results: Sequence[Result], taken: Mapping[str, str]) -> list[str
             of_seeds = [*_means_of_seeds(runs, asked).values()]
             means = (f"{100 * mean:.1f}" for mean in (*by_set, *by_length))
             each = " ".join(f"{100 * mean:.1f}" for mean in of_seeds)
-            name = setting + " (taken)" * (setting == taken.get(model))
+            name = setting + " (selected)" * (setting == selected.get(model))
             rows.append([model, name, *means, _percent(of_seeds).replace("%", ""), each])
     lengths = [f"{multiple:g}x" for multiple in multiples]
     return _table(["model", "setting", *sets, *lengths, "mean", "seeds"], rows)
 
 
 def _longer(longer: Sequence[Result]) -> str:
-    lines = ["## The settings taken, trained twice as long: exact match in per cent", "", *_by_setting(longer, {}), ""]
+    lines = ["## Selected, trained twice as long: exact match in per cent", "", *_by_setting(longer, {}), ""]
     title = "Mean accuracy, every model trained twice as long, over the seeds there are"
     return "\n".join([*lines, *_gains(title, longer, _sets(longer[0]))])
 
@@ -265,9 +265,9 @@ def _plot_settings(results: Sequence[Result], path: Path) -> None:
             cells, sets = _by_set_and_multiple(own), _of_generator(_sets(own[0]))
             multiples = sorted({multiple for _, multiple in cells if multiple})
             means = [statistics.fmean(statistics.fmean(cells[name, m]) for name in sets) for m in multiples]
-            taken = {"linewidth": 2.2} if setting == best else {"linewidth": 0.8, "linestyle": "--"}
-            name = f"{model}: {setting}" + " (taken)" * (setting == best)
-            axis.plot(multiples, means, color=f"C{number}", marker=marker, markersize=4, label=name, **taken)
+            style = {"linewidth": 2.2} if setting == best else {"linewidth": 0.8, "linestyle": "--"}
+            name = f"{model}: {setting}" + " (selected)" * (setting == best)
+            axis.plot(multiples, means, color=f"C{number}", marker=marker, markersize=4, label=name, **style)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(lambda multiple, _: f"{multiple:g}x")
     axis.set(ylim=(0, 1.02), ylabel="accuracy (exact match)")
