@@ -30,7 +30,7 @@ from lm2_jax.model.decode import (
 from lm2_jax.model.decoder import Decoder
 
 OnToken = Callable[[int, int], bool | None]
-_DRAW = zlib.crc32(b"lm2_jax.decoding.sampling.draw")  # names the random stream
+_DRAW = zlib.crc32(b"lm2_jax.decoding.draw")  # name of the random stream: a change would change what seeds give
 
 # --- State in, state out -------------------------------------------------------------------------------------------
 
