@@ -117,7 +117,7 @@ def differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any
 
 
 def _meaning_of_weights(model: Decoder) -> dict[str, Any]:
-    """What weights mean besides their shapes. The number of slots of a bank is free."""
+    """The settings that give weights a meaning besides their shapes; the number of slots is not one of them."""
     spec = model.spec
     settings = spec.model.model_copy(update={"head_dim": spec.model.attention_head_dim})
     memory = spec.memory.model_dump(include={"kind", "num_heads", "gates"}) if spec.num_memory_layers else None

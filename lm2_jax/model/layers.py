@@ -24,7 +24,7 @@ Initializer = Callable[..., jax.Array]
 
 @struct.dataclass
 class Layout:
-    """Where the positions that blocks see belong.
+    """Documents and positions of the tokens that blocks see.
 
     Attributes:
       document_BST: int32 document ids: 0 for padding, then 1, 2, ... the documents inside a segment in order.
@@ -52,7 +52,7 @@ class Layout:
 
 @struct.dataclass
 class KVCache:
-    """What a block keeps of the earlier positions of an unfinished segment; C positions fit, W = conv_width.
+    """Earlier positions of an unfinished segment, as a block keeps them; C positions fit, W = conv_width.
 
     Attributes:
       keys_BCGK, values_BCGK: of self-attention.

@@ -175,20 +175,22 @@ def stop_signals() -> Iterator[Callable[[int], bool]]:
     Yields a function of the step just done, to be called after every step: True when it is time to stop. Several
     processes stop after the same step, whichever of them was asked.
     """
-    asked = threading.Event()
+    requested = threading.Event()
 
-    def ask(number: int, _: Any) -> None:
-        asked.set()
+    def request(number: int, _: Any) -> None:
+        requested.set()
         signal.signal(number, signal.default_int_handler)
 
-    def ask_all(number: int, _: Any) -> None:
+    def request_of_all(number: int, _: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)  # which jax tells the other processes
         signal.signal(number, lambda *_: _exit("interrupted twice", 130))
 
-    handlers = dict.fromkeys((signal.SIGINT, signal.SIGTERM), ask) if is_alone() else {signal.SIGINT: ask_all}
+    handlers = (
+        dict.fromkeys((signal.SIGINT, signal.SIGTERM), request) if is_alone() else {signal.SIGINT: request_of_all}
+    )
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        yield (lambda _: asked.is_set()) if is_alone() else multihost_utils.reached_preemption_sync_point
+        yield (lambda _: requested.is_set()) if is_alone() else multihost_utils.reached_preemption_sync_point
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

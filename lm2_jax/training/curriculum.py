@@ -1,4 +1,4 @@
-"""Where a run stands in its steps, its data and the stages of its curriculum."""
+"""Position of a run in its steps and its data, and the stages of its curriculum."""
 
 from __future__ import annotations
 

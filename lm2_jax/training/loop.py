@@ -77,7 +77,7 @@ def train(config: Config) -> dict[str, Any]:
                 validating = last or _due(progress.step, config.eval.every_steps)
                 saving = last or _due(progress.step, config.checkpoint.every_steps)
                 if validating:
-                    log.extend(validate(config, model, pipeline, mesh, state.params, stage))
+                    log.amend(validate(config, model, pipeline, mesh, state.params, stage))
                 if logging or validating or saving:
                     progress = log.flush(progress)
                 if curriculum.stage_is_over(progress, logging):

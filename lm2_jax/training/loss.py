@@ -50,7 +50,7 @@ class LossSums:
 
 
 class TokenTargets(NamedTuple):
-    """What is asked of each token, arrays [N] or [B,S,T]: its target id, and its part in the sums.
+    """Target of each token and its part in the sums, arrays [N] or [B,S,T].
 
     Attributes:
       target: int32 id of the next token.

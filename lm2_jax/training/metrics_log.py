@@ -29,7 +29,7 @@ class MetricsLog:
         record = {"step": progress.step, **shape, "stage": progress.stage, "epoch": progress.data["epoch"]}
         self._pending.append((record, metrics))
 
-    def extend(self, more: Record) -> None:
+    def amend(self, more: Record) -> None:
         """Adds keys to the newest step's record."""
         self._pending[-1][0].update(more)
 

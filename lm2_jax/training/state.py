@@ -20,7 +20,7 @@ from lm2_jax.training.optim import make_optimizer
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """What the state and the jitted steps of a run depend on besides the model and the mesh.
+    """Settings that the state and the jitted steps depend on, besides the model and the mesh.
 
     Attributes:
       optim: optimizer and objective.

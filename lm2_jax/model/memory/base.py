@@ -1,4 +1,4 @@
-"""What a memory kind supplies; nothing else in the code asks which kind it is.
+"""The interface of a memory kind; nothing else in the code asks which kind it is.
 
 A kind answers three questions: what is the memory at a document's start, what does a block do with its part of it,
 and what happens around a segment, read as a whole or token by token. The base class is kind `none`: a Llama without
@@ -75,7 +75,7 @@ class MemoryKind:
         return None
 
     def project_memory(self, memory: Memory, block_parameters: Any) -> Any:
-        """What the blocks read of the memory while a segment is unfinished, computed once for all of its tokens.
+        """Projects the memory for the blocks to read while a segment is unfinished, once for all of its tokens.
 
         Arrays begin with the axes [L,B]. block_parameters: those of `finish_segment`.
         """
