@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import jax
+import matplotlib.image
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -160,6 +161,14 @@ def random_checkpoint(path, *overrides, noise=0.3):
     with directory.new_directory(Path(path)) as partial:
         directory.write(engine.Checkpoint(config, engine.from_arrays(params, path)), partial, lambda items, _: items)
     return path
+
+
+def assert_drawn(path):
+    """A PNG with something drawn in every quarter."""
+    pixels = matplotlib.image.imread(path)[..., :3]
+    H, W = pixels.shape[0] // 2, pixels.shape[1] // 2
+    for quarter in (pixels[:H, :W], pixels[:H, W:], pixels[H:, :W], pixels[H:, W:]):
+        assert (quarter < 0.9).any(), f"{path} is blank in a quarter"
 
 
 # --- Training in another process ------------------------------------------------------------------------------------

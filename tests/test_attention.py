@@ -59,9 +59,12 @@ def test_the_kernel_is_plain_attention(on_tpu, causal, H, G, keys, grouped):
 @pytest.mark.parametrize(("queries", "keys", "width"), [(96, 128, 64), (128, 24, 64), (128, 128, 24)])
 def test_what_has_no_tiles_is_computed_plainly(on_tpu, queries, keys, width):
     on_tpu(True)
-    shapes = ((1, queries, 1, width), (1, keys, 1, width), (1, keys, 1, width))
-    out = attention(*(jnp.ones(shape) for shape in shapes))
-    np.testing.assert_allclose(out, 1.0, atol=1e-6)
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(1, length, 1, width)).astype(np.float32) for length in (queries, keys, keys))
+    scores = np.einsum("bthk,buhk->bhtu", q, k) / np.sqrt(width)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    expected = np.einsum("bhtu,buhk->bthk", weights / weights.sum(-1, keepdims=True), v)
+    np.testing.assert_allclose(attention(*map(jnp.array, (q, k, v))), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(("H", "G"), [(4, 4), (4, 2)])

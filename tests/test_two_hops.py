@@ -1,14 +1,13 @@
 """Two-hop questions are sorted by what their stories tell, and counted by what the model says."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lm2_jax.common.errors import UserError
 from lm2_jax.config import parse_config
 from lm2_jax.data.babi.files import Question, Statement
-from lm2_jax.inspection.two_hops import FATES, ask, make_questions, table, two_hops
+from lm2_jax.inspection.two_hops import FATES, make_questions, predict_answers, table, two_hops
 from lm2_jax.model import build_model
 from lm2_jax.segments import run_segments
 from lm2_jax.tokenizer import load_tokenizer
@@ -52,9 +51,9 @@ def test_questions_and_answers():
         assert thing in told and f"to the {place}." in told
         assert questions.fate_B[b] == FATES[3] or questions.lure_B[b] == questions.target_B[b]
 
-    params = model.init(jax.random.key(0), jnp.zeros((1, T), jnp.int32), model.init_memory(1))["params"]
+    params = model.init_params(jax.random.key(0))
     logits_BSTV, _ = run_segments(model, params, questions.tokens_BST, model.init_memory(B, params))
-    guess_B = ask(model, params, questions)
+    guess_B = predict_answers(model, params, questions)
     np.testing.assert_array_equal(guess_B, np.argmax(logits_BSTV[np.arange(B), -1, questions.asked_B], axis=-1))
 
 

@@ -1,4 +1,4 @@
-"""Which two-hop questions a trained model answers: by what became of the thing, and by how long ago it was told.
+"""Two-hop questions answered by a trained model: by what became of the thing, and by how long ago it was told.
 
     python tools/inspect_answers.py --run runs/babilong_study --segments 4 16
 
@@ -22,20 +22,24 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=512, metavar="B", help="questions at each length")
     arguments = parser.parse_args()
 
-    from lm2_jax.inspection.two_hops import ask, make_questions, table  # imported late so that --help stays fast
+    from lm2_jax.inspection.two_hops import (  # imported late so that --help stays fast
+        make_questions,
+        predict_answers,
+        table,
+    )
     from lm2_jax.loading import load_run
     from lm2_jax.tokenizer import load_tokenizer
 
     config, model, params = load_run(arguments.run)
     if config.tokenizer.kind != "stories":
-        raise UserError(f"{arguments.run}: no model trained on stories; its questions are theirs")
+        raise UserError(f"{arguments.run}: not a model trained on stories, which the questions are about")
     lengths = arguments.segments or [config.stages[-1].segments]
     if arguments.count < 1 or min(lengths) < 1:
         raise UserError(f"--count {arguments.count}, --segments {min(lengths)}: expected 1 or more of each")
     tokenizer = load_tokenizer(config.tokenizer)
     for segments in lengths:
         questions = make_questions(config, tokenizer, segments, arguments.count)
-        answers = table(questions, ask(model, params, questions))
+        answers = table(questions, predict_answers(model, params, questions))
         print(f"\n{arguments.run}, contexts of {segments} segments\n\n{answers}")
 
 

@@ -1,4 +1,4 @@
-"""One page with the pictures of a reading: a single HTML file that needs no network, no fonts and no other file."""
+"""The page with the pictures of a memory trace: one HTML file that needs no network, fonts or other files."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def write_page(
     title: str,
     facts: Mapping[str, str],
     pictures: Sequence[tuple[Picture, bytes, Sequence[HeatMap]]],
-    reading: MemoryTrace,
+    trace: MemoryTrace,
     words_K: Sequence[str],
 ) -> None:
     """Writes the page.
@@ -71,8 +71,8 @@ def write_page(
     """
     rows = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts.items())
     sections = [_section(*one) for one in pictures]
-    if reading.written_LK is not None:
-        sections.insert(1, _text_section(reading, words_K))
+    if trace.written_LK is not None:
+        sections.insert(1, _text_section(trace, words_K))
     path.write_text(
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -97,24 +97,24 @@ def _section(picture: Picture, png: bytes, maps: Sequence[HeatMap]) -> str:
 
 def _overlay(found: HeatMap) -> str:
     values = base64.b64encode(found.values_RC.astype("<f4").tobytes()).decode()
-    data = {"unit": found.unit, "rows": list(found.rows), "columns": list(found.columns), "float32": values}
-    left, top, width, height = (f"{100 * share:.3f}%" for share in found.box)
+    data = {"unit": found.unit, "rows": list(found.row_names), "columns": list(found.column_names), "float32": values}
+    left, top, width, height = (f"{100 * fraction:.3f}%" for fraction in found.box)
     return (
         f'<div class="map" style="left:{left};top:{top};width:{width};height:{height}" '
         f'data-values="{html.escape(json.dumps(data))}"></div>'
     )
 
 
-def _text_section(reading: MemoryTrace, words_K: Sequence[str]) -> str:
+def _text_section(trace: MemoryTrace, words_K: Sequence[str]) -> str:
     """The last tokens as running text; the deeper its colour, the more of a token is written."""
-    written_K = reading.written_LK.mean(0)
+    written_K = trace.written_LK.mean(0)
     spans = []
-    for place, (word, share) in enumerate(zip(words_K, written_K, strict=True)):
-        start = ' class="start"' if place in reading.segment_starts else ""
-        most = ", ".join(str(slot) for slot in np.argsort(-reading.read_LKN[-1, place])[:3])
+    for position, (word, weight) in enumerate(zip(words_K, written_K, strict=True)):
+        start = ' class="start"' if position in trace.segment_starts else ""
+        most = ", ".join(str(slot) for slot in np.argsort(-trace.read_LKN[-1, position])[:3])
         spans.append(
-            f'<span{start} style="background:rgba(217,119,6,{min(share / 4, 1):.2f})" '
-            f'title="written: {share:.2f} of an even share; the last block reads slots {most}">'
+            f'<span{start} style="background:rgba(217,119,6,{min(weight / 4, 1):.2f})" '
+            f'title="written: {weight:.2f} of an even share; the last block reads slots {most}">'
             f"{html.escape(word)}</span>"
         )
     caption = (

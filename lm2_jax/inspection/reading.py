@@ -1,4 +1,4 @@
-"""What a model does with its memory while it reads a text, segment by segment.
+"""A trace of a model's memory while it reads a text, segment by segment.
 
 Axes: B lanes, S segments, T tokens, K tokens at the end, N slots, M slot width, F numbers of a sketch; L blocks that
 read, or banks (one, where a memory passes through all blocks).
@@ -24,15 +24,15 @@ from lm2_jax.model.memory.base import Memory
 
 @dataclasses.dataclass(frozen=True)
 class MemoryTrace:
-    """One text, read. Shares are means over heads.
+    """Trace of one text. Attention weights are means over heads.
 
     Attributes:
       num_tokens: of the text.
       segment_length: T.
       last_ids_K: the last tokens.
-      read_LKN: attention of the last tokens to the slots; what is missing to 1 goes elsewhere.
-      written_LK: attention that the last tokens got when memory was written, mean over slots, times the segment's
-        tokens: 1 is an even share. None where slots do not ask tokens.
+      read_LKN: attention of the last tokens to the slots; the rest to 1 goes to other keys.
+      written_LK: attention of the slots to the last tokens when memory was written, mean over slots, times the
+        segment's tokens: 1 is an even share. None where slots do not attend to tokens.
       read_LSN: attention of a segment's tokens to the slots, mean over its tokens.
       change_LSN: |slot after the segment - before| / |before|.
       norm_LSN: |slot| after the segment.
@@ -55,18 +55,18 @@ class MemoryTrace:
 
     @property
     def segment_starts(self) -> list[int]:
-        """Which of the last K tokens begin a segment."""
-        first = self.num_tokens - len(self.last_ids_K)  # how many tokens stand before them
+        """Indices of those of the last K tokens that begin a segment."""
+        first = self.num_tokens - len(self.last_ids_K)  # number of tokens before them
         return [k for k in range(len(self.last_ids_K)) if (first + k) % self.segment_length == 0]
 
 
 @struct.dataclass
 class SegmentTrace:
-    """What one segment shows, for B lanes.
+    """Trace of one segment, for B lanes.
 
     Attributes:
       read_LBTN: attention of the tokens to the slots.
-      written_LBNT: attention that the tokens got from each slot when memory was written; None: slots ask no tokens.
+      written_LBNT: attention of the slots to the tokens when memory was written; None where they do not attend.
       change_LBN: |slot after - before| / |before|.
       norm_LBN: |slot| after.
       gates: mean of each gate [L], by name.
@@ -94,7 +94,7 @@ def read_text(model: Decoder, params: Any, ids_n: np.ndarray, last: int = 48) ->
 
     Args:
       ids_n: token ids; any number of them.
-      last: K, how many tokens at the end are looked at one by one; fewer if the text is shorter.
+      last: K, how many tokens at the end are traced one by one; fewer if the text is shorter.
 
     Raises UserError if the text holds no token, or the model has no memory.
     """
@@ -108,19 +108,19 @@ def read_text(model: Decoder, params: Any, ids_n: np.ndarray, last: int = 48) ->
 
     memory, by_segment, by_token = model.init_memory(1, params), defaultdict(list), defaultdict(list)
     for s in range(S):
-        memory, look = look_at_segment(model, params, tokens_ST[s : s + 1], memory, document_ST[s : s + 1])
+        memory, here = trace_segment(model, params, tokens_ST[s : s + 1], memory, document_ST[s : s + 1])
         count = int(document_ST[s].sum())
-        read_LtN = look.read_LBTN[:, 0, :count]
+        read_LtN = here.read_LBTN[:, 0, :count]
         by_segment["read"].append(read_LtN.mean(1))
-        by_segment["change"].append(look.change_LBN[:, 0])
-        by_segment["norm"].append(look.norm_LBN[:, 0])
+        by_segment["change"].append(here.change_LBN[:, 0])
+        by_segment["norm"].append(here.norm_LBN[:, 0])
         by_segment["trace"].append(sketch(np.asarray(model.kind.as_slots(memory))))
-        for name, gate_L in look.gates.items():
+        for name, gate_L in here.gates.items():
             by_segment[f"{name} gate"].append(gate_L)
         if s * T + count > len(ids_n) - K:
             by_token["read"].append(read_LtN)
-            if look.written_LBNT is not None:
-                by_token["written"].append(count * look.written_LBNT[:, 0, :, :count].mean(1))
+            if here.written_LBNT is not None:
+                by_token["written"].append(count * here.written_LBNT[:, 0, :, :count].mean(1))
     return MemoryTrace(
         num_tokens=len(ids_n),
         segment_length=T,
@@ -141,17 +141,17 @@ def read_text(model: Decoder, params: Any, ids_n: np.ndarray, last: int = 48) ->
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def look_at_segment(
+def trace_segment(
     model: Decoder, params: Any, tokens_BT: jax.Array, memory: Memory, document_BT: jax.Array | None = None
 ) -> tuple[Memory, SegmentTrace]:
-    """Reads one segment; the memory after it, and what there is to see. The model must have a memory."""
+    """Reads one segment; returns the memory after it, and its trace. The model must have a memory."""
     (logits_BTV, after), sown = model.apply(
         {"params": params}, tokens_BT, memory, document_BT=document_BT, mutable=["gates", "intermediates"]
     )
     read_LBTN, write_LBNT = model.kind.attention_to_slots(sown["intermediates"])
     before_LBNM, slots_LBNM = model.kind.as_slots(memory), model.kind.as_slots(after)
     before_LBN = jnp.linalg.norm(before_LBNM, axis=-1)
-    look = SegmentTrace(
+    trace = SegmentTrace(
         read_LBTN=read_LBTN,
         written_LBNT=write_LBNT,
         change_LBN=jnp.linalg.norm(slots_LBNM - before_LBNM, axis=-1) / jnp.maximum(before_LBN, 1e-9),
@@ -159,22 +159,22 @@ def look_at_segment(
         gates={gate_name(path): g_L for path, g_L in jax.tree_util.tree_leaves_with_path(sown.get("gates", {}))},
         logits_BTV=logits_BTV,
     )
-    return after, look
+    return after, trace
 
 
 def sketch(slots: np.ndarray, size: int = 4096) -> np.ndarray:
-    """A memory as at most `size` numbers [F], whose inner products are about those of the memories.
+    """Condenses a memory to at most `size` numbers [F] whose inner products approximate those of the memories.
 
-    A count sketch: every number, with a random sign of its own, is added to a random place, the same ones every time.
+    This is a count sketch: every value, with a random sign of its own, is added to a random entry, always the same.
     """
     flat = slots.ravel()
     if len(flat) <= size:
         return flat
-    place, sign = _places(len(flat), size)
-    return np.bincount(place, weights=sign * flat, minlength=size)
+    index, sign = _random_indices(len(flat), size)
+    return np.bincount(index, weights=sign * flat, minlength=size)
 
 
 @functools.lru_cache(maxsize=1)
-def _places(count: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+def _random_indices(count: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
     return rng.integers(size, size=count), rng.choice(np.array([-1, 1], np.int8), size=count)

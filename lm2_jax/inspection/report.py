@@ -1,10 +1,11 @@
-"""From a checkpoint to pictures and a page: what tools/inspect_memory.py does."""
+"""From a checkpoint to pictures and a page (tools/inspect_memory.py)."""
 
 from __future__ import annotations
 
 import io
 import itertools
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -12,9 +13,9 @@ import numpy as np
 from lm2_jax.common.errors import UserError
 from lm2_jax.inspection.page import write_page
 from lm2_jax.inspection.pictures import pictures, render, render_together
-from lm2_jax.inspection.reading import check_memory, read_text
-from lm2_jax.inspection.survival import Answers, Survival, answer, answers_by_age, make_contexts, probe
-from lm2_jax.loading import load_run
+from lm2_jax.inspection.reading import MemoryTrace, check_memory, read_text
+from lm2_jax.inspection.survival import Answers, Survival, answer_contexts, answers_by_age, make_contexts, probe
+from lm2_jax.loading import LoadedRun, load_run
 from lm2_jax.tokenizer import Tokenizer, encode_long, load_text_tokenizer
 
 
@@ -26,17 +27,17 @@ def inspect(
     tokens: int = 48,
     questions: int = 512,
 ) -> list[Path]:
-    """Looks into the memory of a checkpoint, and writes pictures and a page.
+    """Looks into the memory of a checkpoint; writes pictures and a page.
 
     Args:
       checkpoint: a run directory, one of its checkpoints, or a converted one.
-      output: a directory; made if it is not there.
+      output: a directory; created if needed.
       text: a file to read; None: a story of the generator, for a model trained on stories.
       segments: how many to read; None: all of a text, or 4 windows of a story.
-      tokens: how many of the last ones to look at one by one.
+      tokens: how many of the last ones to show one by one.
       questions: stories to ask about, for how long facts survive.
 
-    Returns what it wrote, the page first. Raises UserError for what the user can mend.
+    Returns the files it wrote, the page first. Raises UserError for what the user can mend.
     """
     problems = [
         f"--{name}: found {value}; give 1 or more"
@@ -47,54 +48,70 @@ def inspect(
         problems.append(f"--output: {output} is a file; give a directory")
     if problems:
         raise UserError("\n".join(problems))
-    config, model, params = load_run(checkpoint)
-    check_memory(model)
-    tokenizer = load_text_tokenizer(config, checkpoint)
-    T = config.trained_segment_length
-
-    answers: Answers | None = None
-    survival: Survival | None = None
+    run = load_run(checkpoint)
+    check_memory(run.model)
+    tokenizer = load_text_tokenizer(run.config, checkpoint)
     if text is not None:
-        ids_n = encode_long(tokenizer, _read(text))[: None if segments is None else segments * T]
-        reading = read_text(model, params, ids_n, tokens)
-        survival = probe(reading.traces_SF, ids_n, T)
-        source = f"{Path(text).name}, {len(ids_n):,} tokens"
-    elif config.tokenizer.kind == "stories":
-        segments = segments or 4 * config.stages[-1].segments
-        contexts = make_contexts(config, tokenizer, segments, questions)
-        ids_n = contexts.tokens_BST[0].ravel()[: (segments - 1) * T + contexts.asked_B[0] + 1]
-        reading = read_text(model, params, ids_n, tokens)
-        source = f"a story of {len(ids_n):,} tokens, up to its question"
-        if model.kind.is_causal:
-            answers = answer(model, params, contexts)
-            survival = answers_by_age(answers)
-            source += f"; of {questions} such questions {answers.right_B.mean():.1%} were answered"
+        reading = _read_file(run, tokenizer, text, segments, tokens)
+    elif run.config.tokenizer.kind == "stories":
+        reading = _read_story(run, tokenizer, segments, tokens, questions)
     else:
         raise UserError(f"--text is missing; {checkpoint} was not trained on stories, so it has none of its own")
+    return _write(run, tokenizer, reading, f"The memory of {checkpoint}", output)
 
+
+class _Reading(NamedTuple):
+    trace: MemoryTrace
+    source: str
+    survival: Survival | None
+    answers: Answers | None = None
+
+
+def _read_file(run: LoadedRun, tokenizer: Tokenizer, path: str, segments: int | None, tokens: int) -> _Reading:
+    T = run.model.spec.segment_length
+    ids_n = encode_long(tokenizer, _text(path))[: None if segments is None else segments * T]
+    trace = read_text(run.model, run.params, ids_n, tokens)
+    return _Reading(trace, f"{Path(path).name}, {len(ids_n):,} tokens", probe(trace.traces_SF, ids_n, T))
+
+
+def _read_story(run: LoadedRun, tokenizer: Tokenizer, segments: int | None, tokens: int, questions: int) -> _Reading:
+    config, model, params = run
+    segments = segments or 4 * config.stages[-1].segments
+    contexts = make_contexts(config, tokenizer, segments, questions)
+    ids_n = contexts.tokens_BST[0].ravel()[: (segments - 1) * model.spec.segment_length + contexts.asked_B[0] + 1]
+    trace = read_text(model, params, ids_n, tokens)
+    source = f"a story of {len(ids_n):,} tokens, up to its question"
+    if not model.kind.is_causal:
+        return _Reading(trace, source, None)
+    answers = answer_contexts(model, params, contexts)
+    source += f"; of {questions} such questions {answers.right_B.mean():.1%} were answered"
+    return _Reading(trace, source, answers_by_age(answers), answers)
+
+
+def _write(run: LoadedRun, tokenizer: Tokenizer, reading: _Reading, title: str, output: Path) -> list[Path]:
     output.mkdir(parents=True, exist_ok=True)
-    words_K = _words(tokenizer, reading.last_ids_K)
-    title, drawn, written = f"The memory of {checkpoint}", [], []
-    for picture in pictures(reading, words_K, survival, answers):
+    trace, words_K = reading.trace, _words(tokenizer, reading.trace.last_ids_K)
+    drawn, written = [], []
+    for picture in pictures(trace, words_K, reading.survival, reading.answers):
         buffer = io.BytesIO()
         maps = render(picture, buffer)
         drawn.append((picture, buffer.getvalue(), maps))
         written.append(output / f"{picture.name}.png")
         written[-1].write_bytes(buffer.getvalue())
     overview = [picture for picture, *_ in drawn if picture.name in ("tokens", "writes", "survival")]
-    render_together(overview, output / "overview.png", f"{title}\n{source}")
+    render_together(overview, output / "overview.png", f"{title}\n{reading.source}")
     facts = {
-        "kind": model.spec.memory.kind,
-        "memory": " x ".join(map(str, reading.slots_LNM.shape)) + " (banks, slots, width)",
-        "parameters": f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,}",
-        "read": source,
-        "segment": f"{T} tokens",
+        "kind": run.config.memory.kind,
+        "memory": " x ".join(map(str, trace.slots_LNM.shape)) + " (banks, slots, width)",
+        "parameters": f"{sum(leaf.size for leaf in jax.tree.leaves(run.params)):,}",
+        "read": reading.source,
+        "segment": f"{trace.segment_length} tokens",
     }
-    write_page(output / "index.html", title, facts, drawn, reading, words_K)
+    write_page(output / "index.html", title, facts, drawn, trace, words_K)
     return [output / "index.html", output / "overview.png", *written]
 
 
-def _read(path: str) -> str:
+def _text(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -102,6 +119,6 @@ def _read(path: str) -> str:
 
 
 def _words(tokenizer: Tokenizer, ids_K: np.ndarray) -> list[str]:
-    """The text of every token, with the spaces before it."""
+    """Text of every token, with the spaces before it."""
     texts = [tokenizer.decode(ids_K[: k + 1].tolist()) for k in range(len(ids_K))]
     return [now[len(before) :] for before, now in itertools.pairwise(["", *texts])]

@@ -13,19 +13,19 @@ from typing import Any
 import numpy as np
 
 from lm2_jax.common.errors import UserError
+from lm2_jax.common.statistics import wilson_interval
 from lm2_jax.config import Config
 from lm2_jax.data.babi.files import Statement, Story, is_held_out
 from lm2_jax.data.babi.scatter import Scatterer
 from lm2_jax.data.babi.world import PEOPLE, generate_story
 from lm2_jax.data.documents import Document
-from lm2_jax.inspection.reading import look_at_segment
+from lm2_jax.inspection.reading import trace_segment
 from lm2_jax.model.decoder import Decoder
 from lm2_jax.tokenizer import Tokenizer
-from lm2_jax.training.accuracy import wilson_interval
 
-CANDIDATES = 8  # segments among which a probe has to find the right one
+CANDIDATES = 8  # segments among which a probe has to recognise the right one
 FEWEST_SEGMENTS = 64  # of a text, for a probe
-_MOST_MISSES = 5000  # stories in a row that are not asked about
+_MOST_MISSES = 5000  # unsuitable stories in a row before giving up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Survival:
     """Accuracy by age, as segments read since.
 
     Attributes:
-      title: what was right.
+      title: what is counted as right.
       ages: middles of the ranges of age.
       accuracy: at each.
       low, high: 95% interval.
@@ -59,7 +59,7 @@ class Contexts:
 
     Attributes:
       tokens_BST, target_B: what is read; the answer's id.
-      asked_B: place of the token whose prediction is the answer, in its last segment.
+      asked_B: index, in the last segment, of the token whose prediction is the answer.
       person_BST: number of the person in `PEOPLE`, from 1, that a statement's tokens are about; 0: no statement.
       age_B: segments between the fact that answers and the question.
     """
@@ -72,7 +72,7 @@ class Contexts:
 
 
 def make_contexts(config: Config, tokenizer: Tokenizer, segments: int, count: int, seed: int = 0) -> Contexts:
-    """`count` contexts of `segments` segments. Raises UserError as `told_stories`."""
+    """`count` contexts of `segments` segments. Raises UserError as `told_stories` does."""
     T = config.trained_segment_length
     rows: list[tuple[Any, ...]] = []
     rng = np.random.default_rng((seed, 1))
@@ -92,9 +92,9 @@ def told_stories(
     rng: np.random.Generator,
     wanted: Callable[[Story], bool] = lambda story: True,
 ) -> Iterator[tuple[Story, Document]]:
-    """Held-out stories with one question at the end, in documents of `segments` segments; of those that fit.
+    """Held-out stories that fit into documents of `segments` segments, with one question at the end.
 
-    Raises UserError if the shortest story might not fit, or none does.
+    Raises UserError if even the shortest story might not fit, or none is found.
     """
     T = config.trained_segment_length
     low, high = config.data.stories.facts
@@ -115,7 +115,7 @@ def told_stories(
 
 
 def statement_starts(tokens: np.ndarray, story: Story, tokenizer: Tokenizer) -> list[int]:
-    """Where each statement of a story begins in its document."""
+    """Index in the document at which each statement of its story begins."""
     starts, start = [], 0
     for line in story:
         if isinstance(line, Statement):
@@ -141,14 +141,14 @@ def _people(tokens: np.ndarray, story: Story, tokenizer: Tokenizer, asked: int, 
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """What happened while contexts were read.
+    """Record of contexts being read.
 
     Attributes:
       contexts: that were read.
-      right_B: whether the answer came out.
+      right_B: bool, the model gave the answer.
       change_LBS: mean over slots of |slot after the segment - before| / |before|.
-      written_LBST: attention that each token got when memory was written, mean over slots; None where slots do not ask
-        tokens.
+      written_LBST: attention of the slots to each token when memory was written, mean over slots; None where slots do
+        not attend to tokens.
       taken_LNP: attention of a slot to the statements about a person, mean over the segments that have any; or None.
     """
 
@@ -159,19 +159,19 @@ class Answers:
     taken_LNP: np.ndarray | None
 
 
-def answer(model: Decoder, params: Any, contexts: Contexts) -> Answers:
+def answer_contexts(model: Decoder, params: Any, contexts: Contexts) -> Answers:
     """Reads the contexts and answers their questions. The model must have a memory and not look ahead."""
     B, S, _ = contexts.tokens_BST.shape
     memory, changes, written, taken, told_P = model.init_memory(B, params), [], [], 0, 0
     about_BSTP = contexts.person_BST[..., None] == 1 + np.arange(len(PEOPLE))
     for s in range(S):
-        memory, look = look_at_segment(model, params, contexts.tokens_BST[:, s], memory)
-        changes.append(np.asarray(look.change_LBN.mean(-1)))
-        if look.written_LBNT is not None:
-            written.append(np.asarray(look.written_LBNT.mean(2)))
-            taken += np.einsum("lbnt,btp->lnp", look.written_LBNT, about_BSTP[:, s])
+        memory, trace = trace_segment(model, params, contexts.tokens_BST[:, s], memory)
+        changes.append(np.asarray(trace.change_LBN.mean(-1)))
+        if trace.written_LBNT is not None:
+            written.append(np.asarray(trace.written_LBNT.mean(2)))
+            taken += np.einsum("lbnt,btp->lnp", trace.written_LBNT, about_BSTP[:, s])
             told_P += about_BSTP[:, s].any(1).sum(0)
-    asked_V = np.asarray(look.logits_BTV)[np.arange(B), contexts.asked_B]
+    asked_V = np.asarray(trace.logits_BTV)[np.arange(B), contexts.asked_B]
     return Answers(
         contexts=contexts,
         right_B=asked_V.argmax(-1) == contexts.target_B,
@@ -197,11 +197,11 @@ def answers_by_age(answers: Answers) -> Survival:
 
 
 def probe(traces_SF: np.ndarray, ids_n: np.ndarray, segment_length: int) -> Survival | None:
-    """How well a ridge regression tells, from the memory, which words stood in the segment of a given age.
+    """Measures how well a ridge regression recognises, from the memory, the segment of a given age by its words.
 
-    Trained on the first half of the text, asked on the second: of 8 segments, the right one and 7 random ones of that
-    half, which has the words told? Neighbouring segments share their subject, so the control says how far the newest
-    segment's own words lead.
+    It is trained on the first half of the text and tested on the second: among 8 segments, the right one and 7 random
+    ones of that half, which fits the predicted words best? Neighbouring segments share their subject; the control shows
+    what the newest segment's own words reveal.
 
     Args:
       traces_SF: the memory after each segment.
@@ -228,7 +228,7 @@ def _ages(most: int) -> list[int]:
 
 
 def _signatures(ids_ST: np.ndarray, size: int = 128) -> np.ndarray:
-    """Of each segment: a random vector for each of its different words, added up, rare words weighing more. [S,E]."""
+    """Sums, segment by segment, random vectors of its distinct words, rare words weighing more; [S,E]."""
     S = len(ids_ST)
     words, index_ST = np.unique(ids_ST, return_inverse=True)
     held_SW = np.zeros((S, len(words)), bool)
@@ -239,7 +239,7 @@ def _signatures(ids_ST: np.ndarray, size: int = 128) -> np.ndarray:
 
 
 def _probe(x_SF: np.ndarray, y_SE: np.ndarray, age: int) -> np.ndarray:
-    """For the segments of the second half: whether the one of that age is told among `CANDIDATES`."""
+    """True for each segment of the second half if the one of that age is recognised among `CANDIDATES`."""
     x_SF, y_SE = x_SF[age:], y_SE[: len(y_SE) - age]
     half = len(x_SF) // 2
     x_mean_F, y_mean_E = x_SF[:half].mean(0), y_SE[:half].mean(0)

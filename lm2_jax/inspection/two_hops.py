@@ -1,4 +1,4 @@
-"""Which two-hop questions a trained model answers: by what became of the thing, and by how long ago it was told.
+"""Two-hop questions answered by a trained model: by what became of the thing, and by how long ago it was told.
 
 Contexts are held-out qa2 stories of the generator with one question at the end, "Where is the milk?". It takes two
 statements to answer: who took the milk last or put it down, and the move that brought this person, and the milk, to
@@ -27,7 +27,7 @@ FATES = ("taken, the holder stays", "taken and carried on", "put down, the perso
 
 @dataclasses.dataclass(frozen=True)
 class TwoHops:
-    """What a qa2 question asks for.
+    """Facts behind a qa2 question.
 
     Attributes:
       fate: one of FATES: the last that happened to the thing, and whether the person moved afterwards.
@@ -43,7 +43,7 @@ class TwoHops:
 
 
 def two_hops(story: Story) -> TwoHops | None:
-    """Of a qa2 story with one question; None where no move of the person tells where the thing is."""
+    """Facts of a qa2 story with one question; None where no move of the person tells where the thing is."""
     texts = [line.text for line in story[:-1]]
     thing = story[-1].text.split()[-1].removesuffix("?")
     world = World()
@@ -66,10 +66,10 @@ class Questions:
 
     Attributes:
       tokens_BST: what is read.
-      asked_B: place of the token whose prediction is the answer, in its last segment.
+      asked_B: index, in the last segment, of the token whose prediction is the answer.
       target_B: the answer's id.
       lure_B: id of the place where the person is.
-      fate_B: as in TwoHops.
+      fate_B: `TwoHops.fate`.
       age_B: segments between the later of the two statements and the question.
       apart_B: segments between the two.
     """
@@ -84,7 +84,7 @@ class Questions:
 
 
 def make_questions(config: Config, tokenizer: Tokenizer, segments: int, count: int, seed: int = 0) -> Questions:
-    """Held-out qa2 stories in contexts of `segments` segments. Raises UserError as `told_stories`."""
+    """Held-out qa2 stories in contexts of `segments` segments. Raises UserError as `told_stories` does."""
     T = config.trained_segment_length
     rows: list[tuple[Any, ...]] = []
     rng = np.random.default_rng((seed, 2))
@@ -100,8 +100,8 @@ def make_questions(config: Config, tokenizer: Tokenizer, segments: int, count: i
     return Questions(*(np.array(column) for column in zip(*rows, strict=True)))
 
 
-def ask(model: Decoder, params: Any, questions: Questions) -> np.ndarray:
-    """The id that comes out for each question, [B]."""
+def predict_answers(model: Decoder, params: Any, questions: Questions) -> np.ndarray:
+    """The predicted id of each answer, [B]."""
 
     @jax.jit
     def read(tokens_BT: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
@@ -116,7 +116,7 @@ def ask(model: Decoder, params: Any, questions: Questions) -> np.ndarray:
 
 
 def table(questions: Questions, guess_B: np.ndarray) -> str:
-    """Answers right by fate, by the age of the later statement, and by the distance between the two."""
+    """Correct answers by fate, by the age of the later statement, and by the distance between the two."""
     groups = {"all": np.full(len(guess_B), True)}
     groups |= {fate: questions.fate_B == fate for fate in FATES}
     for title, segments_B in (
@@ -130,6 +130,6 @@ def table(questions: Questions, guess_B: np.ndarray) -> str:
     lines = ["| qa2 | asked | right | the person's present place instead |", "| --- | --- | --- | --- |"]
     for name, among_B in groups.items():
         if among_B.any():
-            shares = f"{right_B[among_B].mean():.1%} | {lured_B[among_B].mean():.1%}"
-            lines.append(f"| {name} | {among_B.sum()} | {shares} |")
+            right, lured = (x_B[among_B].mean() for x_B in (right_B, lured_B))
+            lines.append(f"| {name} | {among_B.sum()} | {right:.1%} | {lured:.1%} |")
     return "\n".join(lines)

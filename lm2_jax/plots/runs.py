@@ -20,7 +20,7 @@ _MARKS = ("o", "s", "^", "D", "v")
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run wrote.
+    """Results of a run, from its files.
 
     Attributes:
       name: for the legend.
@@ -42,7 +42,7 @@ def read_runs(run_dirs: Sequence[str | Path]) -> list[Run]:
             summary = path / "summary.json"
             accuracy = json.loads(summary.read_text(encoding="utf-8"))["accuracy_by_length"] if summary.exists() else []
         except (OSError, ValueError, KeyError) as error:
-            problems.append(f"{path}: no run directory with a sound metrics.jsonl ({error})")
+            problems.append(f"{path}: not a run directory with a sound metrics.jsonl ({error})")
             continue
         if not records:
             problems.append(f"{path}: metrics.jsonl holds no step yet; try again in a while")
@@ -66,22 +66,22 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """What is drawn together.
+    """Lines that are drawn together.
 
     Attributes:
       title: above it.
-      lines: keys of a record, each with what it is; a line style for each. Empty: accuracy by context length.
+      lines: keys of a record, each with its meaning; a line style for each. Empty: accuracy by context length.
       log: a logarithmic scale.
-      share: a scale from 0 to 1.
+      fraction: a scale from 0 to 1.
     """
 
     title: str
     lines: Mapping[str, str]
     log: bool = False
-    share: bool = False
+    fraction: bool = False
 
     def is_empty(self, runs: Sequence[Run]) -> bool:
-        """Whether no run has anything for it."""
+        """True if no run has values for it."""
         if not self.lines:
             return not any(_in_context(run) for run in runs)
         return not any(_is_number(record, key) for run in runs for record in run.records for key in self.lines)
@@ -90,15 +90,15 @@ class Panel:
 PANELS = {
     "loss": Panel("Loss", {"loss": "loss", "validation_loss": "validation (nats a token)"}, log=True),
     "answers": Panel(
-        "Share of answers right", {"accuracy": "in training", "validation_accuracy": "validation"}, share=True
+        "Share of answers right", {"accuracy": "in training", "validation_accuracy": "validation"}, fraction=True
     ),
-    "length": Panel("Accuracy by context length", {}, share=True),
+    "length": Panel("Accuracy by context length", {}, fraction=True),
     "lr": Panel("Learning rate", {"lr": "learning rate"}),
     "throughput": Panel("Throughput, tokens a second", {"tokens_per_second": "tokens a second"}),
     "gradient": Panel("Gradient norm", {"grad_norm": "before clipping"}, log=True),
     "memory": Panel("Norm of a memory slot", {"memory_norm": "mean", "memory_norm_max": "largest"}),
     "gates": Panel(
-        "Memory gates, mean", {"gate_forget": "forget", "gate_input": "input", "gate_output": "output"}, share=True
+        "Memory gates, mean", {"gate_forget": "forget", "gate_input": "input", "gate_output": "output"}, fraction=True
     ),
 }
 
@@ -116,25 +116,25 @@ def plot_runs(path: str | Path, runs: Sequence[Run], panels: Sequence[str] = tup
     """
     from matplotlib.figure import Figure  # slow to import; and without pyplot, a notebook's own pictures stay its own
 
-    short_repr = [PANELS[name] for name in panels if not PANELS[name].is_empty(runs)]
-    if not short_repr:
+    panels_drawn = [PANELS[name] for name in panels if not PANELS[name].is_empty(runs)]
+    if not panels_drawn:
         raise UserError(f"the runs have nothing for the panels {', '.join(panels)}")
-    columns = 2 if len(short_repr) == 4 else min(len(short_repr), 3)
-    rows = -(-len(short_repr) // columns)
+    columns = 2 if len(panels_drawn) == 4 else min(len(panels_drawn), 3)
+    rows = -(-len(panels_drawn) // columns)
     figure = Figure((5 * columns, 3.4 * rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis, panel in zip(axes, short_repr, strict=False):
+    for axis, panel in zip(axes, panels_drawn, strict=False):
         if panel.lines:
             _draw_lines(axis, panel.lines, runs, x)
         else:
             _draw_accuracy(axis, runs)
         axis.set_title(panel.title, fontsize=11)
         axis.set_yscale("log" if panel.log else "linear")
-        if panel.share:
+        if panel.fraction:
             axis.set_ylim(0, 1.02)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    for axis in axes[len(short_repr) :]:
+    for axis in axes[len(panels_drawn) :]:
         axis.set_axis_off()
     figure.savefig(path, dpi=110)
 
@@ -161,21 +161,20 @@ def _draw_accuracy(axis: Any, runs: Sequence[Run]) -> None:
     """Accuracy by context length, with 95% intervals; a line style and a mark for each set of questions."""
     ticks: set[int] = set()
     sets = dict.fromkeys(cell["questions"] for run in runs for cell in _in_context(run))
-    looks = dict(zip(sets, itertools.product(_MARKS, _STYLES), strict=False))
+    styles = dict(zip(sets, itertools.product(_MARKS, _STYLES), strict=False))
     for number, run in enumerate(runs):
         label: str | None = run.name
-        for name, (mark, style) in looks.items():
+        for name, (mark, style) in styles.items():
             cells = [cell for cell in _in_context(run) if cell["questions"] == name]
             if not cells:
                 continue
-            columns = ([cell[key] for cell in cells] for key in ("tokens", "accuracy", "low", "high"))
-            tokens, middle, low, high = columns
+            tokens, middle, low, high = ([c[key] for c in cells] for key in ("tokens", "accuracy", "low", "high"))
             axis.plot(tokens, middle, style, marker=mark, markersize=4, color=f"C{number}", label=label)
             axis.fill_between(tokens, low, high, color=f"C{number}", alpha=0.2)
             ticks |= set(tokens)
             label = None
-    if len(looks) > 1:
-        for name, (mark, style) in looks.items():
+    if len(styles) > 1:
+        for name, (mark, style) in styles.items():
             axis.plot([], [], style, marker=mark, markersize=4, color="grey", label=name)
     trained = {max(r["segments"] * r["segment_length"] for r in run.records) for run in runs if run.accuracy}
     if len(trained) == 1:
