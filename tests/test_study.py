@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import babilong_report
+import babilong_results
 import numpy as np
 import pytest
 import reproduce_babilong as study
@@ -108,9 +109,9 @@ def test_babi_files_are_asked_about(tmp_path):
 
 def test_intervals():
     """Student's t with 2 degrees of freedom: 4.303 · s / sqrt(3)."""
-    mean, half = babilong_report.mean_and_interval([0.2, 0.4, 0.6])
+    mean, half = babilong_results.mean_and_interval([0.2, 0.4, 0.6])
     np.testing.assert_allclose((mean, half), (0.4, 4.303 * 0.2 / 3**0.5))
-    assert np.isnan(babilong_report.mean_and_interval([0.3])[1])
+    assert np.isnan(babilong_results.mean_and_interval([0.3])[1])
 
 
 def test_best_setting():
@@ -130,8 +131,8 @@ def test_best_setting():
         result("far", 0, 0, 0.7, 0.7, 0),
         result("near", 1, 1, 1, 1, 1),
     )
-    assert babilong_report.best_setting([near, far, later]) == "far"
-    assert babilong_report.best_setting([near]) == "near"
+    assert babilong_results.best_setting([near, far, later]) == "far"
+    assert babilong_results.best_setting([near]) == "near"
 
 
 def test_other_seeds():

@@ -52,7 +52,7 @@ def main() -> None:
 
 def convert(source: str, target: str, path: Path, output: Path, dtype: str, overrides: list[str]) -> None:
     """Reads a checkpoint of one format and writes it in another. Raises UserError, and then writes nothing."""
-    from lm2_jax.convert import directory, huggingface, official  # jax takes seconds, which --help should not
+    from lm2_jax.convert import directory, huggingface, official  # imported late so that --help stays fast
 
     if not path.exists():
         raise UserError(f"--input: {path} is not there")

@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=512, metavar="B", help="stories to ask about; default 512")
     arguments = parser.parse_args()
 
-    from lm2_jax.inspection.report import inspect  # jax takes seconds, which --help should not
+    from lm2_jax.inspection.report import inspect  # imported late so that --help stays fast
 
     page, *pictures = inspect(**vars(arguments))
     print(f"written: {page}, and its {len(pictures)} pictures")

@@ -1,4 +1,4 @@
-"""Whether a memory stays finite, and bfloat16 stays near float32, over a long stream that is never reset.
+"""Finiteness of a memory, and distance of bfloat16 from float32, over a long stream that is never reset.
 
     python tools/measure_numerics.py --checkpoint runs/babilong_tiny --segments 100000 --output numerics
 
@@ -40,7 +40,7 @@ def main() -> None:
     if not arguments.output.absolute().parent.is_dir():
         raise UserError(f"--output: found {arguments.output}; its directory does not exist")
 
-    from lm2_jax.loading import load_run  # jax takes seconds, which --help should not
+    from lm2_jax.loading import load_run  # imported late so that --help stays fast
 
     config, _, params = load_run(arguments.checkpoint)
     blocks = measure(config, params, arguments.segments)
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def summary(figures: dict[str, Any]) -> str:
-    """In a sentence."""
+    """The figures in one sentence."""
     blocks = figures["blocks"]
     divergence, apart = (np.array([block[key] for block in blocks]) for key in ("divergence", "apart"))
     low, high = np.quantile(divergence, 0.5), np.quantile(divergence, 0.99)

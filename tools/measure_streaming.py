@@ -1,4 +1,4 @@
-"""Whether memory and time per token stay what they are while a model reads a long text.
+"""Memory of the process and time per token while a model reads a long text.
 
     python tools/measure_streaming.py --checkpoint runs/babilong_tiny --text long.txt
 
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=100, metavar="N", help="blocks at either end; default 100")
     arguments = parser.parse_args()
 
-    from lm2_jax import decoding  # jax takes seconds, which --help should not
+    from lm2_jax import decoding  # imported late so that --help stays fast
     from lm2_jax.loading import load_run
 
     try:
