@@ -10,15 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from convert_helpers import V, convert, random_llama, random_own, random_tokens, torch_logits
 from helpers import quick_training
 from safetensors.numpy import load_file
-from test_convert import V, convert, random_llama, random_own, random_tokens, torch_logits
 
 import lm2_jax
 from lm2_jax.common.errors import UserError
 from lm2_jax.config import TokenizerConfig, parse_config
 from lm2_jax.convert.tokenizer_files import special_ids, write_tokenizer
 from lm2_jax.decoding.sampling import generate
+from lm2_jax.loading import load_run
 from lm2_jax.segments import run_segments
 from lm2_jax.tokenizer import load_tokenizer
 from lm2_jax.training.loop import train
@@ -149,7 +150,7 @@ def test_there_and_back(pair, tmp_path):
     assert expected.keys() == found.keys()
     for name, array in expected.items():
         np.testing.assert_array_equal(found[name], array, name)
-    before, after = (lm2_jax.load(path)[0].config for path in (ours, tmp_path / "back"))
+    before, after = (load_run(path).config for path in (ours, tmp_path / "back"))
     assert before.memory.kind == after.memory.kind
     assert before.model.model_copy(update={"head_dim": 8}) == after.model
     assert before.spec.memory_width == after.spec.memory_width
@@ -213,7 +214,7 @@ def test_warm_start(tmp_path):
     llama = random_llama(tmp_path / "llama", std=0.1)
     warm = convert("huggingface", "lm2_jax", tmp_path / "llama", tmp_path / "warm", *WARM)
     model, params = lm2_jax.load(warm)
-    assert model.config.memory.kind == "lm2"
+    assert model.spec.memory.kind == "lm2"
     tokens_BST = random_tokens((4, 4, T))
     memory = model.init_memory(4)
     logits_BSTV, _ = jax.jit(lambda p: run_segments(model, p, tokens_BST, memory))(params)
@@ -253,7 +254,7 @@ def test_warm_start_trains(tmp_path):
     tokens = np.tile(np.arange(40, dtype="<u4"), 300)
     header[:3] = 20240801, 7, len(tokens)
     (tmp_path / "train.bin").write_bytes(header.tobytes() + tokens.tobytes())
-    config = lm2_jax.load(warm)[0].config.model_dump(mode="json")
+    config = load_run(warm).config.model_dump(mode="json")
     config["data"] |= {"path": [str(tmp_path / "train.bin")], "segments_per_window": 4, "validation_fraction": 0}
     config["train"] |= {"run_dir": str(tmp_path / "run"), "init_from": str(warm), "steps": 50}
     config["optim"] |= {"warmup_steps": 2, "learning_rate": 3e-3}
@@ -329,7 +330,7 @@ def test_tokenizer_travels(tmp_path):
     shutil.copy(tmp_path / "bpe.json", tmp_path / "llama" / "tokenizer.json")
     convert("huggingface", "lm2_jax", tmp_path / "llama", tmp_path / "ours")
     (tmp_path / "ours").rename(tmp_path / "moved")
-    config = lm2_jax.load(tmp_path / "moved")[0].config
+    config = load_run(tmp_path / "moved").config
     assert config.tokenizer == TokenizerConfig(kind="tokenizers", path=str(tmp_path / "moved" / "tokenizer.json"))
     convert("lm2_jax", "huggingface", tmp_path / "moved", tmp_path / "back")
     before, after = (transformers.AutoTokenizer.from_pretrained(tmp_path / d) for d in ("tokenizers", "back"))

@@ -1,31 +1,25 @@
 """Generation is the teacher-forced forward, one token at a time: whatever the kind, the batch, or a stop in between."""
 
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from helpers import REPOSITORY, quick_training, tiny_config
+from helpers import tiny_config
 
-from lm2_jax.common.errors import UserError, run_command
-from lm2_jax.config import parse_config, save_config
+from lm2_jax.common.errors import UserError
+from lm2_jax.config import parse_config
 from lm2_jax.decoding import sampling
 from lm2_jax.decoding.memory_file import load_state, save_state
 from lm2_jax.decoding.sampling import generate
 from lm2_jax.decoding.text_stream import TextStream
-from lm2_jax.generate import main
 from lm2_jax.model import build_model
 from lm2_jax.model.decode import append_tokens, finish_segment
 from lm2_jax.model.decoder import Decoder
 from lm2_jax.segments import run_segments
 from lm2_jax.tokenizer import BytesTokenizer
-from lm2_jax.training.loop import train
 
 T, V = 8, 50
 CAUSAL = ("lm2", "rmt", "none")
@@ -341,124 +335,3 @@ def test_official_refuses():
     model = build_model(tiny_config("run", "memory.kind=official", *sizes))
     with pytest.raises(UserError, match=r"memory\.kind official: cannot generate; its tokens look ahead"):
         generate(model, None, [[1]], max_new_tokens=1)
-
-
-# --- The command ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory):
-    """A tiny trained model of stories."""
-    path = tmp_path_factory.mktemp("generate") / "run"
-    with quick_training():
-        train(tiny_config(path, "train.steps=2", "train.curriculum=[]", "data.segments_per_window=1"))
-    return path
-
-
-@pytest.fixture
-def command(run_dir, tmp_path, monkeypatch, capsys):
-    """Runs the command in an empty directory; gives its exit code and what it wrote."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments, checkpoint=run_dir):
-        monkeypatch.setattr(sys, "argv", ["generate", "--checkpoint", str(checkpoint), *arguments])
-        code = 0
-        try:
-            run_command(main)
-        except SystemExit as ended:
-            code = ended.code
-        return code, *capsys.readouterr()
-
-    return run
-
-
-PROMPT = "Mary went to the kitchen. John went to the garden. Where is Mary?"
-
-
-def talk(command, *arguments):
-    """The first draw that is not over at once: the options of it, and what was said."""
-    for seed in range(20):
-        options = ("--temperature", "1", "--seed", str(seed), "--max-new-tokens", "9")
-        code, out, err = command(*arguments, *options)
-        assert (code, err) == (0, "")
-        if len(out.split()) > 4:
-            return options, out
-    raise AssertionError("twenty times nothing")
-
-
-def test_command_reads_once_and_answers_often(command):
-    """A prompt file into memory, then questions to it: what one long prompt would have given."""
-    Path("story.txt").write_text(f"{PROMPT} {PROMPT}")
-    saved = command("--prompt-file", "story.txt", "--max-new-tokens", "0", "--save-memory", "m.safetensors")
-    assert saved == (0, "", "m.safetensors: memory after 33 tokens\n")
-    for question in ("Where is John?", "Where is Mary?"):
-        options, out = talk(command, "--load-memory", "m.safetensors", "--prompt", question)
-        assert command("--prompt", f"{PROMPT} {PROMPT} {question}", *options) == (0, out, "")
-        assert command("--prompt", question, *options) != (0, out, "")
-
-
-def test_command_stops_at_a_string(command):
-    options, out = talk(command, "--prompt", PROMPT)
-    word = out.split()[3]
-    code, stopped, _ = command("--prompt", PROMPT, *options, "--stop", f" {word}", "--stop", "no such words")
-    assert (code, stopped) == (0, out[: out.index(f" {word}")] + "\n")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--prompt", ""], "--prompt is empty"),
-        (["--prompt", " "], "the prompt holds no token"),
-        (["--prompt-file", "missing.txt"], "--prompt-file: missing.txt cannot be read (No such file or directory)"),
-        (["--prompt-file", "binary.txt"], "--prompt-file: binary.txt is not UTF-8 text (byte 1)"),
-        (["--prompt-file", "empty.txt"], "--prompt-file: empty.txt is empty"),
-        (["--prompt", "a", "--top-p", "0"], "top_p: found 0.0; give a probability above 0"),
-        (["--prompt", "a", "--load-memory", "binary.txt"], "binary.txt: cannot be read as a memory file"),
-        (["--prompt", "a", "--save-memory", "no/m.safetensors"], "--save-memory: the directory of no/m.safetensors"),
-        (["--prompt", "a", "--checkpoint", "missing"], "missing: no such directory; give a run directory"),
-        (["--prompt", "a", "--prompt-file", "b"], "argument --prompt-file: not allowed with argument --prompt"),
-        (["--prompt", "a", "--stop", ""], "argument --stop: an empty string occurs everywhere"),
-        ([], "one of the arguments --prompt --prompt-file is required"),
-    ],
-    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
-)
-def test_mistakes(command, arguments, said):
-    Path("binary.txt").write_bytes(b"a\xff")
-    Path("empty.txt").touch()
-    code, out, err = command(*arguments)
-    assert (code, out) == (2, "")
-    assert said in err and err.count("error: ") == 1 and "Traceback" not in err
-
-
-def test_memory_of_many_rows(command, run_dir):
-    from lm2_jax import load
-
-    model, params = load(run_dir)
-    save_state("two.safetensors", model, params, sampling.start(model, params, 2))
-    assert command("--prompt", "a", "--load-memory", "two.safetensors") == (
-        2,
-        "",
-        "error: --load-memory: two.safetensors holds 2 rows; expected one\n",
-    )
-
-
-def test_token_ids_without_a_tokenizer(command, run_dir, tmp_path):
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "checkpoints").symlink_to(run_dir / "checkpoints")
-    config = tiny_config("bin", "data.source=bin", "data.path=a.bin", "model.vocab_size=185", "train.curriculum=[]")
-    save_config(config, tmp_path / "bin" / "config.yaml")
-    code, _, err = command("--prompt", "a", checkpoint="bin")
-    assert code == 2 and err.startswith("error: bin: trained on token ids (data.source bin), and its config names no")
-
-
-def test_seen_from_the_shell(command, run_dir):
-    arguments = ("--prompt", PROMPT, "--max-new-tokens", "4")
-    done = subprocess.run(
-        [sys.executable, "-m", "lm2_jax.generate", "--checkpoint", str(run_dir), *arguments],
-        cwd=REPOSITORY,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert (done.returncode, done.stdout, done.stderr) == command(*arguments)

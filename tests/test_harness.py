@@ -301,8 +301,8 @@ def test_equals_the_harness_own_model(questions, shots, tmp_path):
     for library in ("torch", "transformers", "accelerate"):
         pytest.importorskip(library, reason=f"{library} is not installed (requirements-dev.txt)")
     import lm_eval
+    from convert_helpers import convert
     from lm_eval.models.huggingface import HFLM
-    from test_convert import convert
 
     write_llama(tmp_path / "llama", questions / "test" / "marketing_test.csv")
     where = convert("huggingface", "lm2_jax", tmp_path / "llama", tmp_path / "ours", "data.segment_length=1024")

@@ -115,7 +115,7 @@ def test_equals_transformers(tmp_path):
     """A converted Llama on documents of one segment, as .bin shards."""
     torch = pytest.importorskip("torch", reason="torch is not installed (requirements-dev.txt)")
     pytest.importorskip("transformers", reason="transformers is not installed (requirements-dev.txt)")
-    from test_convert import V, convert, random_llama
+    from convert_helpers import V, convert, random_llama
     from test_errors import write_shard
 
     llama = random_llama(tmp_path / "llama")

@@ -80,13 +80,13 @@ def test_replica_groups_of_every_notation():
         "replica_groups=mesh['a'=2,'b'=4] {'b'}",
         "source_target_pairs={{0,1},{1,2},{2,3},{3,0}}",
     ):
-        assert costs.mesh_axes(f"x, {written}, y=1", mesh) == "fsdp", written
+        assert costs.mesh_axes(costs.device_groups(f"x, {written}, y=1", 8), mesh) == "fsdp", written
     for written in (
         "replica_groups={{0,4},{1,5}}",
         "replica_groups=[4,2]<=[2,4]T(1,0)",
         "replica_groups=mesh['a'=2,'b'=4] {'a'}",
     ):
-        assert costs.mesh_axes(written, mesh) == "data", written
+        assert costs.mesh_axes(costs.device_groups(written, 8), mesh) == "data", written
 
 
 def test_the_roofline_is_the_longest_part():

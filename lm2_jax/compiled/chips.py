@@ -1,6 +1,6 @@
-"""What a chip can do, and the time that a program's figures allow on it.
+"""TPU chips, and the least time that a program can take on one.
 
-Figures of the makers' documentation of each generation (docs.cloud.google.com/tpu/docs/v5e, /v6e, /v5p: system
+Figures are from the makers' documentation of each generation (docs.cloud.google.com/tpu/docs/v5e, /v6e, /v5p: system
 architecture). Interconnect: half of the bidirectional bandwidth per chip. Usable memory: what the compiler of libtpu
 0.0.42 lets a program have. Clock: from peak = clock · 2 · products a cycle (v5e: 4 units of 128 x 128; v5p: twice that;
 v6e: 4 of 256 x 256).
@@ -42,12 +42,12 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """The least seconds that each part of a step takes by itself, and what follows from the longest.
+    """Least seconds that each part of a step takes by itself, and what follows from the longest.
 
     Attributes:
       compute: matrix products, kernels included, at peak.
       memory: traffic with main memory.
-      interconnect: what is sent to other chips.
+      interconnect: bytes sent to other chips.
       scheduled: XLA's estimate of cycles, and kernels at peak.
       binds: the longest of the first three.
       step: no step is shorter; the longest of all four.
@@ -64,7 +64,7 @@ class Roofline:
 
 
 def roofline(costs: Costs, chip: Chip, model_flops: float) -> Roofline:
-    """model_flops: per chip and step."""
+    """The roofline of a program on a chip. model_flops: per chip and step."""
     seconds = {
         "compute": (costs.matmul_flops + costs.kernel_flops) / chip.flops,
         "memory": costs.memory_bytes / chip.memory_bandwidth,

@@ -1,4 +1,4 @@
-"""What a compiled program does in one run: matrix products, traffic, and XLA's estimate of cycles.
+"""Costs of one run of a compiled program: matrix products, traffic, and XLA's estimate of cycles.
 
 All figures are per chip, with loops followed to their ends (hlo.py), and the same for every compilation by the same
 versions.
@@ -30,7 +30,7 @@ class Collective:
       kind: all-gather, all-reduce, reduce-scatter, ...
       axis: mesh axes that a group lies along, joined by +.
       count: in one run.
-      wire_bytes: what one chip sends for them.
+      wire_bytes: bytes that one chip sends for them.
       largest_bytes: of one array, whole.
       in_loop_bytes: the largest one inside a loop.
     """
@@ -45,7 +45,7 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """Of one run, per chip.
+    """Costs of one run, per chip.
 
     Attributes:
       matmul_flops: of dots and convolutions, two for every multiplication and addition.
@@ -67,7 +67,7 @@ class Costs:
 
     @property
     def wire_bytes(self) -> float:
-        """What one chip sends."""
+        """Bytes that one chip sends."""
         return sum(c.wire_bytes for c in self.collectives)
 
 
@@ -147,19 +147,20 @@ def _window(attributes: str) -> dict[str, list]:
 def _pairs(
     size_in: int, size_out: int, kernel: int, stride: int, pad: tuple[int, int], dilate_in: int, dilate_kernel: int
 ) -> int:
-    """(position of the result, position of the kernel) that meet an element of the input, not padding or a gap."""
+    """Number of pairs of a result and a kernel position that meet an element of the input, not padding or a gap."""
     if kernel == 1 and pad == (0, 0) and dilate_in == 1:
         return size_out
-    place = np.arange(size_out)[:, None] * stride + np.arange(kernel)[None] * dilate_kernel - pad[0]
-    return int(np.sum((place >= 0) & (place < (size_in - 1) * dilate_in + 1) & (place % dilate_in == 0)))
+    index = np.arange(size_out)[:, None] * stride + np.arange(kernel)[None] * dilate_kernel - pad[0]
+    return int(np.sum((index >= 0) & (index < (size_in - 1) * dilate_in + 1) & (index % dilate_in == 0)))
 
 
 # --- Kernels and memory --------------------------------------------------------------------------------------------
 
 
 def kernel_flops(kernel: Instruction) -> float:
-    """Of JAX's splash attention: q [.., heads, T, K] against k [.., U, K]; two products forward, three for the gradient
-    of q, four for those of k and v. Zero for other kernels.
+    """Matrix products of JAX's splash attention, q [.., heads, T, K] against k [.., U, K]; 0 for other kernels.
+
+    They are two forward, three for the gradient of q, and four for those of k and v.
     """
     name = kernel.name.split(".")[0]
     products = {"fwd": 2, "dq": 3, "dkv": 4}.get(next(iter(re.findall(r"_(fwd|dq|dkv)_", f"{name}_")), ""), 0)
@@ -168,8 +169,8 @@ def kernel_flops(kernel: Instruction) -> float:
     shapes = hlo.arrays(re.search(r"operand_layout_constraints=\{(.*?\})\}", kernel.attributes).group(1))
     q, k = [shape for dtype, shape in shapes if dtype in ("bf16", "f32")][:2]
     tiles = next(shape for dtype, shape in shapes if dtype == "s8")[-1]  # along the keys
-    seen = (tiles + 1) / (2 * tiles) if "causal_attention" in kernel.attributes else 1.0
-    return 2.0 * products * math.prod(q) * k[-2] * seen
+    visible = (tiles + 1) / (2 * tiles) if "causal_attention" in kernel.attributes else 1.0
+    return 2.0 * products * math.prod(q) * k[-2] * visible
 
 
 _NO_TRAFFIC = {
@@ -179,7 +180,7 @@ _NO_TRAFFIC = {
 
 
 def memory_bytes(instruction: Instruction, computation: Computation, program: Program) -> float:
-    """What an instruction reads from and writes to main memory; of an array that is only sliced, the slices."""
+    """Bytes that an instruction reads from and writes to main memory; of an array that is only sliced, the slices."""
     if instruction.opcode in _NO_TRAFFIC or instruction.opcode.endswith("-done"):
         return 0.0
     operands = [computation.instructions[name] for name in instruction.operands if name in computation.instructions]
@@ -214,14 +215,14 @@ def _collectives(sent: Iterable[tuple[Instruction, Computation, int]], mesh_shap
     sums: dict[tuple[str, str], Collective] = {}
     for instruction, computation, times in sent:
         kind = instruction.opcode.removesuffix("-start")
-        groups = _groups(instruction.attributes, math.prod(mesh_shape.values()))
+        groups = device_groups(instruction.attributes, math.prod(mesh_shape.values()))
         operands = sum(hlo.size_in_bytes(computation.instructions[name].type) for name in instruction.operands)
         size = max(len(groups[0]), 1)
         if kind == "all-reduce" and "all-reduce-scatter" in computation.name:  # each chip keeps its part only
             kind = "reduce-scatter"
         whole = operands * size if kind == "all-gather" else operands
         passes = {"all-reduce": 2 * (size - 1) / size, "collective-permute": 1.0}.get(kind, (size - 1) / size)
-        axis = _differing(groups, mesh_shape)
+        axis = mesh_axes(groups, mesh_shape)
         total = sums.setdefault((kind, axis), Collective(kind, axis))
         total.count += times
         total.wire_bytes += times * whole * passes
@@ -231,8 +232,8 @@ def _collectives(sent: Iterable[tuple[Instruction, Computation, int]], mesh_shap
     return sorted(sums.values(), key=lambda c: -c.wire_bytes)
 
 
-def _groups(attributes: str, devices: int) -> list[list[int]]:
-    """Partition numbers of each group; of a permutation, (source, target)."""
+def device_groups(attributes: str, devices: int) -> list[list[int]]:
+    """Device numbers of each group of a collective; of a permutation, (source, target)."""
     everyone = [list(range(devices))]
     if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes):
         return [[int(a), int(b)] for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs.group(1))] or everyone
@@ -253,15 +254,11 @@ def _groups(attributes: str, devices: int) -> list[list[int]]:
     return everyone
 
 
-def mesh_axes(attributes: str, mesh_shape: dict[str, int]) -> str:
-    """The mesh axes, joined by +, along which a collective's groups lie."""
-    return _differing(_groups(attributes, math.prod(mesh_shape.values())), mesh_shape)
-
-
-def _differing(groups: list[list[int]], mesh_shape: dict[str, int]) -> str:
+def mesh_axes(groups: list[list[int]], mesh_shape: dict[str, int]) -> str:
+    """The mesh axes, joined by +, along which groups of devices lie."""
     members = itertools.chain.from_iterable(itertools.pairwise(group) for group in groups)
     differ: set[str] = set()
     for one, other in members:
-        places = (np.unravel_index(device, tuple(mesh_shape.values())) for device in (one, other))
-        differ |= {name for name, a, b in zip(mesh_shape, *places, strict=True) if a != b}
+        indices = (np.unravel_index(device, tuple(mesh_shape.values())) for device in (one, other))
+        differ |= {name for name, a, b in zip(mesh_shape, *indices, strict=True) if a != b}
     return "+".join(name for name in mesh_shape if name in differ) or "none"

@@ -1,4 +1,4 @@
-"""Which part of which array lies where: the table of --explain-sharding."""
+"""The table of --explain-sharding: every array of a run, and how it is sharded."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ def explain_sharding(config: Config, devices: Sequence[Any]) -> str:
     lines = [
         f"mesh: {' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}, {mesh.size} devices",
         f"axis rules: {', '.join(used)}; all other axes are whole on every device",
-        "a block fetches its weights whole along fsdp, once for all segments of a window",
+        "a block gathers its weights whole along fsdp, once for all segments of a window",
     ]
     state = programs.state
-    parts = {
+    trees = {
         "parameters": state.params,
         "optimizer": state.opt_state,
         "memory": state.memory,
         "batch": programs.abstract_batch(),
     }
     everything = 0
-    for title, tree in parts.items():
+    for title, tree in trees.items():
         rows = [_row(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
         whole, each = sum(row[-2] for row in rows), sum(row[-1] for row in rows)
         everything += each
         lines.append(f"\n{title}: {_size(whole)}, on one device {_size(each)}")
-        if title != "optimizer":  # as the parameters, twice
+        if title != "optimizer":  # like the parameters, twice
             lines += [
                 f"  {name:<44}{shape:<26}{axes:<28}{_size(size):>11}{_size(part):>11}"
                 for name, shape, axes, size, part in rows

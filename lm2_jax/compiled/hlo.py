@@ -116,11 +116,11 @@ class Program:
         raise ValueError(f"loop {loop.name}: more than {_MOST_TRIPS} trips")
 
     def _counter(self, condition: Computation) -> int | None:
-        """Which element of the loop's tuple its condition looks at."""
-        looked_at = {
+        """Index of the element of the loop's tuple that its condition reads; None if it reads several."""
+        indices = {
             int(i.attribute("index")) for i in condition.instructions.values() if i.opcode == "get-tuple-element"
         }
-        return looked_at.pop() if len(looked_at) == 1 else None
+        return indices.pop() if len(indices) == 1 else None
 
     def _element(self, computation: Computation, name: str, index: int) -> Instruction:
         """The instruction that is element `index` of the tuple `name`."""
@@ -237,7 +237,7 @@ def arrays(type_: str) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def size_in_bytes(type_: str, main_memory_only: bool = False) -> int:
-    """Of all arrays in a type, without padding; main_memory_only: without those in the core's own memory."""
+    """Bytes of all arrays in a type, without padding; main_memory_only: without those in the core's own memory."""
     total = 0
     for dtype, shape, layout in _ARRAY.findall(type_):
         if not (main_memory_only and re.search(r"S\([1-9]\)", layout)):

@@ -32,13 +32,13 @@ _QUIET = {
 
 
 class Warnings:
-    """What libtpu wrote to its log since the last look."""
+    """Warnings that libtpu wrote to its log."""
 
     def __init__(self, directory: Path) -> None:
         self._directory, self._seen = directory, 0
 
     def involuntary_rematerialisations(self) -> int:
-        """Arrays that the partitioner could only move by making them whole on every chip."""
+        """Arrays, since the last call, that the partitioner could only move by making them whole on every chip."""
         texts = [path.read_text(errors="replace") for path in self._directory.glob("*.log.WARNING.*")]
         found = sum(text.count("Involuntary full rematerialization") for text in texts)
         new, self._seen = found - self._seen, found

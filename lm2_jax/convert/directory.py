@@ -32,14 +32,14 @@ _ORIGIN += ("chat_template.jinja",)
 
 
 def is_converted(path: Path) -> bool:
-    """Whether a directory is a converted one, and not a run directory or a checkpoint."""
+    """True if a directory is a converted one, and not a run directory or a checkpoint."""
     return (path / "config.yaml").is_file() and bool(list(path.glob("params*.safetensors*")))
 
 
 def read(path: Path, track: Track | None = None) -> Checkpoint:
     """Opens a converted directory. Raises UserError with everything that does not fit its config.
 
-    track: also look at every number, with this progress.
+    track: shows progress while every value is checked, too; None: values are not read.
     """
     config = load_config(resolve_inside(path, "config.yaml"))
     if (name := config.tokenizer.path) is not None:
@@ -69,10 +69,10 @@ def read(path: Path, track: Track | None = None) -> Checkpoint:
 
 
 def write(checkpoint: Checkpoint, directory: Path, track: Track) -> None:
-    """Writes a converted directory; `directory` is there and empty."""
+    """Writes a converted directory into the existing, empty `directory`."""
     config = checkpoint.config
     if config.tokenizer.path:
-        load_tokenizer(config.tokenizer)  # says what is wrong with it
+        load_tokenizer(config.tokenizer)  # raises UserError if it is unusable
         name = "tokenizer.json" if config.tokenizer.kind == "tokenizers" else "tokenizer.model"
         shutil.copyfile(config.tokenizer.path, directory / name)
         config = replace(config, tokenizer={"path": name})
@@ -90,7 +90,7 @@ def write(checkpoint: Checkpoint, directory: Path, track: Track) -> None:
 
 @contextlib.contextmanager
 def new_directory(output: Path) -> Iterator[Path]:
-    """An empty directory that becomes `output` when all went well, and vanishes when not.
+    """An empty directory that becomes `output` on success, and is removed on failure.
 
     Raises UserError if `output` is there already, or cannot be made or written.
     """

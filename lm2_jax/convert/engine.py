@@ -1,4 +1,4 @@
-"""The tables applied: a foreign state dict seen as our parameters, and ours written as theirs.
+"""Applies the tables: reads a foreign state dict as our parameters, and writes ours as theirs.
 
 Parameters are `Tensor`s by path ("bank_blocks/attention/query"), read when they are needed: from any source, to any
 destination, one block's at a time. Everything that does not fit is found and named before a byte is written.
@@ -23,12 +23,12 @@ from lm2_jax.convert.tensors import Tensor, read_json
 from lm2_jax.model import build_model
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-Track = Callable[[Iterable, str], Iterable]  # shows progress over what it hands on; knows its length and a title
+Track = Callable[[Iterable, str], Iterable]  # passes items on and shows progress; takes them and a title
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A model, wherever it came from.
+    """A model from any source.
 
     Attributes:
       config: its model, memory, segments and tokenizer; other sections are defaults.
@@ -69,21 +69,21 @@ def abstract_params(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     return flatten_dict(build_model(config).abstract_params(), sep="/")
 
 
-def place(path: str) -> str:
-    """Where a parameter is looked up in a table: its path, within the block if it is in one."""
+def table_key(path: str) -> str:
+    """Key of a parameter in a table: its path, within the block if it is in one."""
     stack, _, within = path.partition("/")
     return within if stack in ("bank_blocks", "blocks") else path
 
 
 def entries(table: Table, shapes: Mapping[str, Any], num_bank_layers: int) -> list[Entry]:
     """The foreign tensors of parameters of these shapes. Raises UserError where the layout has no place for one."""
-    homeless = sorted(path for path in shapes if place(path) not in table.rules)
-    if homeless:
-        raise UserError("the layout asked for has no place for " + ", ".join(homeless))
+    unplaced = sorted(path for path in shapes if table_key(path) not in table.rules)
+    if unplaced:
+        raise UserError("the layout asked for has no place for " + ", ".join(unplaced))
     found = []
     for path, leaf in shapes.items():
-        rule = table.rules[place(path)]
-        if place(path) == path:
+        rule = table.rules[table_key(path)]
+        if table_key(path) == path:
             found.append(_entry(rule, path, None, None, leaf.shape))
             continue
         first = num_bank_layers if path.startswith("blocks/") else 0
@@ -97,7 +97,7 @@ def _entry(rule: Rule, path: str, row: int | None, layer: int | None, shape: tup
 
 
 def check_names(wanted: Iterable[Entry], tensors: Mapping[str, Tensor], table: Table, where: Path) -> None:
-    """Raises UserError with every tensor that is missing, unknown, of another shape, or holds no such numbers."""
+    """Raises UserError with every tensor that is missing, unknown, of another shape, or not floating-point."""
     problems, known = [], set()
     for entry in wanted:
         known |= {entry.name, *entry.aliases}
@@ -131,13 +131,13 @@ def check_values(wanted: Iterable[Entry], tensors: Mapping[str, Tensor], where: 
         raise UserError(f"{where}: {len(problems)} problem(s) with its values:\n" + _listed(problems))
 
 
-def seen_as_ours(
+def read_as_ours(
     wanted: Iterable[Entry], tensors: Mapping[str, Tensor], shapes: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """Our parameters, float32, each read from the foreign tensors it is made of."""
-    parts: dict[str, list[Entry]] = {}
+    sources: dict[str, list[Entry]] = {}
     for entry in wanted:
-        parts.setdefault(entry.path, []).append(entry)
+        sources.setdefault(entry.path, []).append(entry)
 
     def one(entry: Entry) -> np.ndarray:
         array = tensors[entry.name].read().astype(np.float32, copy=False)
@@ -145,7 +145,7 @@ def seen_as_ours(
 
     def reader(path: str) -> Callable[..., np.ndarray]:
         def read(row: int | None = None) -> np.ndarray:
-            here = parts[path]
+            here = sources[path]
             if here[0].row is None:
                 return one(here[0])
             return np.stack([one(entry) for entry in here]) if row is None else one(here[row])
@@ -153,12 +153,13 @@ def seen_as_ours(
         return read
 
     return {
-        path: Tensor(tensors[own[0].name].file, shapes[path].shape, "F32", reader(path)) for path, own in parts.items()
+        path: Tensor(tensors[own[0].name].file, shapes[path].shape, "F32", reader(path))
+        for path, own in sources.items()
     }
 
 
 def as_theirs(table: Table, checkpoint: Checkpoint, dtype: str, track: Track) -> Iterator[tuple[str, np.ndarray]]:
-    """Foreign names and arrays, one by one, in the order of their blocks."""
+    """Yields foreign names and arrays, one by one, in the order of their blocks."""
     wanted = entries(table, checkpoint.params, checkpoint.config.spec.num_memory_layers)
     for entry in track(sorted(wanted, key=_in_reading_order), "writing"):
         array = checkpoint.params[entry.path].read(entry.row)
@@ -169,7 +170,7 @@ def as_theirs(table: Table, checkpoint: Checkpoint, dtype: str, track: Track) ->
 
 
 def carried(checkpoint: Checkpoint, keys: Iterable[str]) -> dict[str, Any]:
-    """Those keys of the config.json that came with the weights, where one did."""
+    """The given keys of the config.json that came with the weights, if there is one."""
     if checkpoint.origin is None or not (checkpoint.origin / "config.json").is_file():
         return {}
     theirs = read_json(checkpoint.origin / "config.json")
@@ -177,7 +178,7 @@ def carried(checkpoint: Checkpoint, keys: Iterable[str]) -> dict[str, Any]:
 
 
 def from_arrays(params: Any, where: Path) -> dict[str, Tensor]:
-    """Parameters that are in memory already."""
+    """Tensors of parameters that are in memory already."""
 
     def reader(array: Any) -> Callable[..., np.ndarray]:
         return lambda row=None: np.asarray(array if row is None else array[row])

@@ -30,8 +30,8 @@ from lm2_jax.convert.engine import (
     check_values,
     entries,
     from_arrays,
-    place,
-    seen_as_ours,
+    read_as_ours,
+    table_key,
 )
 from lm2_jax.convert.llama_config import from_llama, number, to_llama
 from lm2_jax.convert.tables import CAN_BE_ADDED, STARTS_AT_ZERO, llama, lm2
@@ -71,12 +71,12 @@ def read(path: Path, overrides: Sequence[str], track: Track) -> Checkpoint:
 
 
 def write(checkpoint: Checkpoint, directory: Path, dtype: str, track: Track) -> None:
-    """Writes a Llama where the model is one, and else a directory with our modelling code."""
+    """Writes a Llama where the model is one, otherwise a directory with our modelling code."""
     config = checkpoint.config
     ids = special_ids(config)
     settings = to_llama(config) | {"dtype": dtype, "max_position_embeddings": config.trained_segment_length, **ids}
     table = llama(config.model.tie_embeddings)
-    if all(place(path) in table.rules for path in checkpoint.params):
+    if all(table_key(path) in table.rules for path in checkpoint.params):
         settings |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **carried(checkpoint, _CARRIED)}
         tensors = as_theirs(table, checkpoint, dtype, track)
     else:
@@ -108,29 +108,29 @@ def _read_llama(path: Path, theirs: Mapping[str, Any], overrides: Sequence[str],
     config = _config(path, values, overrides, problems)
     tensors, shapes = open_tensors(path, "model"), abstract_params(config)
     table = llama(config.model.tie_embeddings)
-    strange = sorted({place(name) for name in shapes} - table.rules.keys() - CAN_BE_ADDED)
+    strange = sorted({table_key(name) for name in shapes} - table.rules.keys() - CAN_BE_ADDED)
     if strange:
         raise UserError(
             f"--set: a Llama is no start for memory.kind {config.memory.kind}, whose {', '.join(strange)} would change "
             "its logits; kind lm2 can start as one"
         )
-    theirs_too = {name: shape for name, shape in shapes.items() if place(name) in table.rules}
+    theirs_too = {name: shape for name, shape in shapes.items() if table_key(name) in table.rules}
     wanted = entries(table, theirs_too, config.spec.num_memory_layers)
     check_names(wanted, tensors, table, path)
     check_values(track(wanted, "checking"), tensors, path)
-    params = seen_as_ours(wanted, tensors, theirs_too)
-    return Checkpoint(config, params | _drawn_anew(config, shapes.keys() - theirs_too.keys(), path), origin=path)
+    params = read_as_ours(wanted, tensors, theirs_too)
+    return Checkpoint(config, params | _initialised(config, shapes.keys() - theirs_too.keys(), path), origin=path)
 
 
-def _drawn_anew(config: Config, paths: set[str], where: Path) -> dict[str, Tensor]:
-    """Initial values of parameters that a Llama has not; zeros for those that would change its logits."""
+def _initialised(config: Config, paths: set[str], where: Path) -> dict[str, Tensor]:
+    """Initial values of parameters that a Llama lacks; zeros for those that would change its logits."""
     if not paths:
         return {}
     model = build_model(config)
 
     def init(key: jax.Array) -> dict[str, jax.Array]:
         leaves = flatten_dict(model.init_params(key), sep="/")
-        return {p: leaves[p] * (0 if place(p) in STARTS_AT_ZERO else 1) for p in paths}
+        return {p: leaves[p] * (0 if table_key(p) in STARTS_AT_ZERO else 1) for p in paths}
 
     return from_arrays(jax.jit(init)(jax.random.key(config.train.seed)), where)
 
@@ -160,7 +160,7 @@ def _read_lm2(path: Path, theirs: Mapping[str, Any], overrides: Sequence[str], t
         ((name, expected_NM),) = _start(Checkpoint(config, {}))
         if not np.allclose(tensors[name].read().astype(np.float32), expected_NM, atol=4e-3):  # bfloat16 rounds it
             raise UserError(f"{path}: {name}: is another start than this model's; expected the fixed initial bank")
-    return Checkpoint(config, seen_as_ours(wanted, tensors, shapes), memory, path)
+    return Checkpoint(config, read_as_ours(wanted, tensors, shapes), memory, path)
 
 
 def _lm2_settings(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from lm2_jax.convert.engine import (
     check_names,
     check_values,
     entries,
-    seen_as_ours,
+    read_as_ours,
 )
 from lm2_jax.convert.llama_config import from_llama, number, to_llama
 from lm2_jax.convert.tables import official
@@ -59,7 +59,7 @@ def read(path: Path, overrides: Sequence[str], track: Track) -> Checkpoint:
     check_names([*bank, *wanted], tensors, table, file)
     check_values(track([*bank, *wanted], "checking"), tensors, file)
     memory = tensors[_BANK].read().astype(np.float32) if bank else None
-    return Checkpoint(config, seen_as_ours(wanted, tensors, shapes), memory, directory)
+    return Checkpoint(config, read_as_ours(wanted, tensors, shapes), memory, directory)
 
 
 def write(checkpoint: Checkpoint, directory: Path, dtype: str, track: Track) -> None:

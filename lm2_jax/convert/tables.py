@@ -1,4 +1,4 @@
-"""Which tensor of theirs is which of ours: one table for each foreign layout, read in both directions.
+"""Correspondence of tensors: one table for each foreign layout, read in both directions.
 
 A parameter of ours is named by its path in the tree; inside the blocks by its path in a block, since ours are stacked
 along a layer axis and theirs are numbered. Our weights are [in, out]; theirs are torch's, [out, in].
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Where a parameter stands in a foreign state dict.
+    """Name and form of a parameter in a foreign state dict.
 
     Attributes:
       name: theirs; {layer} is the number of the block.
@@ -25,7 +25,7 @@ class Rule:
     aliases: tuple[str, ...] = ()
 
     def within(self, prefix: str) -> Rule:
-        """The same below a prefix."""
+        """The rule with a prefix before its names."""
         return dataclasses.replace(self, name=prefix + self.name, aliases=tuple(prefix + a for a in self.aliases))
 
 

@@ -45,12 +45,12 @@ class Tensor(NamedTuple):
 
     @property
     def size(self) -> int:
-        """How many numbers it holds."""
+        """Number of values."""
         return math.prod(self.shape)
 
     @property
     def is_float(self) -> bool:
-        """Whether it holds floating-point numbers that float32 holds exactly."""
+        """True if it holds floating-point numbers that float32 represents exactly."""
         return self.dtype in _FLOATS
 
 

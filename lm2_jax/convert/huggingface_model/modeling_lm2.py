@@ -1,4 +1,4 @@
-"""LM2 and its relatives in PyTorch: what lm2_jax trains, for transformers >= 5.4.
+"""LM2 and its relatives in PyTorch, as lm2_jax trains them, for transformers >= 5.4.
 
 Text is cut into segments of T tokens; attention sees one segment, and memory is the only link between them.
 
@@ -31,7 +31,7 @@ State = dict[str, Tensor]  # in every tensor the rows come first
 
 
 class LM2Cache(Cache):
-    """What every row remembers: its memory, and its unfinished segment. The model fills an empty one.
+    """Memory and unfinished segment of every row. The model fills an empty cache.
 
     Attributes:
       seen: columns of input so far, padding included.
@@ -69,15 +69,15 @@ class LM2Cache(Cache):
         raise NotImplementedError("LM2 cannot unread text, so no assisted decoding: keep a copy.deepcopy of the cache")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row b becomes row beam_idx[b]."""
+        """Replaces row b by row beam_idx[b]."""
         self._change(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the rows that indices (numbers or a mask) choose."""
+        """Keeps the rows that indices (numbers or a mask) select."""
         self._change(lambda x: x[indices.to(x.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times."""
+        """Repeats each row `repeats` times."""
         self._change(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -91,7 +91,7 @@ def given(cache: LM2Cache | None, past_key_values: LM2Cache | None) -> LM2Cache:
 
 @dataclass
 class Layout:
-    """Where new entries go in each row's unfinished segment; the same for all blocks.
+    """Positions of new entries in each row's unfinished segment, the same for all blocks.
 
     Attributes:
       take_B: how many of the Q new entries are the row's; the others are filling, which no real entry sees.
@@ -120,7 +120,7 @@ class Layout:
 
 
 def take_entries(x: Tensor, index_BQ: Tensor) -> Tensor:
-    """Of x [B,_,...] row b's entries index_BQ[b], [B,Q,...]."""
+    """Takes row b's entries index_BQ[b] of x [B,_,...], [B,Q,...]."""
     return x[torch.arange(len(x), device=x.device)[:, None], index_BQ]
 
 
@@ -147,7 +147,7 @@ class LM2RMSNorm(nn.Module):
 
 
 def rope_frequencies(config: LM2Config, device: torch.device) -> Tensor:
-    """Radians per position, float32 [K/2]: theta^(-2i/K), with Llama-3's scaling of slow turns if asked for."""
+    """Radians per position, float32 [K/2]: theta^(-2i/K), with Llama-3's scaling of low frequencies if configured."""
     rope = config.rope_parameters
     pairs_K = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
     frequencies_K = rope["rope_theta"] ** (-pairs_K / config.head_dim)
@@ -216,7 +216,7 @@ class LM2Conv(nn.Module):
 
 
 def attend(q_BQM: Tensor, k_BKM: Tensor, v_BKM: Tensor, num_heads: int, **options: Any) -> Tensor:
-    """Multi-head attention without projections, [B,Q,M]; options as scaled_dot_product_attention's."""
+    """Multi-head attention without projections, [B,Q,M]; options of scaled_dot_product_attention."""
     q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q_BQM, k_BKM, v_BKM))
     return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2).flatten(2)
 
@@ -259,7 +259,7 @@ class BankMemory(nn.Module):
             self.register_module(f"{name}_gate_bank", linear(M, M))
 
     def forward(self, x_BQD: Tensor, attended_BQD: Tensor, layout: Layout, shared: State, block: State) -> Tensor:
-        """Tokens ask, slots answer (paper 2.1). Returns what is added to x.
+        """Tokens attend to slots (paper 2.1). Returns what is added to x.
 
         E_mem = MHA(q = x' W_Q, k = Bank' W_K, v = Bank' W_V) W_O;  g_out = sigmoid(E_mem W_out + b_out)
         x <- x + g_out ⊙ E_mem
@@ -272,7 +272,7 @@ class BankMemory(nn.Module):
         return g_out_BQD * e_mem_BQD
 
     def write(self, x_RTD: Tensor, bank_RNM: Tensor) -> Tensor:
-        """Slots ask, a whole segment answers; gates mix the answer in (paper 2.2). Returns the new bank.
+        """Slots attend to a whole segment, and gates mix in what they found (paper 2.2). Returns the new bank.
 
         U = MHA(q = Bank' W'_Q, k = x' W'_K, v = x' W'_V) W'_O
         C_1 = RMSNorm(Bank' + U);  C = RMSNorm(C_1 + silu(C_1 W_up) W_down)
@@ -376,7 +376,7 @@ class LM2Layer(nn.Module):
 
 
 class LM2PreTrainedModel(PreTrainedModel):
-    """What transformers has to know about both models below."""
+    """Settings that transformers needs of both models below."""
 
     config_class = LM2Config
     base_model_prefix = "model"
@@ -475,7 +475,7 @@ class LM2Model(LM2PreTrainedModel):
         return BaseModelOutputWithPast(take_entries(torch.cat(hidden, 1), source_BC), cache if use_cache else None)
 
     def _real_tokens(self, x_BCD: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Which columns are no padding, bool [B,C]. Raises ValueError for what the model cannot read."""
+        """True for columns that are not padding, bool [B,C]. Raises ValueError for inputs the model cannot read."""
         B, C, T = *x_BCD.shape[:2], self.config.segment_length
         real_BC = torch.ones(B, C, dtype=torch.bool, device=x_BCD.device)
         if attention_mask is not None:
@@ -491,7 +491,7 @@ class LM2Model(LM2PreTrainedModel):
         return real_BC
 
     def _ready(self, cache: LM2Cache, x_BCD: Tensor) -> LM2Cache:
-        """The cache; if it is empty, with every row at a text's start."""
+        """Returns the cache; an empty one is filled, with every row at a text's start."""
         c, B, D = self.config, len(x_BCD), x_BCD.shape[-1]
         if not isinstance(cache, LM2Cache) or cache.batch_size not in (-1, B):
             raise ValueError(f"cache should be an LM2Cache of {B} rows, as an earlier forward returned it")
@@ -515,7 +515,7 @@ class LM2Model(LM2PreTrainedModel):
         return cache
 
     def _begin_segment(self, cache: LM2Cache, begin_B: Tensor) -> None:
-        """The rows begin_B hold no entries any more; rmt: only the front memory tokens."""
+        """Empties the segments of the rows begin_B; rmt: only the front memory tokens remain."""
         cache.shared["held"] = cache.shared["held"].masked_fill(begin_B, 0)
         for block in cache.blocks:
             if "tail" in block:
@@ -524,7 +524,7 @@ class LM2Model(LM2PreTrainedModel):
             self._run(cache.shared["memory"], begin_B * self.num_memory_tokens, cache, linked=False)
 
     def _end_segment(self, cache: LM2Cache, full_B: Tensor) -> None:
-        """The rows full_B write their memory and begin a segment. Called when their next token is there."""
+        """Writes the memory of the rows full_B and begins their next segments, when their next token arrives."""
         rows_R = full_B.nonzero()[:, 0]
         for layer, block in zip(self.layers, cache.blocks, strict=True):
             if "bank" in block:
@@ -540,7 +540,7 @@ class LM2Model(LM2PreTrainedModel):
         self._begin_segment(cache, full_B)
 
     def _run(self, x_BQD: Tensor, take_B: Tensor, cache: LM2Cache, linked: bool) -> Tensor:
-        """All layers over new entries of the rows' unfinished segments, which have room for them.
+        """Runs all layers over new entries of the rows' unfinished segments, which have room for them.
 
         Args:
           x_BQD: embeddings, of which the first take_B[b] are row b's.
@@ -633,7 +633,7 @@ class LM2ForCausalLM(LM2PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss, logits_BCV, cache if use_cache else None)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' generate(). Raises NotImplementedError for kind `official`."""
+        """Does what transformers' generate() does. Raises NotImplementedError for kind `official`."""
         if self.config.memory_kind == "official":
             raise NotImplementedError(
                 "memory_kind official cannot generate: its gates see all tokens of a segment, later ones too, so it "
