@@ -205,11 +205,11 @@ def test_answers_are_those_of_each_prompt_alone(checkpoint, tmp_path):
 def test_finished_samples_are_not_asked_again(checkpoint, tmp_path, monkeypatch):
     asked = []
 
-    def answer(loaded, prompts, rows, max_new_tokens, stops):
+    def generate_until(loaded, prompts, rows, max_new_tokens, stops):
         asked.extend(prompts)
         return ["garden"] * len(prompts)
 
-    monkeypatch.setattr(babilong, "answer", answer)
+    monkeypatch.setattr(babilong, "generate_until", generate_until)
     output = tmp_path / "result.json"
     _, expected = ask(checkpoint, output=output)
     assert len(asked) == 20
@@ -227,13 +227,13 @@ def test_finished_samples_are_not_asked_again(checkpoint, tmp_path, monkeypatch)
 
 
 def test_the_leaderboards_mean(checkpoint, monkeypatch):
-    monkeypatch.setattr(babilong, "answer", lambda loaded, prompts, *_, stops: ["garden"] * len(prompts))
+    monkeypatch.setattr(babilong, "generate_until", lambda loaded, prompts, *_, stops: ["garden"] * len(prompts))
     _, result = ask(checkpoint, "eval.babilong.tasks=[qa5, qa4, qa3, qa2, qa1]", "eval.babilong.lengths=[0k]")
     assert result["mean_qa1_qa5"] == {"0k": pytest.approx(np.mean([c["accuracy"] for c in result["cells"]]))}
 
 
 def test_command(checkpoint, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(babilong, "answer", lambda loaded, prompts, *_, stops: ["garden"] * len(prompts))
+    monkeypatch.setattr(babilong, "generate_until", lambda loaded, prompts, *_, stops: ["garden"] * len(prompts))
     folder = tmp_path / "hub" / "data" / "qa1"
     folder.mkdir(parents=True)
     for length in ("0k", "2k"):

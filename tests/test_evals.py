@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lm2_jax.common.statistics import wilson_interval
 from lm2_jax.config import parse_config
 from lm2_jax.data.babi.sources import QuestionSource
 from lm2_jax.data.pipeline import Pipeline
@@ -14,7 +15,7 @@ from lm2_jax.model import build_model
 from lm2_jax.parallel.mesh import make_mesh, use_mesh
 from lm2_jax.segments import run_segments
 from lm2_jax.tokenizer import load_tokenizer
-from lm2_jax.training.accuracy import accuracy_by_length, wilson_interval
+from lm2_jax.training.accuracy import accuracy_by_length
 from lm2_jax.training.state import StepConfig, create_state
 
 T, LENGTHS, QUESTIONS = 32, (0, 1, 3), 20

@@ -80,7 +80,7 @@ def _reader(model):
 
 def score(loaded, asked):
     with use_mesh(loaded.mesh):
-        found = {index: rest for batch in scoring.score(loaded, asked) for index, *rest in batch}
+        found = {index: rest for batch in scoring.loglikelihood(loaded, asked) for index, *rest in batch}
     assert sorted(found) == list(range(len(asked)))
     return [found[index] for index in range(len(asked))]
 
@@ -206,7 +206,7 @@ def test_drawn_texts_differ_by_request_alone(checkpoint):
 
 @needs_harness
 def test_a_text_without_a_token_is_refused(checkpoint):
-    with pytest.raises(UserError, match="no token of its own of the continuation ''"):
+    with pytest.raises(UserError, match="the continuation '' has no token of its own"):
         ask(load(checkpoint("lm2")), "loglikelihood", ("a", ""))
 
 
@@ -250,8 +250,6 @@ def test_questions_are_read_to_the_letter(questions):
 @pytest.mark.parametrize("shots", [0, 5])
 def test_prompts_and_choices(questions, checkpoint, shots, monkeypatch):
     """What is asked, and that the likeliest letter is the choice."""
-    from lm2_jax.evals import harness_model
-
     seen = {}
 
     def likes_b(loaded, pairs):
@@ -259,7 +257,7 @@ def test_prompts_and_choices(questions, checkpoint, shots, monkeypatch):
             seen.setdefault(loaded.tokenizer.decode(context), []).append(loaded.tokenizer.decode(continuation))
         yield [(i, -float(loaded.tokenizer.decode(c) != " B"), False) for i, (_, c) in enumerate(pairs)]
 
-    monkeypatch.setattr(harness_model, "score", likes_b)
+    monkeypatch.setattr(scoring, "loglikelihood", likes_b)
     result = measure(checkpoint("lm2"), f"eval.mmlu={{path: {questions}, shots: {shots}}}")
     every = {s: mmlu.read_questions(questions / "test" / f"{s}_test.csv") for s in SUBJECTS}
     right = {s: [q["answer"] == 1 for q in asked] for s, asked in every.items()}
@@ -457,10 +455,10 @@ def test_command_and_what_is_finished(questions, checkpoint, tmp_path, monkeypat
         ("eval.mmlu={path: own, subjects: letters}", "letters_test.csv: line 3: answer: found 'B'; should be 0, 1, 2"),
         (
             "eval.mmlu={path: own, subjects: short}",
-            "short_test.csv: line 2: has not as many fields as the first line, 6",
+            "short_test.csv: line 2: should have as many fields as the first line, 6",
         ),
-        ("eval.mmlu={path: own, subjects: latin}", "latin_test.csv: is no UTF-8 csv file"),
-        ("eval.mmlu={path: own, subjects: empty}", "empty_test.csv: holds no question"),
+        ("eval.mmlu={path: own, subjects: latin}", "latin_test.csv: is not a UTF-8 csv file"),
+        ("eval.mmlu={path: own, subjects: empty}", "empty_test.csv: contains no questions"),
         (
             "eval.mmlu={path: own, subjects: good, shots: 2}",
             "eval.mmlu.shots: found 2, but own/dev/good_dev.csv holds 1",

@@ -1,7 +1,7 @@
-"""Instructions, examples and answer formats of the BABILong tasks, in our words, and the labels that answers are among.
+"""Instructions, examples and answer formats of the BABILong tasks, in our words, and the labels of their answers.
 
 The structure is the official one (arXiv 2406.10149); the texts are ours, since the official ones are not part of this
-repository. Scores of instructed models therefore compare with each other, not to the point with published ones.
+repository. Scores of instruction-tuned models therefore compare with each other, but not exactly with published ones.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _TEMPLATE = "{instruction}\n\n{examples}\n\n{post_prompt}\n\n<context>\n{context
 
 
 class Task(NamedTuple):
-    """What a task's prompt says, and its labels."""
+    """The texts of a task's prompt, and the labels of its answers."""
 
     labels: tuple[str, ...]
     instruction: str

@@ -1,4 +1,4 @@
-"""Answers to prompts: what a model writes from a fresh memory until a stop string."""
+"""Generated answers to prompts, each from a fresh memory and up to a stop string."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lm2_jax.decoding import sampling
 from lm2_jax.evals.model import EvalModel
 
 
-def answer(
+def generate_until(
     loaded: EvalModel,
     prompts: Sequence[Sequence[int]],
     rows: int,
@@ -18,13 +18,13 @@ def answer(
     seeds: Sequence[int] = (),
     **options: Any,
 ) -> list[str]:
-    """The text that follows each prompt, up to its first stop string or its end token.
+    """Generates the text that follows each prompt, up to its first stop string or the end token.
 
     Args:
       prompts: token ids, of any lengths.
-      rows: read at once, at least as many as prompts: one compiled program serves batches that are not full.
-      stops: they are no part of the answer.
-      seeds: one for each prompt, where tokens are drawn.
+      rows: batch size, at least the number of prompts; the same for every batch, so that one compiled program serves.
+      stops: strings that end an answer, and are not part of it.
+      seeds: one for each prompt, if tokens are sampled.
       options: temperature, top_k and top_p of `sampling.decode`; greedy without them.
     """
     tokenizer, model, spare = loaded.tokenizer, loaded.model, rows - len(prompts)

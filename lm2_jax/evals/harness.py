@@ -1,7 +1,7 @@
-"""Tasks of lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness), asked of a model of ours.
+"""Tasks of lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness), run on a model of ours.
 
-The harness is optional: `pip install lm-eval`. Its tasks fetch their data from the hub, unless task files of your own
-name others.
+The harness is optional: `pip install lm-eval`. Its tasks download their data from the Hugging Face hub, unless your own
+task files name other data.
 """
 
 from __future__ import annotations
@@ -19,42 +19,46 @@ from rich.table import Table
 
 from lm2_jax.common.errors import UserError
 from lm2_jax.config import HarnessConfig, MmluConfig
+from lm2_jax.evals import plots
 from lm2_jax.evals.model import EvalModel
 from lm2_jax.evals.results import ResultLog, finished_path
 
 Result = dict[str, Any]
-_BOOTSTRAPS = 1000  # samples, for the standard errors of metrics that are no means
+_BOOTSTRAPS = 1000  # samples for the standard errors of metrics that are not means
 _FEWSHOT_SEED = 1234  # the harness's own
 
 
 def evaluate(loaded: EvalModel, output: Path | None, log: Callable[[str], None]) -> Result:
-    """Runs eval.harness.tasks. Finished requests are kept beside `output`, and are not asked again.
+    """Runs eval.harness.tasks. Finished requests are kept beside `output`, and are not repeated.
 
     Returns JSON: `scores`, a row for each task or group and each metric (task, metric, value, its standard error where
     there is one, shots, samples).
-    Raises UserError for a task that is unknown or cannot be loaded, and without the harness.
+    Raises UserError for a task that is unknown or cannot be loaded, and if the harness is not installed.
     """
-    ask = loaded.config.eval.harness
-    if not ask.tasks:
+    settings = loaded.config.eval.harness
+    if not settings.tasks:
         raise UserError(
             "eval.harness.tasks is missing: name tasks of lm-evaluation-harness, for example [arc_easy, lambada_openai]"
         )
-    if ask.include is not None and not Path(ask.include).is_dir():
-        raise UserError(f"eval.harness.include: {ask.include} is no directory; name one with task files (.yaml)")
-    return run(loaded, output, log, ask, "harness", ask.tasks, ask.include)
+    if settings.include is not None and not Path(settings.include).is_dir():
+        raise UserError(f"eval.harness.include: {settings.include} is no directory; name one with task files (.yaml)")
+    return run(loaded, output, log, settings, "harness", settings.tasks, settings.include)
 
 
 def run(
     loaded: EvalModel,
     output: Path | None,
     log: Callable[[str], None],
-    ask: HarnessConfig | MmluConfig,
+    settings: HarnessConfig | MmluConfig,
     name: str,
     wanted: Sequence[Any],
     include: str | None = None,
 ) -> Result:
-    """As `evaluate`, for `--task name` with the settings `ask`. wanted: names, or the harness's tasks and groups."""
-    require()
+    """Runs the tasks `wanted` for `--task name` with its settings; returns what `evaluate` does.
+
+    wanted: names, or the harness's own task and group objects.
+    """
+    require_harness()
     if loaded.config.has_tokenizer and loaded.config.tokenizer.kind == "stories":
         raise UserError(
             f"--task {name}: tokenizer.kind stories knows only the generator's words; evaluate a model with another "
@@ -66,24 +70,24 @@ def run(
 
     tasks = _load(name, wanted, include)
     for task in tasks["tasks"].values():
-        _set_shots(task, ask.shots)
-    finished = ResultLog(finished_path(output), _identity(loaded), key=("request",))
-    model = HarnessModel(loaded, finished, log)
-    found = lm_eval.evaluate(model, tasks, limit=ask.limit, bootstrap_iters=_BOOTSTRAPS, log_samples=False)
+        _set_shots(task, settings.shots)
+    results = ResultLog(finished_path(output), _identity(loaded), key=("request",))
+    model = HarnessModel(loaded, results, log)
+    found = lm_eval.evaluate(model, tasks, limit=settings.limit, bootstrap_iters=_BOOTSTRAPS, log_samples=False)
     return {
         "task": name,
         "checkpoint": loaded.checkpoint,
         "harness": importlib.metadata.version("lm_eval"),
-        "settings": ask.model_dump(mode="json"),
+        "settings": settings.model_dump(mode="json"),
         "scores": _scores(found),
     }
 
 
-def require() -> None:
-    """To be called before lm_eval is imported. Raises UserError if it is not installed.
+def require_harness() -> None:
+    """Prepares for the import of lm_eval. Raises UserError if it is not installed.
 
-    Keeps warnings of its own from standing between what `say` is told, and lets it fork no processes: in those, which
-    it takes some standard errors in, JAX may hang.
+    Silences lm_eval's logger, which would interleave with the progress lines, and sets DISABLE_MULTIPROC: lm_eval forks
+    workers to bootstrap standard errors, and a forked JAX can deadlock.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("tasks mmlu and harness need lm-evaluation-harness: pip install 'lm-eval>=0.4.13,<0.5'")
@@ -92,7 +96,7 @@ def require() -> None:
 
 
 def _load(name: str, wanted: Sequence[Any], include: str | None) -> Any:
-    """What `TaskManager.load` gives: tasks, groups, and which are in which."""
+    """Loads tasks and groups, as `TaskManager.load` returns them."""
     from lm_eval.tasks import TaskManager
 
     names = [task for task in wanted if isinstance(task, str)]
@@ -106,18 +110,18 @@ def _load(name: str, wanted: Sequence[Any], include: str | None) -> Any:
         loaded = manager.load(list(wanted))
     except UserError:
         raise
-    except Exception as error:  # task files are other people's programs, and fetch data
+    except Exception as error:  # task files are other people's programs, and download data
         raise UserError(f"eval.{name}: cannot load {', '.join(names)} ({type(error).__name__}: {error})") from error
     for key, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
-            raise UserError(f"eval.{name}: {key} runs the programs that the model writes; that is not done here")
+            raise UserError(f"eval.{name}: {key} runs programs that the model generates, which is not supported")
         if getattr(task, "MULTIMODAL", False):
-            raise UserError(f"eval.{name}: {key} shows pictures, and the model reads text alone")
+            raise UserError(f"eval.{name}: {key} contains pictures, but the model reads only text")
     return loaded
 
 
 def _set_shots(task: Any, shots: int | None) -> None:
-    """As `lm_eval.simple_evaluate` does: a task that says 0 is never given any; seeds are the harness's."""
+    """Sets the number of shots and their seed like `lm_eval.simple_evaluate`; a task that says 0 never gets any."""
     own = task.get_config("num_fewshot")
     if own != 0:
         task.set_config(key="num_fewshot", value=(own or 0) if shots is None else shots)
@@ -125,7 +129,7 @@ def _set_shots(task: Any, shots: int | None) -> None:
 
 
 def _identity(loaded: EvalModel) -> dict[str, Any]:
-    """All that an answer depends on besides the request."""
+    """Everything that an answer depends on, besides the request."""
     return {
         "evaluation": "harness",
         "parameters": loaded.fingerprint,
@@ -158,49 +162,23 @@ def _scores(found: dict[str, Any]) -> list[Result]:
     return scores
 
 
-# --- What it looks like --------------------------------------------------------------------------------------------
+# --- Tables and pictures -------------------------------------------------------------------------------------------
 
 
 def tables(result: Result) -> list[Table]:
     """Every score with its standard error, for the terminal."""
-    short_repr = Table(title=f"{result['task']} (lm-evaluation-harness {result['harness']})")
-    short_repr.add_column("task")
-    short_repr.add_column("metric")
+    table = Table(title=f"{result['task']} (lm-evaluation-harness {result['harness']})")
+    table.add_column("task")
+    table.add_column("metric")
     for column in ("value", "standard error", "shots", "samples"):
-        short_repr.add_column(column, justify="right")
+        table.add_column(column, justify="right")
     for row in result["scores"]:
         optional = ("-" if row[name] is None else f"{row[name]:,}" for name in ("shots", "samples"))
         stderr = "-" if row["stderr"] is None else f"{row['stderr']:.4f}"
-        short_repr.add_row(row["task"], row["metric"], f"{row['value']:.4f}", stderr, *optional)
-    return [short_repr]
+        table.add_row(row["task"], row["metric"], f"{row['value']:.4f}", stderr, *optional)
+    return [table]
 
 
 def draw(result: Result, output: Path) -> list[Path]:
-    """A picture beside `output`: a panel for each metric, a bar for each task."""
-    import matplotlib  # slow to import
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    path, rows = output.with_suffix(".png"), result["scores"]
-    metrics = list(dict.fromkeys(row["metric"] for row in rows))
-    panels = [[row for row in rows if row["metric"] == metric] for metric in metrics]
-    heights = [len(own) + 1 for own in panels]
-    figure, axes = plt.subplots(
-        len(metrics),
-        figsize=(7.5, 0.6 + 0.3 * sum(heights)),
-        height_ratios=heights,
-        squeeze=False,
-        layout="constrained",
-    )
-    for metric, own, axis in zip(metrics, panels, axes[:, 0], strict=True):
-        own = own[::-1]  # bars are drawn from below
-        colors = ["tab:orange" if row["group"] else "tab:blue" for row in own]
-        spread = [1.96 * (row["stderr"] or 0) for row in own]
-        axis.barh([row["task"] for row in own], [row["value"] for row in own], xerr=spread, color=colors, capsize=2)
-        axis.set(xlabel=f"{metric} (95% intervals)")
-        axis.grid(alpha=0.3, axis="x")
-    figure.suptitle(f"{result['task']}, lm-evaluation-harness {result['harness']}")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return [path]
+    """Draws a panel for each metric with a bar for each task; returns the picture's path, beside `output`."""
+    return plots.draw_scores(result, output)

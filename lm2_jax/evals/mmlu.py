@@ -1,7 +1,7 @@
-"""MMLU (arXiv 2009.03300): multiple-choice questions of many subjects, asked by lm-evaluation-harness.
+"""MMLU (arXiv 2009.03300): multiple-choice questions on many subjects, asked by lm-evaluation-harness.
 
-Questions are read from csv files, so nothing is fetched; prompts and scores are those of the harness's own task: the
-letter that the model finds likeliest after "Answer:" is its choice.
+Questions are read from csv files, so nothing is downloaded. Prompts and scores are those of the harness's own task: the
+model's choice is the letter with the highest probability after "Answer:".
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from lm2_jax.common.errors import UserError
 from lm2_jax.config import MmluConfig
-from lm2_jax.evals.harness import Result, draw, require, run, tables
+from lm2_jax.evals.harness import Result, draw, require_harness, run, tables
 from lm2_jax.evals.model import EvalModel
 
 __all__ = ["draw", "evaluate", "read_questions", "tables"]
@@ -27,23 +27,23 @@ _TEST = "_test.csv"
 def evaluate(loaded: EvalModel, output: Path | None, log: Callable[[str], None]) -> Result:
     """Asks the questions of eval.mmlu, each after `shots` solved ones of its subject.
 
-    Result as of `harness.evaluate`; the group mmlu is the mean over all questions.
-    Raises UserError for files that are missing or damaged, and without the harness.
+    The result has the form of `harness.evaluate`; the group mmlu is the mean over all questions.
+    Raises UserError for files that are missing or damaged, and if the harness is not installed.
     """
-    ask = loaded.config.eval.mmlu
-    require()
-    if ask.path is None:
-        wanted = [f"mmlu_{subject}" for subject in ask.subjects] if ask.subjects else ["mmlu"]
+    settings = loaded.config.eval.mmlu
+    require_harness()
+    if settings.path is None:
+        wanted = [f"mmlu_{subject}" for subject in settings.subjects] if settings.subjects else ["mmlu"]
     else:
-        wanted = [_group(Path(ask.path), ask)]
-    return run(loaded, output, log, ask, "mmlu", wanted)
+        wanted = [_group(Path(settings.path), settings)]
+    return run(loaded, output, log, settings, "mmlu", wanted)
 
 
 def read_questions(path: Path) -> list[Question]:
-    """The questions of a csv file with the columns question, choice0 to choice3, answer (0 to 3).
+    """Reads questions from a csv file with the columns question, choice0 to choice3, answer (0 to 3).
 
     Returns dicts of question, choices and answer, as in the data set cais/mmlu. Raises UserError, with the file and the
-    line, for a file that cannot be read, lacks a column or holds a row that is no question.
+    line, for a file that cannot be read, lacks a column or has a row that is not a question.
     """
     questions = []
     try:
@@ -57,7 +57,7 @@ def read_questions(path: Path) -> list[Question]:
             for row in rows:
                 where = f"{path}: line {rows.line_num}: "
                 if None in row or None in row.values():
-                    raise UserError(where + f"has not as many fields as the first line, {len(rows.fieldnames)}")
+                    raise UserError(where + f"should have as many fields as the first line, {len(rows.fieldnames)}")
                 if row["answer"].strip() not in ("0", "1", "2", "3"):
                     raise UserError(where + f"answer: found {row['answer']!r}; should be 0, 1, 2 or 3")
                 choices = [row[f"choice{number}"] for number in range(len(_LETTERS))]
@@ -65,30 +65,30 @@ def read_questions(path: Path) -> list[Question]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: is no UTF-8 csv file ({error})") from None
+        raise UserError(f"{path}: is not a UTF-8 csv file ({error})") from None
     if not questions:
-        raise UserError(f"{path}: holds no question")
+        raise UserError(f"{path}: contains no questions")
     return questions
 
 
-def _group(directory: Path, ask: MmluConfig) -> Any:
+def _group(directory: Path, settings: MmluConfig) -> Any:
     """The harness's group of all subjects."""
     from lm_eval.api.group import Group, GroupConfig
     from lm_eval.api.task import ConfigurableTask
 
     files = sorted((directory / "test").glob(f"*{_TEST}"))
-    subjects = ask.subjects or [path.name.removesuffix(_TEST) for path in files]
+    subjects = settings.subjects or [path.name.removesuffix(_TEST) for path in files]
     if not subjects:
         raise UserError(f"eval.mmlu.path: {directory} holds no test/*{_TEST}; name a directory with dev/ and test/")
     mean = {"metric": "acc", "weight_by_size": True}
     group = Group.from_config(GroupConfig(group="mmlu", aggregate_metric_list=[mean]))
     for subject in subjects:
-        group.add(ConfigurableTask(config=_task(directory, subject, ask.shots)))
+        group.add(ConfigurableTask(config=_task(directory, subject, settings.shots)))
     return group
 
 
 def _task(directory: Path, subject: str, shots: int) -> dict[str, Any]:
-    """The harness's definition of a subject; but for where the questions come from as in its tasks/mmlu/default."""
+    """The harness's definition of a subject: that of its tasks/mmlu/default, but with questions from `directory`."""
     path = directory / "dev" / f"{subject}_dev.csv"
     splits = {"test": read_questions(directory / "test" / f"{subject}{_TEST}")}
     if shots:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,20 @@ from lm2_jax.config import Config, dump_config, parse_config, replace
 from lm2_jax.loading import load_run
 from lm2_jax.model import build_model
 from lm2_jax.model.decoder import Decoder
-from lm2_jax.parallel.mesh import boxed_shardings, make_mesh
+from lm2_jax.parallel.mesh import batch_sharding, boxed_shardings, make_mesh, memory_shardings, replicated
 from lm2_jax.tokenizer import Tokenizer, load_text_tokenizer
+
+# (memory, inputs) -> (results, memory)
+Step = Callable[[Any, Any], tuple[Any, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalModel:
-    """What every evaluation starts from; run it within `use_mesh(mesh)`.
+    """A model, its settings and its mesh, as every evaluation needs them; run it within `use_mesh(mesh)`.
 
     Attributes:
       checkpoint: the path it was loaded from.
-      config: the run's settings with those of `--set`; data.batch_size lanes are read at once.
+      config: the run's settings with those of `--set`; data.batch_size lanes are read together.
       params: sharded over the mesh.
       fingerprint: 16 hex digits that change with any parameter.
     """
@@ -42,16 +45,41 @@ class EvalModel:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """Of the model. Raises UserError if it has none for text."""
+        """The model's tokenizer. Raises UserError if it has none for text."""
         return load_text_tokenizer(self.config, self.checkpoint)
+
+    def fresh_memory(self) -> Any:
+        """The memory of data.batch_size lanes that have read nothing."""
+        return jax.jit(self._init_memory, out_shardings=self._memory_shardings)(self.params)
+
+    def jit(self, step: Callable[[Any, Any, Any], tuple[Any, Any]]) -> Step:
+        """Compiles step(params, memory, inputs) -> (results, memory), and binds it to the parameters.
+
+        Inputs are arrays [B, ...], spread over the lanes of the mesh; results are whole on every device.
+        """
+        params = jax.tree.map(lambda leaf: leaf.sharding, self.params)
+        jitted = jax.jit(
+            step,
+            in_shardings=(params, self._memory_shardings, batch_sharding(self.mesh)),
+            out_shardings=(replicated(self.mesh), self._memory_shardings),
+        )
+        return functools.partial(jitted, self.params)
+
+    def _init_memory(self, params: Any) -> Any:
+        return self.model.init_memory(self.config.data.batch_size, params)
+
+    @functools.cached_property
+    def _memory_shardings(self) -> Any:
+        memory = jax.eval_shape(self._init_memory, self.params)
+        return memory_shardings(self.mesh, memory, self.model.kind.lane_axis)
 
 
 def load_for_evaluation(checkpoint: str | Path, overrides: Sequence[str] = ()) -> EvalModel:
     """Loads a run directory, one of its checkpoints, or a converted directory.
 
-    overrides: settings "a.b=c"; any but those that make the model another one.
-    Raises UserError as `load` and `parse_config` do, for such overrides, if the lanes do not divide over the mesh, and
-    in one of several processes.
+    overrides: settings "a.b=c"; those of the sections model and memory cannot be changed.
+    Raises UserError as `load_run` and `parse_config` do, for overrides of model or memory, if the lanes do not divide
+    over the mesh, and in one of several processes.
     """
     if jax.process_count() > 1:
         raise UserError(
@@ -62,7 +90,7 @@ def load_for_evaluation(checkpoint: str | Path, overrides: Sequence[str] = ()) -
     for section in ("model", "memory"):
         if getattr(config, section) != getattr(trained, section):
             raise UserError(f"--set {section}...: the checkpoint's {section} cannot be set; leave it as it was trained")
-    config = replace(config, optim={"accumulation_steps": 1})  # of training; lanes are read all at once
+    config = replace(config, optim={"accumulation_steps": 1})  # a setting of training; all lanes are read together
     model, mesh = build_model(config), make_mesh(config)
 
     fingerprint = hashlib.sha256(repr(array_checksums(params)).encode()).hexdigest()[:16]

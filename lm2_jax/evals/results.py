@@ -1,4 +1,4 @@
-"""What an evaluation has finished, kept as JSON lines beside its output, so that an interrupted one goes on."""
+"""Finished results, kept as JSON lines beside an evaluation's output, so that an interrupted one resumes."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ Record = dict[str, Any]
 
 
 class ResultLog:
-    """Records by key. The file's first line says what they are of; lines are whole or cut away.
+    """Records by key. The file's first line identifies the evaluation; an incomplete last line is dropped.
 
     Args:
-      path: the file; None keeps records in memory alone.
-      of: all that the records depend on (JSON).
-      key: the entries of a record that tell it from others.
+      path: the file; None keeps records in memory only.
+      identity: everything that the records depend on (JSON).
+      key: the entries that distinguish a record from the others.
 
-    Raises UserError if the file holds records of something else, or cannot be read or written.
+    Raises UserError if the file holds records of another evaluation, or cannot be read or written.
     """
 
-    def __init__(self, path: Path | None, of: Record, key: Sequence[str]) -> None:
+    def __init__(self, path: Path | None, identity: Record, key: Sequence[str]) -> None:
         self._path, self._key = path, tuple(key)
         self._records: dict[tuple, Record] = {}
         if path is None:
             return
-        of = json.loads(json.dumps(of))
+        identity = json.loads(json.dumps(identity))
         try:
             text = path.read_text(encoding="utf-8") if path.exists() else ""
-            whole = text[: text.rfind("\n") + 1] or json.dumps(of) + "\n"  # a killed run may leave half a line
+            whole = text[: text.rfind("\n") + 1] or json.dumps(identity) + "\n"  # a killed run may leave half a line
             head, *records = map(json.loads, whole.splitlines())
             self._records = {self._key_of(record): record for record in records}
-            differences = [name for name in of if head.get(name) != of[name]]
+            differences = [name for name in identity if head.get(name) != identity[name]]
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -46,8 +46,8 @@ class ResultLog:
         if differences:
             name = differences[0]
             raise UserError(
-                f"{path}: holds samples of another evaluation ({name}: {head.get(name)!r} there, {of[name]!r} now); "
-                "remove it to begin again, or give another --output"
+                f"{path}: holds samples of another evaluation ({name}: {head.get(name)!r} there, "
+                f"{identity[name]!r} now); remove it to start again, or give another --output"
             )
         if whole != text:
             write_atomically(path, whole)
@@ -59,7 +59,7 @@ class ResultLog:
         return self._records[key]
 
     def add(self, records: Iterable[Record]) -> None:
-        """Keeps records, durably."""
+        """Adds records, and writes them durably."""
         records = list(records)
         self._records |= {self._key_of(record): record for record in records}
         if self._path is not None and records:
@@ -73,5 +73,5 @@ class ResultLog:
 
 
 def finished_path(output: Path | None) -> Path | None:
-    """Where the records of an evaluation stand: beside its output."""
+    """Path of an evaluation's finished records, beside its output."""
     return None if output is None else output.with_suffix(".finished.jsonl")
