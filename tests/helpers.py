@@ -164,11 +164,12 @@ def random_checkpoint(path, *overrides, noise=0.3):
 
 
 def assert_drawn(path):
-    """A PNG with something drawn in every quarter."""
+    """A PNG with something in every quarter, some of it in colour: frames and letters are grey, curves and maps not."""
     pixels = matplotlib.image.imread(path)[..., :3]
     H, W = pixels.shape[0] // 2, pixels.shape[1] // 2
     for quarter in (pixels[:H, :W], pixels[:H, W:], pixels[H:, :W], pixels[H:, W:]):
         assert (quarter < 0.9).any(), f"{path} is blank in a quarter"
+    assert (np.ptp(pixels, axis=-1) > 0.2).any(), f"{path} has frames, and nothing in them"
 
 
 # --- Training in another process ------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from helpers import assert_drawn
 from plot_run import main
 
 from lm2_jax.common.errors import UserError
-from lm2_jax.plots.runs import plot_runs, read_runs
+from lm2_jax.plots.runs import PANELS, plot_runs, read_runs
 
 
 def write_run(path, steps=300, gates=True, finished=True):
@@ -46,6 +46,15 @@ def axes_of(monkeypatch, path, runs, panels):
     monkeypatch.setattr(matplotlib.figure, "Figure", lambda *a, **k: figures.append(make(*a, **k)) or figures[0])
     plot_runs(path, runs, panels)
     return [axis for axis in figures[0].axes if axis.axison]
+
+
+def test_each_run_has_a_curve_where_it_has_values(tmp_path, monkeypatch):
+    runs = read_runs([write_run(tmp_path / "a"), write_run(tmp_path / "b", gates=False, finished=False)])
+    axes = axes_of(monkeypatch, tmp_path / "x.png", runs, list(PANELS))
+    curves = {axis.get_title(): sum(len(line.get_xdata()) > 2 for line in axis.lines) for axis in axes}
+    both = dict.fromkeys(("Loss", "Learning rate", "Throughput, tokens a second", "Gradient norm"), 2)
+    alone = {"Accuracy by context length": 1, "Norm of a memory slot": 1, "Memory gates, mean": 2}
+    assert curves == both | alone
 
 
 def test_every_set_of_questions_is_drawn_and_named(tmp_path, monkeypatch):
