@@ -202,7 +202,10 @@ OFFICIAL_DAMAGED = {
         _official_damage(lambda t: t.update(memory_bank=t["memory_bank"][:, :5])),
         "memory_bank: found [1, 5, 32]",
     ),
-    "sizes that differ": (with_keys(memory_slots=16), "needs slots, segment length and model width to be equal"),
+    "sizes that differ": (
+        with_keys(memory_slots=16),
+        "needs the number of slots, the segment length and the model width to be equal",
+    ),
     "no state dict": (lambda path: (path / "state_dict.safetensors").unlink(), "no such file"),
 }
 

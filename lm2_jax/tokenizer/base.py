@@ -42,9 +42,9 @@ class Tokenizer(Protocol):
         ...
 
 
-def digest(*parts: bytes) -> str:
+def digest(*chunks: bytes) -> str:
     """16 hex digits of a SHA-256 checksum, for `Tokenizer.fingerprint`."""
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+    return hashlib.sha256(b"\0".join(chunks)).hexdigest()[:16]
 
 
 _CHUNK = 1 << 14  # characters
