@@ -204,7 +204,7 @@ OFFICIAL_DAMAGED = {
     ),
     "sizes that differ": (
         with_keys(memory_slots=16),
-        "needs the number of slots, the segment length and the model width to be equal",
+        "the segment length and the model width to be equal",
     ),
     "no state dict": (lambda path: (path / "state_dict.safetensors").unlink(), "no such file"),
 }
