@@ -1,6 +1,6 @@
-"""Accuracy on question stories against context length: exact match of the answer, memory fresh for every story.
+"""Accuracy on question stories against context length: exact match of the answer, a fresh memory for every story.
 
-Stories stream through the model window by window, so any length costs the memory of one window.
+Stories stream through the model window by window, so any length needs the memory of one window only.
 Axes: B stories at a time, S segments, T tokens, V vocabulary.
 """
 
@@ -135,7 +135,7 @@ def _groups(source: DocumentSource, size: int) -> Iterator[list[Document]]:
 
 
 def _read_as(config: Config, tokens: int) -> StageConfig:
-    """The shape of window in which contexts of up to `tokens` tokens are read: at most training's longest."""
+    """Shape of the windows that read contexts of up to `tokens` tokens: at most the longest of training."""
     last = config.stages[-1]
     if config.eval.one_segment:
         return StageConfig(segments=1, segment_length=-(-tokens // last.segment_length) * last.segment_length)
@@ -145,7 +145,7 @@ def _read_as(config: Config, tokens: int) -> StageConfig:
 
 
 def _windows(documents: Sequence[Document], stage: StageConfig, num_lanes: int) -> Iterator[Batch]:
-    """One document a lane, padded to whole windows; lanes without one are all padding."""
+    """Windows with one document in each lane, padded to whole windows; lanes without a document are all padding."""
     S, T = stage.segments, stage.segment_length
     windows = -(-max(len(document.tokens) - 1 for document in documents) // (S * T))
     whole = Batch.zeros(num_lanes, windows * S, T)
