@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from lm2_jax.common.errors import UserError
+from lm2_jax.common.files import expand_paths
 from lm2_jax.data.documents import BinSource, JsonLinesSource, TextSource, split_documents
-from lm2_jax.data.paths import expand_paths
 from lm2_jax.tokenizer import BytesTokenizer
 
 EXTRAS = Path(__file__).parent / "data" / "golden" / "extras"

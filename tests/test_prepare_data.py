@@ -29,9 +29,9 @@ from lm2_jax.common.errors import UserError
 from lm2_jax.config import TokenizerConfig
 from lm2_jax.data.documents import BinSource, JsonLinesSource, TextSource
 from lm2_jax.data.prepare.chunks import Unreachable
+from lm2_jax.data.prepare.inputs import HubInput
 from lm2_jax.data.prepare.plan import prepare
-from lm2_jax.data.prepare.tables import HubInput
-from lm2_jax.data.prepare.workers import run_locally
+from lm2_jax.data.prepare.shards import run_locally
 from lm2_jax.data.prepared import PreparedSource, read_manifest, verify
 from lm2_jax.tokenizer import find_tokenizer
 

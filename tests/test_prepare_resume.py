@@ -16,12 +16,10 @@ from helpers import interruptible
 from prepare_helpers import ROOT, TEXTS, files_in, inputs_of, json_lines, settings_of, texts_in, write
 
 from lm2_jax.common.errors import UserError
-from lm2_jax.data.prepare import workers
-from lm2_jax.data.prepare.files import TextInput
+from lm2_jax.data.prepare import shards
+from lm2_jax.data.prepare.inputs import HubInput, TextInput
 from lm2_jax.data.prepare.plan import prepare
-from lm2_jax.data.prepare.shards import group_inputs
-from lm2_jax.data.prepare.tables import HubInput
-from lm2_jax.data.prepare.workers import run_locally
+from lm2_jax.data.prepare.shards import group_inputs, run_locally
 from lm2_jax.data.prepared import PreparedSource, read_manifest
 
 
@@ -86,9 +84,9 @@ def test_killed_at_every_step(corpus, prepared, tmp_path, monkeypatch):
         if left == 0:
             raise Killed
 
-    replace, run_task = Path.replace, workers.run_task
+    replace, run_task = Path.replace, shards.run_task
     monkeypatch.setattr(Path, "replace", lambda self, target: (perhaps(), replace(self, target))[1])
-    monkeypatch.setattr(workers, "run_task", lambda *arguments: (perhaps(), run_task(*arguments))[1])
+    monkeypatch.setattr(shards, "run_task", lambda *arguments: (perhaps(), run_task(*arguments))[1])
     kills = 0
     while True:
         left, output = kills + 1, tmp_path / str(kills)
@@ -131,7 +129,7 @@ def test_killed_processes(corpus, prepared, tmp_path):
 def test_finished_work_is_found_done_and_other_work_refused(corpus, prepared, tmp_path, monkeypatch):
     inputs, settings = inputs_of([corpus / "*"]), settings_of(tmp_path, **SMALL)
     prepare(inputs, settings, run_locally(1))
-    monkeypatch.setattr(workers, "run_task", None)
+    monkeypatch.setattr(shards, "run_task", None)
     assert prepare(inputs, settings, run_locally(1)).documents == read_manifest(tmp_path).documents
     with pytest.raises(UserError, match=r"holds another preparation[^$]*shard_bytes: 1500 there, 99 now"):
         prepare(inputs, dataclasses.replace(settings, shard_bytes=99), run_locally(1))
@@ -210,7 +208,7 @@ def test_ctrl_c_does_not_wait_for_workers(tmp_path, corpus):
     """However often it is pressed."""
     program = "import prepare_data as p, lm2_jax.data.prepare.chunks as i; i.CHUNK_BYTES = 400\n"
     program += (
-        "import lm2_jax.data.prepare.workers as q; q._start_worker = __import__('stuck').start; p.run_command(p.main)"
+        "import lm2_jax.data.prepare.shards as q; q._start_worker = __import__('stuck').start; p.run_command(p.main)"
     )
     stuck = "import time\nfrom pathlib import Path\ndef start():\n    import signal\n"
     stuck += "    signal.signal(signal.SIGINT, signal.SIG_IGN)\n    Path('started').touch()\n    time.sleep(1000)\n"

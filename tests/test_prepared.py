@@ -12,14 +12,12 @@ from helpers import tiny_config
 
 from lm2_jax.common.errors import UserError
 from lm2_jax.config import TokenizerConfig, load_config, save_config
-from lm2_jax.data.documents import DocumentSource
+from lm2_jax.data.documents import DocumentSource, Mixture
 from lm2_jax.data.lanes import make_iterator
-from lm2_jax.data.mixture import Mixture
 from lm2_jax.data.pipeline import Pipeline
-from lm2_jax.data.prepare.files import JsonLinesInput
+from lm2_jax.data.prepare.inputs import JsonLinesInput
 from lm2_jax.data.prepare.plan import prepare
-from lm2_jax.data.prepare.shards import Settings
-from lm2_jax.data.prepare.workers import run_locally
+from lm2_jax.data.prepare.shards import Settings, run_locally
 from lm2_jax.data.prepared import PreparedSource, read_manifest, tokenizer_of, verify
 from lm2_jax.tokenizer import BytesTokenizer
 

@@ -18,8 +18,8 @@ import _checkout  # noqa: F401
 import tokenizers
 
 from lm2_jax.common.errors import run_command
+from lm2_jax.common.files import expand_paths
 from lm2_jax.config import parse_config
-from lm2_jax.data.paths import expand_paths
 from lm2_jax.data.prepared import read_manifest, tokenizer_of
 from lm2_jax.tokenizer import load_tokenizer
 

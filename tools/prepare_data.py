@@ -22,8 +22,7 @@ from lm2_jax.config import pattern_problem
 from lm2_jax.data.documents import BinSource, DocumentSource
 from lm2_jax.data.prepare.inputs import open_inputs
 from lm2_jax.data.prepare.plan import prepare
-from lm2_jax.data.prepare.shards import Settings
-from lm2_jax.data.prepare.workers import Tally, run_locally
+from lm2_jax.data.prepare.shards import Settings, Tally, run_locally
 from lm2_jax.data.prepared import (
     Manifest,
     PreparedSource,

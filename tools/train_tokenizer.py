@@ -12,8 +12,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from lm2_jax.common.errors import UserError, run_command
+from lm2_jax.common.files import expand_paths
 from lm2_jax.config import TokenizerConfig
-from lm2_jax.data.paths import expand_paths
 from lm2_jax.tokenizer import load_tokenizer
 
 _EXAMPLES = """examples:

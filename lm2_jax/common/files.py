@@ -1,11 +1,12 @@
-"""Files that survive a kill, and directories that one process at a time may write to."""
+"""Files that settings name, files that survive a kill, and directories that one process at a time may write to."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lm2_jax.common.errors import UserError
@@ -33,3 +34,24 @@ def lock_directory(directory: Path, complaint: str) -> Iterator[None]:
         except BlockingIOError:
             raise UserError(complaint) from None
         yield
+
+
+def expand_paths(paths: Sequence[str | Path], key: str) -> list[Path]:
+    """Lists the files that paths and globs (`**` matches any depth of directories) name, each once, sorted.
+
+    Raises UserError, naming the setting `key`, for every path that leads to no file and for directories.
+    """
+    files: set[Path] = set()
+    problems = []
+    for path in map(str, paths):
+        if Path(path).is_file():
+            files.add(Path(path))
+        elif Path(path).is_dir():
+            problems.append(f"{key}: {path} is a directory; name files in it, for example {Path(path) / '*.txt'}")
+        elif found := [file for file in map(Path, glob.iglob(path, recursive=True)) if file.is_file()]:
+            files.update(found)
+        else:
+            problems.append(f"{key}: {path} " + ("matches no file" if glob.has_magic(path) else "does not exist"))
+    if problems or not files:
+        raise UserError("\n".join(problems) or f"{key}: no files given")
+    return sorted(files)

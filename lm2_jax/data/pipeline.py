@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from lm2_jax.common.errors import UserError
+from lm2_jax.common.files import expand_paths
 from lm2_jax.config import Config, DataConfig, StageConfig
 from lm2_jax.data.babi.sources import QuestionSource, StoryFiles, StorySource
-from lm2_jax.data.documents import BinSource, DocumentSource, JsonLinesSource, TextSource, split_documents
+from lm2_jax.data.documents import BinSource, DocumentSource, JsonLinesSource, Mixture, TextSource, split_documents
 from lm2_jax.data.lanes import LaneDataset, Lanes
-from lm2_jax.data.mixture import Mixture
 from lm2_jax.data.official_order import OfficialItems
-from lm2_jax.data.paths import expand_paths
 from lm2_jax.data.prepared import MANIFEST, PreparedSource
 from lm2_jax.tokenizer import Tokenizer
 

@@ -15,6 +15,7 @@ import numpy as np
 from rich.table import Table
 
 from lm2_jax.common.errors import UserError
+from lm2_jax.common.files import expand_paths
 from lm2_jax.common.progress import Progress
 from lm2_jax.common.statistics import wilson_interval
 from lm2_jax.config import BabilongConfig, BabilongTask
@@ -28,7 +29,6 @@ from lm2_jax.data.babi.babilong import (
     read_samples,
 )
 from lm2_jax.data.babi.background import Books
-from lm2_jax.data.paths import expand_paths
 from lm2_jax.evals import plots
 from lm2_jax.evals.babilong_prompts import TASKS, official_prompt
 from lm2_jax.evals.generation import generate_until

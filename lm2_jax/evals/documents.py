@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from lm2_jax.common.errors import UserError
+from lm2_jax.common.files import expand_paths
 from lm2_jax.data.documents import BinSource, Document, DocumentSource, JsonLinesSource, TextSource
-from lm2_jax.data.paths import expand_paths
 from lm2_jax.data.pipeline import Pipeline, held_out_files
 from lm2_jax.evals.model import EvalModel
 

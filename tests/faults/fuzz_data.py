@@ -12,10 +12,9 @@ from lm2_jax.config import TokenizerConfig, load_config
 from lm2_jax.data.babi.babilong import read_samples
 from lm2_jax.data.babi.files import question_samples, read_babi
 from lm2_jax.data.documents import BinSource, JsonLinesSource, TextSource
-from lm2_jax.data.prepare.files import JsonLinesInput
+from lm2_jax.data.prepare.inputs import JsonLinesInput
 from lm2_jax.data.prepare.plan import prepare
-from lm2_jax.data.prepare.shards import Settings
-from lm2_jax.data.prepare.workers import run_locally
+from lm2_jax.data.prepare.shards import Settings, run_locally
 from lm2_jax.data.prepared import PreparedSource, read_manifest, tokenizer_of, verify
 from lm2_jax.evals.mmlu import read_questions
 from lm2_jax.evals.results import ResultLog

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from lm2_jax.common.errors import UserError
-from lm2_jax.data.paths import expand_paths
+from lm2_jax.common.files import expand_paths
 
 _SLOTS = {
     "ADJECTIVE": "old quiet bright small heavy gentle golden cold warm dusty silver narrow famous curious simple tall",

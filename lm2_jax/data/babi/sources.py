@@ -10,12 +10,12 @@ from typing import Literal
 import numpy as np
 
 from lm2_jax.common.errors import UserError
+from lm2_jax.common.files import expand_paths
 from lm2_jax.config import DataConfig, StoriesConfig
 from lm2_jax.data.babi.files import Story, is_held_out, question_samples, read_babi
 from lm2_jax.data.babi.scatter import Scatterer
 from lm2_jax.data.babi.world import Task, generate_story
 from lm2_jax.data.documents import Document, DocumentSource
-from lm2_jax.data.paths import expand_paths
 from lm2_jax.tokenizer import Tokenizer
 
 _MAX_ATTEMPTS = 5000  # stories made up for one document before the budget is called too small

@@ -1,16 +1,29 @@
-"""Opening what is to be prepared: files and data sets of the Hugging Face hub, by name."""
+"""Inputs to prepare, opened by name: text, JSON lines, official token shards, parquet and hub data sets."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import dataclasses
+import gzip
+import hashlib
+import importlib
+import io
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any, BinaryIO
+
+import numpy as np
 
 from lm2_jax.common.errors import UserError
-from lm2_jax.data.paths import expand_paths
-from lm2_jax.data.prepare.chunks import Input, require
-from lm2_jax.data.prepare.files import BinInput, JsonLinesInput, TextInput
-from lm2_jax.data.prepare.tables import HUB_ID, ParquetInput, open_hub
+from lm2_jax.common.files import expand_paths
+from lm2_jax.data.documents import BinSource
+from lm2_jax.data.prepare.chunks import Chunk, Input, Unreachable, arrow_error, chunked, reading, require
+from lm2_jax.data.texts import bom_size, check_line, cut_text, decode_text, json_text, read_lines
 
+_HUB_ID = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<config>[\w.-]+))?")
 _ENDINGS = (".txt", ".md", ".jsonl", ".ndjson", ".json", ".parquet", ".bin", ".gz", ".zst")
 
 
@@ -60,8 +73,240 @@ def open_inputs(
             inputs.append(BinInput(path, vocab_size, bos_id))
         else:
             inputs.append(TextInput(path, separator))
-    return inputs + [open_hub(name, split, field) for name in hub]
+    return inputs + [_open_hub(name, split, field) for name in hub]
 
 
 def _is_hub_id(name: str) -> bool:
-    return bool(HUB_ID.fullmatch(name)) and not Path(name).exists() and Path(name).suffix.lower() not in _ENDINGS
+    return bool(_HUB_ID.fullmatch(name)) and not Path(name).exists() and Path(name).suffix.lower() not in _ENDINGS
+
+
+# --- Files -----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class FileInput:
+    """A file to prepare, told apart by name, size, time and checksum."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """See `Input`."""
+        return str(self.path)
+
+    @property
+    def size(self) -> int:
+        """See `Input`."""
+        return self.path.stat().st_size
+
+    def state(self) -> dict[str, Any]:
+        """See `Input`."""
+        return {"name": self.name, "bytes": self.size, "modified": self.path.stat().st_mtime_ns}
+
+    def identity(self) -> dict[str, Any]:
+        """See `Input`."""
+        with self.path.open("rb") as file:
+            return {"name": self.name, "bytes": self.size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+@dataclasses.dataclass(frozen=True)
+class TextInput(FileInput):
+    """A UTF-8 text file, which `separator` (a regular expression) cuts into documents."""
+
+    separator: str | None
+
+    def read(self) -> Iterator[Chunk]:
+        """See `Input`."""
+        with _unpacked(self.path) as (file, _), reading(self.name):
+            data = file.read()
+        yield Chunk(1, (data,), self.size)
+
+    def parse(self, chunk: Chunk) -> Iterator[str | UserError]:
+        """See `Input`."""
+        (data,) = chunk.raw
+        start = bom_size(data)
+        try:
+            yield from cut_text(decode_text(data[start:], self.path, start), self.separator)
+        except UserError as error:
+            yield error
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonLinesInput(FileInput):
+    """JSON lines: objects with their text in `field`."""
+
+    field: str
+
+    def read(self) -> Iterator[Chunk]:
+        """See `Input`."""
+        with _unpacked(self.path) as (file, raw_file):
+            yield from chunked(read_lines(file), raw_file.tell, f"{self.name}: line")
+
+    def parse(self, chunk: Chunk) -> Iterator[str | UserError]:
+        """See `Input`."""
+        for number, line in enumerate(chunk.raw, chunk.first):
+            where = f"{self.name}: line {number}"
+            try:
+                check_line(line, where)
+                if number == 1:
+                    line = line[bom_size(line) :]
+                if line.strip():
+                    yield json_text(decode_text(line, where), where, self.field)
+            except UserError as error:
+                yield error
+
+
+@dataclasses.dataclass(frozen=True)
+class BinInput(FileInput):
+    """A token shard of the official code; see `documents.BinSource`."""
+
+    vocab_size: int
+    bos_id: int
+
+    def read(self) -> Iterator[Chunk]:
+        """See `Input`."""
+        if self.size == BinSource.HEADER_BYTES:
+            return  # no token
+        source = BinSource([self.path], self.vocab_size, self.bos_id, key="--input")
+        documents = (source[index].tokens.astype("<u4").tobytes() for index in range(len(source)))
+        yield from chunked(documents, None, f"{self.name}: document")
+
+    def parse(self, chunk: Chunk) -> Iterator[np.ndarray]:
+        """See `Input`."""
+        for data in chunk.raw:
+            yield np.frombuffer(data, "<u4").astype(np.int32)
+
+
+@contextlib.contextmanager
+def _unpacked(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """Opens a file, unpacked if it ends in .gz or .zst; and the file as it is, whose `tell` shows progress."""
+    with reading(str(path)):
+        file = path.open("rb")
+    with file:
+        if path.suffix == ".gz":
+            yield gzip.GzipFile(fileobj=file), file
+        elif path.suffix == ".zst":
+            pa = importlib.import_module("pyarrow")
+            yield io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(file), "zstd"), 1 << 16), file
+        else:
+            yield file, file
+
+
+# --- Tables with texts in one column ---------------------------------------------------------------------------------
+
+
+class _Rows:
+    """Parsing of the rows of a table with texts in one column."""
+
+    def parse(self, chunk: Chunk) -> Iterator[str | UserError]:
+        """See `Input`."""
+        for number, value in enumerate(chunk.raw, chunk.first):
+            where = f"{self.name}: row {number}"
+            try:
+                if value is None:
+                    raise UserError(f"{where}: {self.field!r} is null; expected a string")
+                yield value if isinstance(value, str) else decode_text(value, where)
+            except UserError as error:
+                yield error
+
+
+@dataclasses.dataclass(frozen=True)
+class ParquetInput(_Rows, FileInput):
+    """A parquet table with texts in the column `field`."""
+
+    field: str
+
+    def read(self) -> Iterator[Chunk]:
+        """See `Input`."""
+        pa = importlib.import_module("pyarrow")
+        with reading(self.name), self.path.open("rb") as file:
+            table = importlib.import_module("pyarrow.parquet").ParquetFile(file)
+            schema = table.schema_arrow
+            if self.field not in schema.names:
+                raise UserError(f"{self.name}: has no column {self.field!r}; its columns are {', '.join(schema.names)}")
+            kind = schema.field(self.field).type
+            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+                raise UserError(f"{self.name}: column {self.field!r} holds {kind}; expected strings")
+            yield from chunked(self._values(pa, table), file.tell, f"{self.name}: row")
+
+    def _values(self, pa: ModuleType, table: Any) -> Iterator[bytes | None]:
+        for batch in table.iter_batches(batch_size=256, columns=[self.field]):
+            yield from (batch.column(0).cast(pa.large_binary()).to_pylist())  # bytes, decoded one by one
+
+
+@dataclasses.dataclass(frozen=True)
+class HubInput(_Rows):
+    """A data set of the Hugging Face hub, streamed, with texts in the column `field`."""
+
+    repository: str
+    config: str | None
+    split: str
+    field: str
+    revision: str | None
+
+    size = None
+
+    @property
+    def name(self) -> str:
+        """`owner/name:config`."""
+        return f"{self.repository}:{self.config}" if self.config else self.repository
+
+    def read(self) -> Iterator[Chunk]:
+        """See `Input`."""
+        datasets = importlib.import_module("datasets")
+        try:
+            rows = datasets.load_dataset(
+                self.repository, self.config, split=self.split, revision=self.revision, streaming=True
+            )
+        except Exception as error:  # of any of a dozen libraries
+            raise Unreachable(f"{self.name}: cannot be opened ({_first_line(error)})") from None
+        yield from chunked(self._values(rows), None, f"{self.name}: row")
+
+    def _values(self, rows: Iterable[dict[str, Any]]) -> Iterator[str | None]:
+        for number, row in enumerate(self._reachable(rows), 1):
+            if self.field not in row:
+                raise UserError(f"{self.name}: has no column {self.field!r}; its columns are {', '.join(row)}")
+            value = row[self.field]
+            if not isinstance(value, str | None):
+                kind = type(value).__name__
+                raise UserError(f"{self.name}: row {number}: {self.field!r} holds {kind}; expected strings")
+            yield value
+
+    def _reachable(self, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Yields the rows. Raises Unreachable for faults of the network, the hub or a full cache."""
+        try:
+            yield from rows
+        except Exception as error:  # of any of a dozen libraries
+            damaged = isinstance(error, (ValueError, arrow_error())) and not isinstance(error, OSError)
+            if damaged or isinstance(error, (EOFError, zlib.error, gzip.BadGzipFile)):
+                raise
+            raise Unreachable(
+                f"{self.name}: the hub sends no more rows ({_first_line(error)}); the same command resumes (if it "
+                "always ends here, the hub's data is damaged)"
+            ) from None
+
+    def state(self) -> dict[str, Any]:
+        """See `Input`."""
+        return self.identity()
+
+    def identity(self) -> dict[str, Any]:
+        """See `Input`."""
+        return {"name": self.name, "split": self.split, "revision": self.revision}
+
+
+def _open_hub(name: str, split: str, field: str) -> HubInput:
+    """Opens a data set at the named or newest revision, pinned to its commit."""
+    require("datasets", f"{name}: a data set of the Hugging Face hub")
+    repository, revision, config = _HUB_ID.fullmatch(name).group("repository", "revision", "config")
+    try:
+        hub = importlib.import_module("huggingface_hub").HfApi()
+        commit = hub.dataset_info(repository, revision=revision).sha
+    except Exception as error:  # of any of a dozen libraries
+        raise UserError(
+            f"--input: {name} is no file, and no data set that the Hugging Face hub shows ({_first_line(error)})"
+        ) from None
+    return HubInput(repository, config, split, field, commit)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
