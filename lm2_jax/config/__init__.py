@@ -8,29 +8,27 @@ and reported at once, each with the file, the key, the value found and what woul
 
 from __future__ import annotations
 
-from lm2_jax.config.evaluation import (
+from lm2_jax.config.files import dump_config, load_config, parse_config, replace, save_config
+from lm2_jax.config.sections import (
+    LARGEST,
     BabilongConfig,
     BabilongTask,
-    EvalConfig,
-    HarnessConfig,
-    MmluConfig,
-    PerplexityConfig,
-)
-from lm2_jax.config.files import dump_config, load_config, parse_config, replace, save_config
-from lm2_jax.config.run import Config
-from lm2_jax.config.section import LARGEST, pattern_problem
-from lm2_jax.config.sections import (
     CheckpointConfig,
     DataConfig,
+    EvalConfig,
+    HarnessConfig,
     MemoryConfig,
     MeshConfig,
     MixtureConfig,
+    MmluConfig,
     ModelConfig,
     OptimConfig,
+    PerplexityConfig,
     RopeScaling,
     StageConfig,
     StoriesConfig,
     TokenizerConfig,
     TrainConfig,
+    pattern_problem,
 )
-from lm2_jax.config.spec import ModelSpec
+from lm2_jax.config.spec import Config, ModelSpec

@@ -1,20 +1,30 @@
-"""Configs from and to YAML files, with overrides of single keys."""
+"""Configs from and to YAML files, with overrides of single keys.
+
+The YAML has 1.2's numbers, no duplicate keys, and nothing that explodes when it is read. Errors name the key, the value
+found and what would be right.
+"""
 
 from __future__ import annotations
 
+import difflib
+import itertools
+import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pydantic
+import yaml
 
 from lm2_jax.common.errors import UserError
-from lm2_jax.common.untrusted import read_limited
-from lm2_jax.config.problems import explain
-from lm2_jax.config.run import Config
-from lm2_jax.config.yaml_text import dump_yaml, parse_yaml
+from lm2_jax.common.untrusted import read_limited, short_repr
+from lm2_jax.config.sections import Section
+from lm2_jax.config.spec import Config
 
 _LONGEST = 1 << 18  # bytes of a config file; PyYAML reads as many in seconds
+_MOST_EXPANDED = 1 << 20  # characters of a document whose aliases are expanded
+_EXPECTED = {"model_type": "should be a section with keys", "tuple_type": "should be a list, [a, b]"}
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -35,7 +45,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 def parse_config(text: str, overrides: Iterable[str] = (), where: str = "config") -> Config:
     """Reads a config from YAML text, like `load_config`; messages call the text `where`."""
-    values = parse_yaml(text, where)
+    values = _parse_yaml(text, where)
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise UserError(f"{where}: holds {type(values).__name__}; expected sections such as 'model:' and 'data:'")
@@ -56,7 +66,8 @@ def save_config(config: Config, path: str | Path) -> None:
 
 def dump_config(config: Config) -> str:
     """The complete config as YAML text."""
-    return dump_yaml(config.model_dump(mode="json"))
+    values = config.model_dump(mode="json")
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=100)
 
 
 def replace(config: Config, **changes: Mapping[str, Any]) -> Config:
@@ -77,7 +88,7 @@ def _apply_override(values: dict, override: str) -> str:
     if not (equals and last and all(sections)):
         raise UserError(f"--set {override!r}: write KEY=VALUE, for example --set train.steps=100")
     try:
-        value = parse_yaml(text, f"--set {key}")
+        value = _parse_yaml(text, f"--set {key}")
     except UserError as error:
         raise UserError(f"{error}; text with special characters needs quotes, --set '{key}=\"...\"'") from None
     if value is None and text.lstrip().startswith("#"):
@@ -104,7 +115,7 @@ def _validate(values: dict, where: str, overridden: Sequence[str] = (), problems
             key = ".".join(map(str, item["loc"]))
             is_override = any(_is_within(key, other) or _is_within(other, key) for other in overridden)
             origin = "--set " if is_override and item["type"] != "value_error" else f"{where}: "
-            problems += [origin + line for line in explain(item, key, Config)]
+            problems += [origin + line for line in _explain(item, key)]
     if problems:
         raise UserError("\n".join(problems))
     return config
@@ -112,3 +123,110 @@ def _validate(values: dict, where: str, overridden: Sequence[str] = (), problems
 
 def _is_within(key: str, other: str) -> bool:
     return f"{key}.".startswith(f"{other}.")
+
+
+def _explain(item: Mapping[str, Any], key: str) -> list[str]:
+    """Readable lines for one pydantic error at `key`."""
+    found = item.get("input")
+    if item["type"] == "extra_forbidden":
+        known = _known_keys(item["loc"][:-1])
+        close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+        return [f"{key}: unknown key; {hint}"]
+    if item["type"] == "value_error":  # our own checks: they begin with the key, relative to their section
+        prefix = f"{key}." if key else ""
+        return [prefix + line for line in str(item["ctx"]["error"]).split("\n")]
+    if item["type"] == "missing":
+        return [f"{key}: is missing; give it a value"]
+    if item["type"] == "too_short" and found:
+        return []  # its items were refused one by one
+    expected = _EXPECTED.get(item["type"], item["msg"]).replace("Input should be", "should be")
+    expected = expected.replace("Tuple", "list").replace(" after validation", "")  # what YAML calls it
+    return [f"{key}: found {short_repr(found)}; {expected[0].lower()}{expected[1:]}"]
+
+
+def _known_keys(location: Sequence[str | int]) -> list[str]:
+    model = Config
+    for name in location:
+        if isinstance(name, str):
+            model = _section_type(model.model_fields[name].annotation)
+    return list(model.model_fields)
+
+
+def _section_type(annotation: Any) -> type[Section]:
+    """The section of a field's annotation, be it optional or a list of sections."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next(_section_type(arg) for arg in get_args(annotation) if arg not in (type(None), Ellipsis))
+
+
+# --- YAML -------------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 3e-4 as a float and 2025-01-31 as text, as in YAML 1.2."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None and _expanded_size(node, {}) > _MOST_EXPANDED:
+            raise _error_at(node, "its aliases (*name) expand to far more than is written")
+        return node
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        value = super().construct_scalar(node)
+        if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+            raise _error_at(node, "text with a NUL, or with half a surrogate pair")
+        return value
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
+                continue  # PyYAML itself refuses lists as keys; merged keys (<<) may be overridden
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise _error_at(key_node, f"key {key!r} appears twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _error_at(node: yaml.Node, problem: str) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+
+
+def _expanded_size(node: yaml.Node, known: dict[int, float]) -> float:
+    """Characters and values of a node once every alias is expanded; infinite for a node that contains itself."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1 + len(node.value)
+    if id(node) not in known:
+        known[id(node)] = math.inf  # until its children are counted, for one that contains itself
+        is_mapping = isinstance(node, yaml.MappingNode)
+        children = itertools.chain.from_iterable(node.value) if is_mapping else node.value
+        known[id(node)] = 1 + sum(_expanded_size(child, known) for child in children)
+    return known[id(node)]
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that `_Loader` would read as a number."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    """The value of YAML text. Raises UserError, naming it `where`, with the line and the problem."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{where}:{line} is not valid YAML: {getattr(error, 'problem', error)}") from None
+    except Exception as error:  # whatever PyYAML raises for a value that does not fit its tag
+        raise UserError(f"{where}: is not valid YAML: {error}") from None

@@ -1,10 +1,27 @@
-"""The settings that a model's parameters and compiled programs depend on, and nothing else of a run."""
+"""The config of a whole run with the checks across its sections, and the part of it that a model depends on."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from typing import Self
 
-from lm2_jax.config.sections import MemoryConfig, ModelConfig
+from pydantic import model_validator
+
+from lm2_jax.config.sections import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    MemoryConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    Section,
+    StageConfig,
+    TokenizerConfig,
+    TrainConfig,
+    raise_problems,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,3 +60,144 @@ class ModelSpec:
     def recomputes_segments(self) -> bool:
         """True if `remat` recomputes each segment of a window by itself."""
         return self.remat in ("full", "offload")
+
+
+class Config(Section):
+    """A whole run. `load_config` reads it, `save_config` writes it."""
+
+    model: ModelConfig = ModelConfig()
+    memory: MemoryConfig = MemoryConfig()
+    data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    optim: OptimConfig = OptimConfig()
+    mesh: MeshConfig = MeshConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Everything that the model depends on."""
+        train = self.train
+        return ModelSpec(self.model, self.memory, self.trained_segment_length, train.dtype, train.remat, train.unroll)
+
+    @property
+    def trained_segment_length(self) -> int:
+        """T of the last stage, which a trained model reads by."""
+        return self.stages[-1].segment_length
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """True if the run can tokenize text; a run on token shards may name no tokenizer."""
+        return self.data.source != "bin" or self.tokenizer.kind != "stories"
+
+    @property
+    def stages(self) -> tuple[StageConfig, ...]:
+        """The curriculum, or the one stage that `data` describes."""
+        window = StageConfig(segments=self.data.segments_per_window, segment_length=self.data.segment_length)
+        return self.train.curriculum or (window,)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        checks = (
+            _bank_problems,
+            _state_problems,
+            _official_problems,
+            _step_problems,
+            _source_problems,
+            _order_problems,
+        )
+        raise_problems([problem for check in checks for problem in check(self)])
+        return self
+
+
+# --- Checks across sections: each yields problems as text that begins with a key -------------------------------------
+
+
+def _bank_problems(config: Config) -> Iterator[str]:
+    """Problems of the sizes of lm2's banks."""
+    model, memory = config.model, config.memory
+    if memory.kind != "lm2":
+        return
+    for name, width in (("model.d_model", model.d_model), ("memory.width", memory.width)):
+        if width and width % memory.num_heads:
+            yield f"memory.num_heads {memory.num_heads} does not divide {name} {width}"
+    if (memory.num_layers or 0) > model.num_layers:
+        yield f"memory.num_layers {memory.num_layers} is above model.num_layers {model.num_layers}"
+
+
+def _state_problems(config: Config) -> Iterator[str]:
+    """Problems of layout and schedule for kinds that keep one state per lane."""
+    memory, data, train = config.memory, config.data, config.train
+    if memory.kind not in ("rmt", "official"):
+        return
+    if data.boundaries == "packed":
+        yield f"data.boundaries packed: {memory.kind} keeps one state per lane; use segment or stream"
+    if train.schedule == "layer":
+        yield f"train.schedule layer: {memory.kind} needs a segment's last layer before the next segment; use segment"
+
+
+def _official_problems(config: Config) -> Iterator[str]:
+    """Problems of the sizes of the authors' published model, and of settings that only it has."""
+    model, memory, data, train = config.model, config.memory, config.data, config.train
+    if memory.kind != "official":
+        if memory.dropout:
+            yield f"memory.dropout {memory.dropout}: only kind official has dropout"
+        return
+    N = memory.num_slots
+    sizes = {"model.d_model": model.d_model, "data.segment_length": data.segment_length}
+    sizes |= {f"train.curriculum.{i}.segment_length": stage.segment_length for i, stage in enumerate(train.curriculum)}
+    sizes |= {"memory.width": memory.width} if memory.width else {}
+    unequal = [f"{key} {size}" for key, size in sizes.items() if size != N]
+    if unequal:
+        yield (
+            "memory.kind official needs the number of slots, the segment length and the model width to be equal, but "
+            f"memory.num_slots is {N} and {', '.join(unequal)}; kind lm2 has no such limit"
+        )
+    if N % memory.num_heads:
+        yield f"memory.num_heads {memory.num_heads} does not divide memory.num_slots {N}"
+    if memory.num_layers not in (None, model.num_layers):
+        yield f"memory.num_layers {memory.num_layers}: kind official has its memory in all blocks"
+
+
+def _step_problems(config: Config) -> Iterator[str]:
+    """Problems of microbatches and warm-up."""
+    data, optim, train = config.data, config.optim, config.train
+    if data.batch_size % optim.accumulation_steps:
+        yield f"optim.accumulation_steps {optim.accumulation_steps} does not divide data.batch_size {data.batch_size}"
+    if optim.warmup_steps > train.steps:
+        yield f"optim.warmup_steps {optim.warmup_steps} is above train.steps {train.steps}"
+
+
+def _source_problems(config: Config) -> Iterator[str]:
+    """Problems of a data source's layout, tokenizer, vocabulary and loss."""
+    data, optim = config.data, config.optim
+    needed = "needs bytes, sentencepiece, tokenizers or llama3"
+    if data.source == "stories":
+        if data.boundaries != "segment":
+            yield f"data.boundaries {data.boundaries}: stories start at segments; use segment"
+        if data.background and config.tokenizer.kind == "stories":
+            yield f"tokenizer.kind stories knows only the generator's words; data.background {needed}"
+        if data.validation_path and not data.path:
+            yield "data.validation_path without data.path: the generator holds out its own stories"
+        return
+    if data.source == "bin" and config.model.vocab_size is None:
+        yield "model.vocab_size is missing; .bin shards hold ids, no text to tokenize"
+    elif data.source != "bin" and config.tokenizer.kind == "stories":
+        yield f"tokenizer.kind stories knows only the generator's words; data.source {data.source} {needed}"
+    if optim.lm_loss_weight == 0:
+        yield f"optim.lm_loss_weight 0: data.source {data.source} has no answers, so nothing would be learned"
+
+
+def _order_problems(config: Config) -> Iterator[str]:
+    """Problems of the official trainer's order of batches, which takes shards as one stream of equal segments."""
+    data = config.data
+    if data.order != "official":
+        return
+    if (data.source, data.boundaries) != ("bin", "stream"):
+        yield (
+            "data.order official needs data.source bin and data.boundaries stream; found data.source "
+            f"{data.source}, data.boundaries {data.boundaries}"
+        )
+    if len({stage.segment_length for stage in config.stages}) > 1:
+        yield "data.order official needs one segment length; train.curriculum changes it"
