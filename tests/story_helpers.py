@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lm2_jax.data.babi.files import Question, Statement
-from lm2_jax.tokenizer.stories import StoriesTokenizer
+from lm2_jax.tokenizer import StoriesTokenizer
 
 TASKS = ("qa1", "qa2", "qa3", "qa4", "qa5")
 PLACES = {"bathroom", "bedroom", "garden", "hallway", "kitchen", "office"}

@@ -15,7 +15,7 @@ from lm2_jax.data.babi.files import is_held_out
 from lm2_jax.data.babi.scatter import Scatterer
 from lm2_jax.data.babi.sources import QuestionSource, StoryFiles, StorySource
 from lm2_jax.data.babi.world import LEXICON, generate_story
-from lm2_jax.tokenizer.stories import StoriesTokenizer
+from lm2_jax.tokenizer import StoriesTokenizer
 
 # --- Scattering ----------------------------------------------------------------------------------------------------
 

@@ -10,8 +10,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from lm2_jax.config import Config
-from lm2_jax.tokenizer import byte_letters, convert_llama3, load_tokenizer
-from lm2_jax.tokenizer.stories import StoriesTokenizer
+from lm2_jax.tokenizer import StoriesTokenizer, byte_letters, convert_llama3, load_tokenizer
 
 
 def special_ids(config: Config) -> dict[str, Any]:

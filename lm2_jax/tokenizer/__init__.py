@@ -4,8 +4,7 @@
 
 from __future__ import annotations
 
-from lm2_jax.tokenizer.base import Tokenizer, encode_long
-from lm2_jax.tokenizer.files import BytesTokenizer
+from lm2_jax.tokenizer.kinds import BytesTokenizer, StoriesTokenizer, Tokenizer, encode_long
 from lm2_jax.tokenizer.llama3 import byte_letters, convert_llama3
 from lm2_jax.tokenizer.loading import (
     check_vocabulary,
@@ -14,4 +13,3 @@ from lm2_jax.tokenizer.loading import (
     load_tokenizer,
     with_vocabulary,
 )
-from lm2_jax.tokenizer.stories import StoriesTokenizer

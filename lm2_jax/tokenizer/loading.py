@@ -11,10 +11,16 @@ import tokenizers
 from lm2_jax.common.errors import UserError
 from lm2_jax.common.untrusted import read_limited
 from lm2_jax.config import Config, TokenizerConfig
-from lm2_jax.tokenizer.base import Tokenizer, digest
-from lm2_jax.tokenizer.files import BytesTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, report_damage
+from lm2_jax.tokenizer.kinds import (
+    BytesTokenizer,
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    StoriesTokenizer,
+    Tokenizer,
+    digest,
+    report_damage,
+)
 from lm2_jax.tokenizer.llama3 import convert_llama3
-from lm2_jax.tokenizer.stories import StoriesTokenizer
 
 _LONGEST_FILE = 1 << 26  # bytes; the largest in use have half as many
 
