@@ -1,7 +1,7 @@
 """Costs of one run of a compiled program: matrix products, traffic, and XLA's estimate of cycles.
 
-All figures are per chip, with loops followed to their ends (hlo.py), and the same for every compilation by the same
-versions.
+All figures are per chip, count every loop iteration (hlo.py), and are the same for every compilation by the same
+versions of jax, jaxlib and libtpu.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Costs:
     """Costs of one run, per chip.
 
     Attributes:
-      matmul_flops: of dots and convolutions, two for every multiplication and addition.
-      kernel_flops: of matrix products in attention kernels, tiles that a causal mask rules out left out.
+      matmul_flops: FLOPs of dots and convolutions, two per multiply-add.
+      kernel_flops: FLOPs of the products in attention kernels, without tiles that a causal mask rules out.
       kernel_calls: of kernels.
       cycles: XLA's own estimate, summed over fusions; kernels and waiting for the network are not in it.
       memory_bytes: read from and written to the chip's main memory.
@@ -81,7 +81,7 @@ def count(program: Program, mesh_shape: dict[str, int]) -> Costs:
         if opcode in ("convolution", "dot"):
             flops += times * matmul_flops(instruction, computation)
         elif opcode in _COLLECTIVES:
-            # Overlapped with products, one collective stands in several fusions, under one channel
+            # A collective that overlaps with products appears in several fusions with the same channel id
             channel = instruction.attribute("channel_id") if fused else None
             channel = f"{opcode} {channel}" if channel else f"{computation.name} {instruction.name}"
             if channel not in sent or times > sent[channel][2]:
@@ -147,7 +147,7 @@ def _window(attributes: str) -> dict[str, list]:
 def _pairs(
     size_in: int, size_out: int, kernel: int, stride: int, pad: tuple[int, int], dilate_in: int, dilate_kernel: int
 ) -> int:
-    """Number of pairs of a result and a kernel position that meet an element of the input, not padding or a gap."""
+    """Number of (output, kernel) positions that read an input element, not padding or a dilation gap."""
     if kernel == 1 and pad == (0, 0) and dilate_in == 1:
         return size_out
     index = np.arange(size_out)[:, None] * stride + np.arange(kernel)[None] * dilate_kernel - pad[0]

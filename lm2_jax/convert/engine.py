@@ -49,11 +49,11 @@ class Entry:
     """One foreign tensor.
 
     Attributes:
-      path: of our parameter.
+      path: path of our parameter.
       row: its row in our layer axis; None: all of it.
-      name, aliases: theirs.
-      shape: theirs.
-      transposed: theirs is [out, in].
+      name, aliases: foreign names.
+      shape: foreign shape.
+      transposed: the foreign tensor is [out, in].
     """
 
     path: str
@@ -118,7 +118,7 @@ def check_names(wanted: Iterable[Entry], tensors: Mapping[str, Tensor], table: T
 
 
 def check_values(wanted: Iterable[Entry], tensors: Mapping[str, Tensor], where: Path) -> None:
-    """Raises UserError with every tensor that is not finite, and names of one tensor whose values differ."""
+    """Raises UserError listing every tensor with non-finite values, and every alias that differs from its tensor."""
     problems = []
     for entry in wanted:
         array = tensors[entry.name].read()

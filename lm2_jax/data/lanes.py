@@ -49,7 +49,7 @@ class Placement(NamedTuple):
 
     ordinal: int
     document: Document | None  # None: in another process's lane
-    start: int  # negative: so many positions were read in earlier windows
+    start: int  # negative: -start positions were read in earlier windows
     length: int  # tokens of the document
 
     @property
@@ -71,7 +71,7 @@ class Lanes:
       segments: segments in a window.
       segment_length: positions in a segment.
       boundaries: where documents may start; see the head of this file.
-      own_lanes: the lanes of this process, a row of its windows each, in this order; None: all.
+      own_lanes: this process's lanes, in the order of the rows of its windows; None: all lanes.
     """
 
     num_lanes: int
@@ -145,7 +145,7 @@ class Lanes:
         by_segment = (len(self.rows), self.segments, self.segment_length)
         starts_BST = starts.reshape(by_segment)
         reset_BS = starts_BST[:, :, 0].copy()
-        # Count the starts; a document that came from the lane's previous segment is number 1 without one.
+        # Number documents by their starts; one that continues from the lane's previous segment is number 1 without one.
         number_BST = starts_BST.cumsum(axis=-1, dtype=np.int32) + ~reset_BS[:, :, None]
         return Batch(
             tokens_BST=tokens.reshape(by_segment),
@@ -165,7 +165,7 @@ class LaneDataset(grain.IterDataset[Batch]):
     epoch. It holds for any number and length of segments, so a run may resume with longer windows.
 
     Args:
-      source: the documents; where it knows their lengths, those of other processes are never read.
+      source: the documents; if it knows their lengths, documents in other processes' lanes are never read.
       ordinals: the order of reading: the number in `source` of each ordinal, as `DocumentSource.ordinals` gives it.
       lanes: the shape of the windows, and the lanes of this process.
     """

@@ -118,7 +118,7 @@ def _read_documents(
 def _windows(
     source: DocumentSource, indices: list[int], lanes: Lanes
 ) -> Iterator[tuple[Batch, list[tuple[int, Placement]]]]:
-    """Every document once, in lanes; with each window all (lane, placement) that reach into it.
+    """Yields windows that together hold every document once, each with all (lane, placement) that reach into it.
 
     A placement's ordinal is the index in `source`. Documents of one token are left out: they have nothing to predict.
     """

@@ -30,7 +30,7 @@ _MOST_MISSES = 5000  # unsuitable stories in a row before giving up
 
 @dataclasses.dataclass(frozen=True)
 class Survival:
-    """Accuracy by age, as segments read since.
+    """Accuracy by age, the number of segments read since.
 
     Attributes:
       title: what is counted as right.
@@ -228,7 +228,7 @@ def _ages(most: int) -> list[int]:
 
 
 def _signatures(ids_ST: np.ndarray, size: int = 128) -> np.ndarray:
-    """Sums, segment by segment, random vectors of its distinct words, rare words weighing more; [S,E]."""
+    """For each segment, the sum of random vectors of its distinct words, rare words weighted more; [S,E]."""
     S = len(ids_ST)
     words, index_ST = np.unique(ids_ST, return_inverse=True)
     held_SW = np.zeros((S, len(words)), bool)
@@ -239,7 +239,7 @@ def _signatures(ids_ST: np.ndarray, size: int = 128) -> np.ndarray:
 
 
 def _probe(x_SF: np.ndarray, y_SE: np.ndarray, age: int) -> np.ndarray:
-    """True for each segment of the second half if the one of that age is recognised among `CANDIDATES`."""
+    """True for each segment of the second half if the one `age` segments earlier is recognised among `CANDIDATES`."""
     x_SF, y_SE = x_SF[age:], y_SE[: len(y_SE) - age]
     half = len(x_SF) // 2
     x_mean_F, y_mean_E = x_SF[:half].mean(0), y_SE[:half].mean(0)

@@ -1,6 +1,6 @@
 """Reading a segment token by token: `DecodeState`, and what moves it on.
 
-A segment goes through three calls, each for many rows at once, every row with a segment clock of its own:
+Reading a segment takes three kinds of call, each for many rows; every row has its own position within its segment:
 
     init_decode_state -> append_tokens, as often as there are tokens -> finish_segment, which writes the memory
                          ^                                            |
@@ -30,7 +30,7 @@ class DecodeState:
     Attributes:
       memory: at the segment's start.
       memory_cache: what blocks read of it, computed once a segment by `MemoryKind.project_memory`.
-      caches: name of a stack of blocks -> what is kept of the segment, each array with the layers L in front.
+      caches: name of a stack of blocks -> cache of the segment so far; the leading axis of every array is L.
       count_B: int32, tokens in the unfinished segment.
       read_B: int32, tokens since the document's start.
       segment_length: static; T.
@@ -79,7 +79,7 @@ def init_decode_state(decoder: Decoder, memory: Memory, batch_size: int, segment
 def append_tokens(
     decoder: Decoder, tokens_BQ: jax.Array, count_B: jax.Array, state: DecodeState
 ) -> tuple[jax.Array, DecodeState]:
-    """Reads on in unfinished segments; the numbers are those that `Decoder.window` gives for whole ones.
+    """Appends tokens to unfinished segments; hidden states equal those that `Decoder.window` gives for whole ones.
 
     Args:
       tokens_BQ: int32 token ids, each row padded on its right.

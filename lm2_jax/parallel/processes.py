@@ -29,7 +29,7 @@ _ENDED = "ended: "
 
 
 def is_first() -> bool:
-    """True in the process that locks, logs and draws; a single process does."""
+    """True in the process that locks, logs and draws; always true in a run of one process."""
     return jax.process_index() == 0
 
 
@@ -57,8 +57,8 @@ def joined() -> Iterator[None]:
     JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
     A process that fails tells the others why, and they end too, with a message and exit code 1 (2 where the user can
-    mend it); when one is killed, the others end within a minute. Process 0 runs the coordination service: when it is
-    killed, jax mostly ends the others first, by an abort with a message of its own.
+    mend it); when one is killed, the others end within a minute. Process 0 runs the coordination service: if it is
+    killed, jax usually aborts the others first, with its own message.
 
     Raises UserError if the others cannot be found.
     """
@@ -75,7 +75,7 @@ def joined() -> Iterator[None]:
         if isinstance(error, jax.errors.JaxRuntimeError):  # most likely another process is gone: the watch will say so
             time.sleep(_SILENCE_SECONDS + 3 * _BEAT_SECONDS)
         traceback.print_exc()
-        watch.end(f"{type(error).__name__} (its traceback is where it happened)", 1)
+        watch.end(f"{type(error).__name__} (see the traceback in its output)", 1)
     finally:
         watch.stop()
         jax.distributed.shutdown()
@@ -172,7 +172,7 @@ def _exit(reason: str, code: int) -> NoReturn:
 def stop_signals() -> Iterator[Callable[[int], bool]]:
     """Makes SIGINT and SIGTERM ask the loop to save and stop; a second one ends the process at once.
 
-    Yields a function of the step just done, to be called after every step: True when it is time to stop. Several
+    Yields a function to call after every step with that step's number; it returns True when it is time to stop. Several
     processes stop after the same step, whichever of them was asked.
     """
     requested = threading.Event()

@@ -21,7 +21,7 @@ from lm2_jax.parallel.fsdp import all_gather_params, per_device
 
 GatherChunk = Callable[[jax.Array], jax.Array]
 
-_MOST_LOGITS = 2**26  # of a device, held at once: 256 MiB
+_MOST_LOGITS = 2**26  # held on one device at a time: 256 MiB in float32
 
 
 @chex.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class LossSums:
     """Sums over a batch; they add up over microbatches and validation windows.
 
     Attributes:
-      loss: the objective (with weights that already hold the division by the global counts).
+      loss: the objective (the weights already include the division by the global counts).
       nll: negative log-likelihood in nats over all tokens.
       tokens: tokens that were predicted.
       correct: answer tokens that were the argmax (ties count as correct).
@@ -54,7 +54,8 @@ class TokenTargets(NamedTuple):
 
     Attributes:
       target: int32 id of the next token.
-      is_token, is_answer: bool, counted in `nll` and `tokens`; counted in `correct` and `answers`.
+      is_token: bool, counted in `nll` and `tokens`.
+      is_answer: bool, counted in `correct` and `answers`.
       weight: float32, in the objective.
     """
 
@@ -79,8 +80,8 @@ def loss_weights(batch: Batch, lm_loss_weight: float) -> jax.Array:
 def window_loss(model: Decoder, params: Any, hidden_BSTD: jax.Array, batch: Batch, weights_BST: jax.Array) -> LossSums:
     """Projects hidden states to the vocabulary and adds up the loss.
 
-    The vocabulary is processed in chunks, twice where a gradient is wanted: neither all logits nor the whole output
-    embedding nor its whole gradient are ever materialised.
+    The vocabulary is processed in chunks (twice when a gradient is needed), so the full logits, the full output
+    embedding and its full gradient are never materialised.
     """
     name = "embedding" if model.spec.model.tie_embeddings else "head"
     targets = TokenTargets(batch.targets_BST, batch.document_BST > 0, batch.answers_BST, weights_BST)
@@ -181,7 +182,7 @@ chunked_cross_entropy.defvjp(_forward, _gradient)
 def _chunks(shard_VD: jax.Array, tokens: int) -> tuple[jax.Array, jax.Array]:
     """Chunk indices [C] and rows [C,R,D]: row r of chunk i is row r · C + i of the table, or padding.
 
-    (So a table whose rows lie along the mesh axis tensor is spread evenly in every chunk.)
+    With this interleaving, every chunk of a table whose rows are sharded over `tensor` is spread evenly over that axis.
     """
     V, D = shard_VD.shape
     C = -(-V * tokens // _MOST_LOGITS)

@@ -70,7 +70,7 @@ class Scatterer:
         return max(unspaced, 0) + sum(len(self._encode(line, " ").ids) for line in story)
 
     def longest_prefix(self, story: Story) -> Story:
-        """The most of a story's first lines that fit and end in a question; () if none do."""
+        """The longest prefix of a story that fits and ends in a question; () if there is none."""
         ends = (i for i in range(len(story), 0, -1) if isinstance(story[i - 1], Question))
         return next((story[:end] for end in ends if self.length(story[:end]) <= self.room), ())
 

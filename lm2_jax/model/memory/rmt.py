@@ -1,7 +1,7 @@
 """Kind `rmt`: the Recurrent Memory Transformer (arXiv 2207.06881), in the decoder form of its public code.
 
 A segment is read as [m memory tokens | T tokens | m memory tokens] under a plain causal mask. The last layer's output
-at the back memory tokens is the memory, with which both ends of the next segment are filled.
+at the back memory tokens becomes the memory, which is placed at both ends of the next segment.
 
 Axes: B lanes, S segments, T tokens, D model width, m memory tokens, U = m + T + m positions, L layers.
 """
@@ -20,7 +20,7 @@ from lm2_jax.model.memory.base import Memory, MemoryKind, Parameters
 
 
 class RMT(MemoryKind):
-    """Memory: hidden states of the memory tokens, float32 [B,m,D]; at a document's start a learned set of them."""
+    """Memory: hidden states of the memory tokens, float32 [B,m,D]; a document starts from learned ones."""
 
     supports_layer_schedule = False
 
@@ -64,7 +64,7 @@ class RMT(MemoryKind):
         return jnp.concatenate([memory_BSmD, x_BSTD, memory_BSmD], axis=2), layout, memory
 
     def after_blocks(self, y_BSTD: jax.Array, layout: Layout, memory: Memory) -> tuple[jax.Array, Memory]:
-        """The tokens in the middle; the back memory tokens, unless the segment held no token."""
+        """Outputs of the T middle tokens, and the memory: the back memory tokens, or the old memory without a token."""
         m = memory.shape[1]
         tokens_B = jnp.any(layout.document_BST[:, 0, m:-m] > 0, axis=-1)
         after_BmD = y_BSTD[:, 0, -m:].astype(jnp.float32)
