@@ -166,7 +166,7 @@ def _kind_questions(tree):
 
 # settings know the kinds by name, and the benchmark compares them
 MAY_NAME_KINDS = {
-    f"{PACKAGE}.{module}" for module in ("config.spec", "config.checks", "model", "compiled.comparisons", "bench")
+    f"{PACKAGE}.{module}" for module in ("config.spec", "model", "compiled.comparisons", "bench")
 }
 
 

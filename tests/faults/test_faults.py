@@ -122,7 +122,7 @@ def test_clocks_may_jump(tmp_path, monkeypatch, whole):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (lambda path: path.unlink(), r"cannot be read any more \(No such file or directory\); bring it back"),
+        (lambda path: path.unlink(), r"cannot be read any more \(No such file or directory\); put it back"),
         (lambda path: path.write_text(""), r"has changed since it was opened \(it is shorter\)"),
         (lambda path: path.write_bytes(b"\xff" * 50_000), r"has changed since it was opened \('utf-8' codec"),
     ],
