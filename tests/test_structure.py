@@ -165,9 +165,7 @@ def _kind_questions(tree):
 
 
 # settings know the kinds by name, and the benchmark compares them
-MAY_NAME_KINDS = {
-    f"{PACKAGE}.{module}" for module in ("config.spec", "model", "compiled.comparisons", "bench")
-}
+MAY_NAME_KINDS = {f"{PACKAGE}.{module}" for module in ("config.spec", "model", "compiled.comparisons", "bench")}
 
 
 @pytest.mark.parametrize("module", sorted(set(MODULES) - MAY_NAME_KINDS))
