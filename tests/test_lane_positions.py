@@ -160,6 +160,7 @@ def test_an_abandoned_iterator_ends_its_thread():
 def test_the_interpreter_exits_quietly(ending):
     program = f"""
 import numpy as np
+from lm2_jax.data.documents import Document, DocumentSource
 from lm2_jax.data.lanes import LaneDataset, Lanes, make_iterator
 class Documents(list, DocumentSource):
     pass
