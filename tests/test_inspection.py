@@ -42,14 +42,14 @@ def make(*overrides):
 def test_reading(overrides):
     model, params = make(*overrides)
     ids_n = np.arange(2 * T + 5) % 185
-    reading = read_text(model, params, ids_n, last=10)
+    trace = read_text(model, params, ids_n, last=10)
     L, N = model.spec.num_memory_layers or model.spec.model.num_layers, model.spec.memory.num_slots
-    assert reading.read_LKN.shape == (L, 10, N)
-    assert reading.read_LSN.shape == (L, 3, N)
-    assert reading.change_LSN.shape == reading.norm_LSN.shape == (len(reading.slots_LNM), 3, N)
-    assert np.all(reading.read_LKN.sum(-1) < 1 + 1e-5)
-    assert reading.segment_starts == [5]  # of the last 10 tokens, 5 are in the last segment
-    assert set(reading.gates) <= {"input", "forget", "output"}
+    assert trace.read_LKN.shape == (L, 10, N)
+    assert trace.read_LSN.shape == (L, 3, N)
+    assert trace.change_LSN.shape == trace.norm_LSN.shape == (len(trace.slots_LNM), 3, N)
+    assert np.all(trace.read_LKN.sum(-1) < 1 + 1e-5)
+    assert trace.segment_starts == [5]  # of the last 10 tokens, 5 are in the last segment
+    assert set(trace.gates) <= {"input", "forget", "output"}
     # The memory is that of the model
     read = jax.jit(functools.partial(run_segments, model, params))
     memory = model.init_memory(1, params)
@@ -59,9 +59,9 @@ def test_reading(overrides):
         piece = ids_n[first : first + T]
         tokens_11T[..., : len(piece)], document_11T[..., : len(piece)] = piece, 1
         _, memory = read(tokens_11T, memory, document_BST=document_11T)
-    np.testing.assert_allclose(reading.slots_LNM, model.kind.as_slots(memory)[:, 0], atol=1e-5)
-    change_LN = np.linalg.norm(reading.slots_LNM - before_LNM, axis=-1) / np.linalg.norm(before_LNM, axis=-1)
-    np.testing.assert_allclose(reading.change_LSN[:, -1], change_LN, rtol=1e-3)
+    np.testing.assert_allclose(trace.slots_LNM, model.kind.as_slots(memory)[:, 0], atol=1e-5)
+    change_LN = np.linalg.norm(trace.slots_LNM - before_LNM, axis=-1) / np.linalg.norm(before_LNM, axis=-1)
+    np.testing.assert_allclose(trace.change_LSN[:, -1], change_LN, rtol=1e-3)
 
 
 def test_weights_add_up():
@@ -149,7 +149,7 @@ def test_sketch_keeps_inner_products():
 
 
 class Page(HTMLParser):
-    """What a page loads, and its heat maps."""
+    """Collects what a page loads, and its heat maps."""
 
     def __init__(self):
         super().__init__()
@@ -210,9 +210,9 @@ def check_page(written, names):
     assert all(loaded.startswith("data:") for loaded in page.loaded)
     assert len([loaded for loaded in page.loaded if loaded.startswith("data:image/png")]) == len(names)
     assert not re.search(r"https?://|@import|url\(", written[0].read_text(encoding="utf-8"))
-    for short_repr in page.maps:
-        assert len(base64.b64decode(short_repr["float32"])) == 4 * len(short_repr["rows"]) * len(short_repr["columns"])
-        assert len(short_repr["rows"]) <= drawing.MOST_COLUMNS and len(short_repr["columns"]) <= drawing.MOST_COLUMNS
+    for heat_map in page.maps:
+        assert len(base64.b64decode(heat_map["float32"])) == 4 * len(heat_map["rows"]) * len(heat_map["columns"])
+        assert len(heat_map["rows"]) <= drawing.MOST_COLUMNS and len(heat_map["columns"]) <= drawing.MOST_COLUMNS
 
 
 @pytest.mark.parametrize(

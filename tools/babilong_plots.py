@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,10 @@ from babilong_results import (
     of_model,
     sets_of,
 )
+from matplotlib import colormaps
+from matplotlib.figure import Figure  # without pyplot, no display is needed
+
+_AT_THE_RIGHT: dict[str, Any] = {"fontsize": 7, "loc": "center left", "bbox_to_anchor": (1, 0.5)}  # a legend
 
 
 def plot_comparison(
@@ -28,10 +32,10 @@ def plot_comparison(
     path: Path,
 ) -> None:
     """Accuracy by length of every model, a panel for each set of questions, with intervals over seeds."""
-    plt = pyplot()
     columns = min(3, len(sets))
     rows = -(-len(sets) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.6 * rows), squeeze=False, sharey=True)
+    figure = Figure((4.6 * columns, 3.6 * rows))
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for axis, name in zip(axes.flat, sets, strict=False):
         for number, (model, cells) in enumerate(accuracy.items()):
             there = [multiple for multiple in multiples if (name, multiple) in cells]
@@ -43,20 +47,17 @@ def plot_comparison(
             )
         axis.set_xticks(range(len(multiples)), [f"{multiple:g}x" if multiple else "facts" for multiple in multiples])
         axis.set(title=name, ylim=(0, 1.02), xlabel="context, multiples of the first setting's windows")
-        axis.grid(alpha=0.3)
     for axis in list(axes.flat)[len(sets) :]:
         axis.set_axis_off()
     axes[0, 0].set_ylabel("accuracy (exact match)")
     axes[0, 0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    _save(figure, axes.flat[: len(sets)], path, dpi=120)
 
 
 def plot_settings(results: Sequence[Result], path: Path) -> None:
     """Every model in every setting, its own solid: mean over the generator's questions and the seeds there are."""
-    plt = pyplot()
-    figure, axis = plt.subplots(figsize=(8, 4.2))
+    figure = Figure((8, 4.2))
+    axis = figure.subplots()
     settings = sorted({result["labels"]["setting"] for result in results})
     for number, model in enumerate(in_order(results, "model")):
         best = best_setting(of_model(results, model))
@@ -74,38 +75,40 @@ def plot_settings(results: Sequence[Result], path: Path) -> None:
     axis.xaxis.set_major_formatter(lambda multiple, _: f"{multiple:g}x")
     axis.set(ylim=(0, 1.02), ylabel="accuracy (exact match)")
     axis.set_xlabel("context, multiples of the first setting's windows")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    axis.legend(**_AT_THE_RIGHT)
+    _save(figure, [axis], path)
 
 
 def plot_gates(results: Sequence[Result], path: Path) -> None:
     """Training accuracy and mean gates by step, of the first seed of every variant."""
-    plt = pyplot()
     variants = in_order(results, "model")
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6))
+    figure = Figure((15, 4.6))
+    axes = figure.subplots(1, 3)
     for number, variant in enumerate(variants):
         curves = of_model(results, variant)[0]["curves"]
-        style = {"color": plt.cm.tab20(number % 20), "label": variant, "linewidth": 2.5 if number == 0 else 1}
+        style = {"color": colormaps["tab20"](number % 20), "label": variant, "linewidth": 2.5 if number == 0 else 1}
         for axis, name in zip(axes, ("accuracy", "gate_forget", "gate_output"), strict=True):
             if name in curves:
                 axis.plot(curves["step"], [math.nan if v is None else v for v in curves[name]], **style)
     for axis, title in zip(axes, ("answers right in training", "forget gate, mean", "output gate, mean"), strict=True):
         axis.set(title=title, xlabel="step")
+    axes[2].legend(**_AT_THE_RIGHT)
+    _save(figure, axes, path)
+
+
+def plot_pilots(pilots: Sequence[tuple[str, Sequence[float], Sequence[float]]], path: Path) -> None:
+    """Training accuracy by millions of tokens of every pilot: its name, tokens and accuracies."""
+    figure = Figure((10, 4.6))
+    axis = figure.subplots()
+    for number, (name, tokens, accuracy) in enumerate(pilots):
+        axis.plot(tokens, accuracy, label=name, color=colormaps["tab20"](number % 20))
+    axis.set(xlabel="tokens, millions", ylabel="answers right in training, one segment of 64 tokens", ylim=(0.4, 1))
+    axis.legend(**_AT_THE_RIGHT)
+    _save(figure, [axis], path)
+
+
+def _save(figure: Any, axes: Iterable[Any], path: Path, dpi: int = 110) -> None:
+    for axis in axes:
         axis.grid(alpha=0.3)
-    axes[2].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def pyplot() -> Any:
-    """matplotlib.pyplot without a display."""
-    import matplotlib  # imported late so that --help stays fast
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
+    figure.savefig(path, dpi=dpi)

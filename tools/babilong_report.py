@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from babilong_plots import plot_comparison, plot_gates, plot_settings, pyplot
+from babilong_plots import plot_comparison, plot_gates, plot_pilots, plot_settings
 from babilong_results import (
     BABI,
     Result,
@@ -182,25 +182,18 @@ def _tried(results: Sequence[Result]) -> str:
 
 def _pilots(results: Sequence[Result], picture: Path) -> str:
     """How fast one segment is learnt: curves of runs that were stopped early or continued with more segments."""
-    plt = pyplot()
-    figure, axis = plt.subplots(figsize=(10, 4.6))
-    rows = []
-    for number, result in enumerate(results):
+    rows, drawn = [], []
+    for result in results:
         curves, model, data = result["curves"], result["config"]["model"], result["config"]["data"]
         indices = last_stage(curves)
         tokens = [curves["tokens"][i] / 1e6 for i in indices]
         accuracy = [curves["accuracy"][i] for i in indices]
         name = result["labels"]["model"]
-        axis.plot(tokens, accuracy, label=name, color=plt.cm.tab20(number % 20))
+        drawn.append((name, tokens, accuracy))
         learnt = next((t for t, a in zip(tokens, accuracy, strict=True) if a >= 0.9), None)
         steps = f"at {learnt:.1f} M" if learnt else f"not in {tokens[-1]:.1f} M"
         rows.append([name, str(model["d_ff"]), str(data["batch_size"]), f"{accuracy[-1]:.0%}", steps])
-    axis.set(xlabel="tokens, millions", ylabel="answers right in training, one segment of 64 tokens", ylim=(0.4, 1))
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.tight_layout()
-    figure.savefig(picture, dpi=110)
-    plt.close(figure)
+    plot_pilots(drawn, picture)
     table = _table(["model", "d_ff", "lanes", "at the end", "90% right"], rows)
     title = "## What it takes to learn one segment (qa1 to qa3; answers right in training, means of 25 steps)"
     return "\n".join([title, "", *table, ""])

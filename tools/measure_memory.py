@@ -26,7 +26,7 @@ EXAMPLE = (
 
 def temporary_bytes(config: Config, segments: int) -> int:
     """Bytes of temporaries in the compiled training step for windows of `segments` segments."""
-    import jax  # takes seconds, which --help should not
+    import jax  # imported late so that --help stays fast
 
     from lm2_jax.model import build_model
     from lm2_jax.parallel.mesh import abstract_batch, make_mesh, use_mesh

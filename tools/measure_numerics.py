@@ -124,11 +124,12 @@ def stream(config: Config, blocks: int) -> Iterator[np.ndarray]:
 
 def draw(figures: dict[str, Any], path: Path) -> None:
     """Norms, and bfloat16 against float32, over the stream."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # imported late so that --help stays fast
 
     blocks = figures["blocks"]
     at = np.arange(1, len(blocks) + 1) * BLOCK
-    figure, (norms, apart) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
+    figure = Figure((8, 6), layout="constrained")
+    norms, apart = figure.subplots(2, 1, sharex=True)
     for dtype, color in zip(TYPES, ("tab:blue", "tab:orange"), strict=True):
         for key, style in (("memory_norm", "-"), ("memory_norm_max", ":")):
             label = f"{dtype}, {'largest' if key.endswith('max') else 'mean'}"
@@ -144,7 +145,6 @@ def draw(figures: dict[str, Any], path: Path) -> None:
     apart.set_xlabel("segments read")
     apart.legend(fontsize="small")
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

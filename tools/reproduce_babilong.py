@@ -27,7 +27,6 @@ from typing import Any
 
 import _checkout  # noqa: F401
 from babilong_presets import PRESETS, Changes, Preset
-from babilong_report import write_report
 from babilong_results import best_setting
 
 from lm2_jax.common.errors import TrainingFailed, UserError, run_command
@@ -311,6 +310,8 @@ def main() -> None:
     if not arguments.report:
         run(preset, arguments)
     if not arguments.write_configs:
+        from babilong_report import write_report  # imported late so that --help stays fast
+
         print(write_report(arguments.output))
 
 

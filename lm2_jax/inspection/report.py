@@ -52,29 +52,29 @@ def inspect(
     check_memory(run.model)
     tokenizer = load_text_tokenizer(run.config, checkpoint)
     if text is not None:
-        reading = _read_file(run, tokenizer, text, segments, tokens)
+        inspected = _read_file(run, tokenizer, text, segments, tokens)
     elif run.config.tokenizer.kind == "stories":
-        reading = _read_story(run, tokenizer, segments, tokens, questions)
+        inspected = _read_story(run, tokenizer, segments, tokens, questions)
     else:
         raise UserError(f"--text is missing; {checkpoint} was not trained on stories, so it has none of its own")
-    return _write(run, tokenizer, reading, f"The memory of {checkpoint}", output)
+    return _write(run, tokenizer, inspected, f"The memory of {checkpoint}", output)
 
 
-class _Reading(NamedTuple):
+class _Inspected(NamedTuple):
     trace: MemoryTrace
     source: str
     survival: Survival | None
     answers: Answers | None = None
 
 
-def _read_file(run: LoadedRun, tokenizer: Tokenizer, path: str, segments: int | None, tokens: int) -> _Reading:
+def _read_file(run: LoadedRun, tokenizer: Tokenizer, path: str, segments: int | None, tokens: int) -> _Inspected:
     T = run.model.spec.segment_length
     ids_n = encode_long(tokenizer, _text(path))[: None if segments is None else segments * T]
     trace = read_text(run.model, run.params, ids_n, tokens)
-    return _Reading(trace, f"{Path(path).name}, {len(ids_n):,} tokens", probe(trace.traces_SF, ids_n, T))
+    return _Inspected(trace, f"{Path(path).name}, {len(ids_n):,} tokens", probe(trace.traces_SF, ids_n, T))
 
 
-def _read_story(run: LoadedRun, tokenizer: Tokenizer, segments: int | None, tokens: int, questions: int) -> _Reading:
+def _read_story(run: LoadedRun, tokenizer: Tokenizer, segments: int | None, tokens: int, questions: int) -> _Inspected:
     config, model, params = run
     segments = segments or 4 * config.stages[-1].segments
     contexts = make_contexts(config, tokenizer, segments, questions)
@@ -82,29 +82,29 @@ def _read_story(run: LoadedRun, tokenizer: Tokenizer, segments: int | None, toke
     trace = read_text(model, params, ids_n, tokens)
     source = f"a story of {len(ids_n):,} tokens, up to its question"
     if not model.kind.is_causal:
-        return _Reading(trace, source, None)
+        return _Inspected(trace, source, None)
     answers = answer_contexts(model, params, contexts)
     source += f"; of {questions} such questions {answers.right_B.mean():.1%} were answered"
-    return _Reading(trace, source, answers_by_age(answers), answers)
+    return _Inspected(trace, source, answers_by_age(answers), answers)
 
 
-def _write(run: LoadedRun, tokenizer: Tokenizer, reading: _Reading, title: str, output: Path) -> list[Path]:
+def _write(run: LoadedRun, tokenizer: Tokenizer, inspected: _Inspected, title: str, output: Path) -> list[Path]:
     output.mkdir(parents=True, exist_ok=True)
-    trace, words_K = reading.trace, _words(tokenizer, reading.trace.last_ids_K)
+    trace, words_K = inspected.trace, _words(tokenizer, inspected.trace.last_ids_K)
     drawn, written = [], []
-    for picture in pictures(trace, words_K, reading.survival, reading.answers):
+    for picture in pictures(trace, words_K, inspected.survival, inspected.answers):
         buffer = io.BytesIO()
         maps = render(picture, buffer)
         drawn.append((picture, buffer.getvalue(), maps))
         written.append(output / f"{picture.name}.png")
         written[-1].write_bytes(buffer.getvalue())
     overview = [picture for picture, *_ in drawn if picture.name in ("tokens", "writes", "survival")]
-    render_together(overview, output / "overview.png", f"{title}\n{reading.source}")
+    render_together(overview, output / "overview.png", f"{title}\n{inspected.source}")
     facts = {
         "kind": run.config.memory.kind,
         "memory": " x ".join(map(str, trace.slots_LNM.shape)) + " (banks, slots, width)",
         "parameters": f"{sum(leaf.size for leaf in jax.tree.leaves(run.params)):,}",
-        "read": reading.source,
+        "read": inspected.source,
         "segment": f"{trace.segment_length} tokens",
     }
     write_page(output / "index.html", title, facts, drawn, trace, words_K)

@@ -15,10 +15,9 @@ import numpy as np
 from lm2_jax.common.errors import UserError
 from lm2_jax.common.statistics import wilson_interval
 from lm2_jax.config import Config
-from lm2_jax.data.babi.files import Statement, Story, is_held_out
+from lm2_jax.data.babi.files import Story, is_held_out
 from lm2_jax.data.babi.scatter import Scatterer
 from lm2_jax.data.babi.world import PEOPLE, generate_story
-from lm2_jax.data.documents import Document
 from lm2_jax.inspection.reading import trace_segment
 from lm2_jax.model.decoder import Decoder
 from lm2_jax.tokenizer import Tokenizer
@@ -55,46 +54,53 @@ class Survival:
 
 @dataclasses.dataclass(frozen=True)
 class Contexts:
-    """Held-out qa1 stories ("where is someone?"), with one question, at the end.
+    """Held-out stories, each with one question at its end.
 
     Attributes:
       tokens_BST, target_B: what is read; the answer's id.
       asked_B: index, in the last segment, of the token whose prediction is the answer.
-      person_BST: number of the person in `PEOPLE`, from 1, that a statement's tokens are about; 0: no statement.
-      age_B: segments between the fact that answers and the question.
+      age_B: segments between the question and the latest statement that its answer takes.
     """
 
     tokens_BST: np.ndarray
     target_B: np.ndarray
     asked_B: np.ndarray
-    person_BST: np.ndarray
     age_B: np.ndarray
 
 
-def make_contexts(config: Config, tokenizer: Tokenizer, segments: int, count: int, seed: int = 0) -> Contexts:
-    """`count` contexts of `segments` segments. Raises UserError as `told_stories` does."""
-    T = config.trained_segment_length
-    rows: list[tuple[Any, ...]] = []
-    rng = np.random.default_rng((seed, 1))
-    for story, document in itertools.islice(told_stories(config, tokenizer, "qa1", segments, rng), count):
-        asked = int(np.flatnonzero(document.answers)[0]) - 1
-        person, age = _people(document.tokens, story, tokenizer, asked, T)
-        tokens_ST, person_ST = (array[:-1].reshape(segments, T) for array in (document.tokens, person))
-        rows.append((tokens_ST, document.tokens[asked + 1], asked % T, person_ST, age))
-    return Contexts(*(np.array(column) for column in zip(*rows, strict=True)))
+@dataclasses.dataclass(frozen=True)
+class PersonContexts(Contexts):
+    """Contexts of qa1 ("where is someone?").
+
+    Attributes:
+      person_BST: number of the person in `PEOPLE`, from 1, that a statement's tokens are about; 0: no statement.
+    """
+
+    person_BST: np.ndarray
 
 
-def told_stories(
-    config: Config,
-    tokenizer: Tokenizer,
-    task: str,
-    segments: int,
-    rng: np.random.Generator,
-    wanted: Callable[[Story], bool] = lambda story: True,
-) -> Iterator[tuple[Story, Document]]:
-    """Held-out stories that fit into documents of `segments` segments, with one question at the end.
+def make_contexts(config: Config, tokenizer: Tokenizer, segments: int, count: int) -> PersonContexts:
+    """`count` contexts of `segments` segments. Raises UserError as `asked_stories` does."""
+    rows = []
+    for story, starts, asked in itertools.islice(asked_stories(config, tokenizer, "qa1", segments), count):
+        asked_about, last = story[-1].text.split()[-1].removesuffix("?"), 0
+        person_ST = np.zeros((segments, config.trained_segment_length), np.int8)
+        for line, start in zip(story[:-1], starts, strict=True):
+            name = line.text.split()[0]
+            person_ST.flat[start : start + len(tokenizer.encode(" " + line.text))] = 1 + PEOPLE.index(name)
+            if name == asked_about:
+                last = start
+        rows.append((*asked, segments - 1 - last // config.trained_segment_length, person_ST))
+    return PersonContexts(*map(np.array, zip(*rows, strict=True)))
 
-    Raises UserError if even the shortest story might not fit, or none is found.
+
+def asked_stories(
+    config: Config, tokenizer: Tokenizer, task: str, segments: int, wanted: Callable[[Story], bool] = lambda story: True
+) -> Iterator[tuple[Story, list[int], tuple[Any, ...]]]:
+    """Held-out stories with one question at the end, in contexts of `segments` segments; the same ones every time.
+
+    With each: the index of every statement's first token, and the first three fields of its `Contexts`. Raises
+    UserError if even the shortest story might not fit, or none is found.
     """
     T = config.trained_segment_length
     low, high = config.data.stories.facts
@@ -103,40 +109,28 @@ def told_stories(
         raise UserError(
             f"--segments {segments}: {low} facts and a question need {needed} tokens, {-(-needed // T)} segments"
         )
+    rng = np.random.default_rng((0, int(task.removeprefix("qa"))))
     scatterer = Scatterer(tokenizer, segments * T, segment_length=T)
     misses = 0
     while misses < _MOST_MISSES:
         misses += 1
         story = generate_story(task, rng, int(rng.integers(low, high + 1)), 0, 1)
         if wanted(story) and is_held_out(story) and scatterer.length(story) <= scatterer.room:
-            misses = 0
-            yield story, scatterer.scatter(story, rng)
+            misses, document = 0, scatterer.scatter(story, rng)
+            target = int(np.flatnonzero(document.answers)[0])
+            asked = document.tokens[:-1].reshape(segments, T), document.tokens[target], (target - 1) % T
+            yield story, _statement_starts(document.tokens, story, tokenizer), asked
     raise UserError(f"--segments {segments}: no story of {task} was found that fits; give more")
 
 
-def statement_starts(tokens: np.ndarray, story: Story, tokenizer: Tokenizer) -> list[int]:
-    """Index in the document at which each statement of its story begins."""
+def _statement_starts(tokens: np.ndarray, story: Story, tokenizer: Tokenizer) -> list[int]:
     starts, start = [], 0
-    for line in story:
-        if isinstance(line, Statement):
-            ids = tokenizer.encode(" " + line.text)
-            start = next(i for i in range(start, len(tokens)) if tokens[i : i + len(ids)].tolist() == ids)
-            starts.append(start)
-            start += len(ids)
+    for line in story[:-1]:
+        ids = tokenizer.encode(" " + line.text)
+        start = next(i for i in range(start, len(tokens)) if tokens[i : i + len(ids)].tolist() == ids)
+        starts.append(start)
+        start += len(ids)
     return starts
-
-
-def _people(tokens: np.ndarray, story: Story, tokenizer: Tokenizer, asked: int, T: int) -> tuple[np.ndarray, int]:
-    """`Contexts.person_BST` of a story; segments between the last statement about the asked person and the question."""
-    asked_about = story[-1].text.split()[-1].removesuffix("?")
-    statements = [line.text for line in story if isinstance(line, Statement)]
-    person, last = np.zeros(len(tokens), np.int8), 0
-    for text, start in zip(statements, statement_starts(tokens, story, tokenizer), strict=True):
-        name = text.split()[0]
-        person[start : start + len(tokenizer.encode(" " + text))] = 1 + PEOPLE.index(name)
-        if name == asked_about:
-            last = start
-    return person, asked // T - last // T
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,14 +146,14 @@ class Answers:
       taken_LNP: attention of a slot to the statements about a person, mean over the segments that have any; or None.
     """
 
-    contexts: Contexts
+    contexts: PersonContexts
     right_B: np.ndarray
     change_LBS: np.ndarray
     written_LBST: np.ndarray | None
     taken_LNP: np.ndarray | None
 
 
-def answer_contexts(model: Decoder, params: Any, contexts: Contexts) -> Answers:
+def answer_contexts(model: Decoder, params: Any, contexts: PersonContexts) -> Answers:
     """Reads the contexts and answers their questions. The model must have a memory and not look ahead."""
     B, S, _ = contexts.tokens_BST.shape
     memory, changes, written, taken, told_P = model.init_memory(B, params), [], [], 0, 0

@@ -18,7 +18,7 @@ import numpy as np
 from lm2_jax.config import Config
 from lm2_jax.data.babi.files import Story
 from lm2_jax.data.babi.world import World
-from lm2_jax.inspection.survival import statement_starts, told_stories
+from lm2_jax.inspection.survival import Contexts, asked_stories
 from lm2_jax.model.decoder import Decoder
 from lm2_jax.tokenizer import Tokenizer
 
@@ -61,43 +61,30 @@ def two_hops(story: Story) -> TwoHops | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Questions:
-    """B contexts of S segments, with one question each.
+class Questions(Contexts):
+    """Contexts of qa2; the age is that of the later of the two statements.
 
     Attributes:
-      tokens_BST: what is read.
-      asked_B: index, in the last segment, of the token whose prediction is the answer.
-      target_B: the answer's id.
       lure_B: id of the place where the person is.
       fate_B: `TwoHops.fate`.
-      age_B: segments between the later of the two statements and the question.
-      apart_B: segments between the two.
+      apart_B: segments between the two statements.
     """
 
-    tokens_BST: np.ndarray
-    asked_B: np.ndarray
-    target_B: np.ndarray
     lure_B: np.ndarray
     fate_B: np.ndarray
-    age_B: np.ndarray
     apart_B: np.ndarray
 
 
-def make_questions(config: Config, tokenizer: Tokenizer, segments: int, count: int, seed: int = 0) -> Questions:
-    """Held-out qa2 stories in contexts of `segments` segments. Raises UserError as `told_stories` does."""
-    T = config.trained_segment_length
-    rows: list[tuple[Any, ...]] = []
-    rng = np.random.default_rng((seed, 2))
-    stories = told_stories(config, tokenizer, "qa2", segments, rng, lambda story: two_hops(story) is not None)
-    for story, document in itertools.islice(stories, count):
+def make_questions(config: Config, tokenizer: Tokenizer, segments: int, count: int) -> Questions:
+    """Held-out qa2 stories in contexts of `segments` segments. Raises UserError as `asked_stories` does."""
+    rows = []
+    stories = asked_stories(config, tokenizer, "qa2", segments, lambda story: two_hops(story) is not None)
+    for story, starts, asked in itertools.islice(stories, count):
         hops = two_hops(story)
-        starts = statement_starts(document.tokens, story, tokenizer)
-        earlier, later = sorted(starts[i] // T for i in (hops.handled, hops.moved))
-        answer = int(np.flatnonzero(document.answers)[0])
+        earlier, later = sorted(starts[i] // config.trained_segment_length for i in (hops.handled, hops.moved))
         (lure,) = tokenizer.encode(f" {hops.person_now}")
-        tokens_ST, age = document.tokens[:-1].reshape(segments, T), segments - 1 - later
-        rows.append((tokens_ST, (answer - 1) % T, document.tokens[answer], lure, hops.fate, age, later - earlier))
-    return Questions(*(np.array(column) for column in zip(*rows, strict=True)))
+        rows.append((*asked, segments - 1 - later, lure, hops.fate, later - earlier))
+    return Questions(*map(np.array, zip(*rows, strict=True)))
 
 
 def predict_answers(model: Decoder, params: Any, questions: Questions) -> np.ndarray:
