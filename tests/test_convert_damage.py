@@ -157,7 +157,7 @@ LM2_DAMAGED = {
     "no segment length": (with_keys(segment_length=None), "segment_length: found None"),
     "another bank": (
         _tensors(lambda t: t.update({"model.initial_bank": t["model.initial_bank"] + 1})),
-        "model.initial_bank: is another start",
+        "model.initial_bank: differs from the fixed initial bank",
     ),
     "a gate is missing": (
         _tensors(lambda t: t.pop("model.layers.1.memory.forget_gate.weight")),

@@ -194,7 +194,7 @@ def test_another_initial_bank_is_refused(tmp_path):
     theirs = loaded(convert("lm2_jax", "huggingface", ours, tmp_path / "theirs"))
     theirs.model.initial_bank += 0.1
     theirs.save_pretrained(tmp_path / "changed")
-    with pytest.raises(UserError, match=r"model\.initial_bank: is another start"):
+    with pytest.raises(UserError, match=r"model\.initial_bank: differs from the fixed initial bank"):
         convert("huggingface", "lm2_jax", tmp_path / "changed", tmp_path / "back")
 
 
@@ -205,7 +205,7 @@ WARM = ("memory.kind=lm2", "memory.num_slots=6", "memory.width=16", f"data.segme
 
 def test_only_lm2_starts_as_a_llama(tmp_path):
     random_llama(tmp_path / "llama")
-    with pytest.raises(UserError, match=r"no start for memory\.kind rmt, whose memory_tokens would change"):
+    with pytest.raises(UserError, match=r"cannot become memory\.kind rmt, whose memory_tokens would change"):
         convert("huggingface", "lm2_jax", tmp_path / "llama", tmp_path / "warm", "memory.kind=rmt")
 
 

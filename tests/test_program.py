@@ -122,7 +122,7 @@ def test_sharding_is_explained(name):
 def test_what_does_not_fit_says_by_how_much_and_what_to_change(message):
     config = load_config(ROOT / "configs" / "lm2_125m.yaml", ["train.remat=none"])
     text = describe(too_large(message, CHIPS["v5e"], config))
-    assert "needs 20.50 GiB, 4.75 more than there are" in text
+    assert "needs 20.50 GiB, 4.75 more than available" in text
     for setting in ("train.remat=block", "optim.accumulation_steps=2", "segments_per_window=2", "more chips"):
         assert setting in text
 

@@ -50,10 +50,10 @@ class Costs:
     Attributes:
       matmul_flops: FLOPs of dots and convolutions, two per multiply-add.
       kernel_flops: FLOPs of the products in attention kernels, without tiles that a causal mask rules out.
-      kernel_calls: of kernels.
+      kernel_calls: number of kernel runs.
       cycles: XLA's own estimate, summed over fusions; kernels and waiting for the network are not in it.
-      memory_bytes: read from and written to the chip's main memory.
-      copy_bytes: that copies write.
+      memory_bytes: bytes read from and written to the chip's main memory.
+      copy_bytes: bytes written by copies.
       collectives: by kind and axis.
     """
 
@@ -72,7 +72,7 @@ class Costs:
 
 
 def count(program: Program, mesh_shape: dict[str, int]) -> Costs:
-    """Adds a program up. mesh_shape: axis name to size, in the order that devices are numbered in."""
+    """Adds up the costs of a program. mesh_shape: axis name to size, in the order that devices are numbered in."""
     flops = of_kernels = cycles = traffic = copies = 0.0
     calls = 0
     sent: dict[str, tuple[Instruction, Computation, int]] = {}
@@ -180,7 +180,7 @@ _NO_TRAFFIC = {
 
 
 def memory_bytes(instruction: Instruction, computation: Computation, program: Program) -> float:
-    """Bytes that an instruction reads from and writes to main memory; of an array that is only sliced, the slices."""
+    """Bytes that an instruction reads from and writes to main memory; an array only sliced counts as its slices."""
     if instruction.opcode in _NO_TRAFFIC or instruction.opcode.endswith("-done"):
         return 0.0
     operands = [computation.instructions[name] for name in instruction.operands if name in computation.instructions]

@@ -76,7 +76,7 @@ class Program:
     def run(self) -> Iterator[tuple[Instruction, Computation, int, bool]]:
         """Every instruction, where it stands, how often a run of the program reaches it, and whether in a fusion.
 
-        Of a conditional, every branch is counted. Raises ValueError for a loop whose trips cannot be told.
+        Every branch of a conditional is counted. Raises ValueError for a loop whose trips cannot be determined.
         """
         yield from self._run(self.entry, 1, False)
 
@@ -102,11 +102,11 @@ class Program:
         return self.computations[names["body"]], self.computations[names["condition"]]
 
     def trips(self, loop: Instruction, around: Computation) -> int:
-        """How often the body of `loop` is run: its condition, evaluated on what the body makes of its counter."""
+        """Number of runs of a loop's body, found by evaluating its condition on successive values of its counter."""
         body, condition = self.loop(loop)
         counter = self._counter(condition)
         if counter is None:
-            raise ValueError(f"loop {loop.name}: its condition does not look at one counter")
+            raise ValueError(f"loop {loop.name}: its condition does not depend on exactly one counter")
         value = self._evaluate(self._element(around, loop.operands[0], counter), around, {})
         step = self._element(body, body.root.name, counter)
         for trips in range(_MOST_TRIPS):
@@ -134,7 +134,7 @@ class Program:
             kept = self._element(body, body.root.name, index)
             if kept.opcode == "get-tuple-element" and int(kept.attribute("index")) == index:
                 return self._element(computation, instruction.operands[0], index)
-        raise ValueError(f"{name} of {computation.name} is no tuple, but {instruction.opcode}")
+        raise ValueError(f"{name} of {computation.name} is not a tuple but {instruction.opcode}")
 
     def _evaluate(
         self, instruction: Instruction, computation: Computation, state: dict[int, int], given: tuple[int, ...] = ()
@@ -174,7 +174,7 @@ class Program:
                 called = self.computations[instruction.called[0]]
                 values = tuple(operand(number) for number in range(len(instruction.operands)))
                 return self._evaluate(called.root, called, {}, values)
-        raise ValueError(f"{instruction.name} of {computation.name}: {instruction.opcode} is not followed")
+        raise ValueError(f"{instruction.name} of {computation.name}: cannot evaluate {instruction.opcode}")
 
 
 def parse(text: str) -> Program:

@@ -107,7 +107,7 @@ def describe(figures: Figures) -> str:
     if not figures["fits"]:
         peak, limit = figures["peak_bytes"], figures["limit_bytes"] / _GIB
         over = (
-            f"{peak / _GIB:.2f} GiB, {peak / _GIB - limit:.2f} more than there are" if peak else "more than there are"
+            f"{peak / _GIB:.2f} GiB, {peak / _GIB - limit:.2f} more than available" if peak else "more than available"
         )
         changes = "\n".join(f"  {change}" for change in figures["changes"])
         return f"DOES NOT FIT {limit:.2f} GiB a chip: needs {over}. Try one of\n{changes}"

@@ -111,15 +111,15 @@ def _read_llama(path: Path, theirs: Mapping[str, Any], overrides: Sequence[str],
     strange = sorted({table_key(name) for name in shapes} - table.rules.keys() - CAN_BE_ADDED)
     if strange:
         raise UserError(
-            f"--set: a Llama is no start for memory.kind {config.memory.kind}, whose {', '.join(strange)} would change "
-            "its logits; kind lm2 can start as one"
+            f"--set: a Llama cannot become memory.kind {config.memory.kind}, whose {', '.join(strange)} would change "
+            "its logits; it can become kind lm2"
         )
-    theirs_too = {name: shape for name, shape in shapes.items() if table_key(name) in table.rules}
-    wanted = entries(table, theirs_too, config.spec.num_memory_layers)
+    in_llama = {name: shape for name, shape in shapes.items() if table_key(name) in table.rules}
+    wanted = entries(table, in_llama, config.spec.num_memory_layers)
     check_names(wanted, tensors, table, path)
     check_values(track(wanted, "checking"), tensors, path)
-    params = read_as_ours(wanted, tensors, theirs_too)
-    return Checkpoint(config, params | _initialised(config, shapes.keys() - theirs_too.keys(), path), origin=path)
+    params = read_as_ours(wanted, tensors, in_llama)
+    return Checkpoint(config, params | _initialised(config, shapes.keys() - in_llama.keys(), path), origin=path)
 
 
 def _initialised(config: Config, paths: set[str], where: Path) -> dict[str, Tensor]:
@@ -148,18 +148,18 @@ def _read_lm2(path: Path, theirs: Mapping[str, Any], overrides: Sequence[str], t
     tensors, shapes = open_tensors(path, "model"), abstract_params(config)
     table = lm2(config.model.tie_embeddings)
     wanted = entries(table, shapes, config.spec.num_memory_layers)
-    passes_through, bank = build_model(config).kind.shares_one_bank, []
+    shares_bank, bank = build_model(config).kind.shares_one_bank, []
     if config.spec.num_memory_layers:
         name, N, M = _bank_name(config), config.memory.num_slots, config.spec.memory_width
-        lanes = tensors[name].shape[:1] if passes_through and name in tensors else (1,) * passes_through
+        lanes = tensors[name].shape[:1] if shares_bank and name in tensors else (1,) * shares_bank
         bank = [Entry(name, None, name, (), (*lanes, N, M), False)]
     check_names([*bank, *wanted], tensors, table, path)
     check_values(track([*bank, *wanted], "checking"), tensors, path)
-    memory = tensors[bank[0].name].read().astype(np.float32) if passes_through else None
-    if bank and not passes_through:
+    memory = tensors[bank[0].name].read().astype(np.float32) if shares_bank else None
+    if bank and not shares_bank:
         ((name, expected_NM),) = _start(Checkpoint(config, {}))
         if not np.allclose(tensors[name].read().astype(np.float32), expected_NM, atol=4e-3):  # bfloat16 rounds it
-            raise UserError(f"{path}: {name}: is another start than this model's; expected the fixed initial bank")
+            raise UserError(f"{path}: {name}: differs from the fixed initial bank of this model")
     return Checkpoint(config, read_as_ours(wanted, tensors, shapes), memory, path)
 
 

@@ -33,7 +33,7 @@ from lm2_jax.convert.tables import official
 from lm2_jax.convert.tensors import open_tensors, read_json, write_tensors
 
 _BANK = "memory_bank"
-_DROPOUT = 0.9  # is written into the official code, and not in its config
+_DROPOUT = 0.9  # a constant of the official code, not in its config
 
 
 def read(path: Path, overrides: Sequence[str], track: Track) -> Checkpoint:
@@ -45,7 +45,7 @@ def read(path: Path, overrides: Sequence[str], track: Track) -> Checkpoint:
     file = path / "state_dict.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"{file}: no such file; expected the official state dict")
-    if path.is_dir():  # a file that the user names may lie anywhere
+    if path.is_dir():  # a file that the user names may be a link
         resolve_inside(directory, file.name)
     config = _config_of(directory / "config.json", overrides)
     tensors = open_tensors(file, "state_dict")
@@ -70,7 +70,7 @@ def write(checkpoint: Checkpoint, directory: Path, dtype: str, track: Track) -> 
     if with_memory:
         bank_BNN = np.eye(config.memory.num_slots, dtype=np.float32)[None]
         named[_BANK] = bank_BNN if checkpoint.memory is None else checkpoint.memory
-    write_tensors(directory, "state_dict", named.items(), shard_bytes=1 << 62)  # one file: it knows no index
+    write_tensors(directory, "state_dict", named.items(), shard_bytes=1 << 62)  # one file: no index is read
     lanes = len(named[_BANK]) if with_memory else carried(checkpoint, ("batch_size",)).get("batch_size", 1)
     text = json.dumps(_config_for(checkpoint, lanes, with_memory), indent=1)
     (directory / "config.json").write_text(text + "\n", encoding="utf-8")

@@ -35,8 +35,8 @@ class Table:
 
     Attributes:
       rules: by our path, within a block for what is in the blocks.
-      aliases_required: every alias is written, and must be there to be read; otherwise none is written, and one that
-        is there must only be equal.
+      aliases_required: every alias is written, and required when reading; otherwise none is written, and one found in
+        a file must equal its tensor.
     """
 
     rules: Mapping[str, Rule]
@@ -145,7 +145,7 @@ _LM2_MEMORY = {
 }
 
 
-# What a Llama can be given: with those at zero its logits stay what they are
+# What can be added to a Llama: while STARTS_AT_ZERO are zero, its logits do not change
 _CONVOLUTION = {"conv_norm/scale": Rule("conv_norm.weight"), "conv/kernel": Rule("conv.weight")}
 CAN_BE_ADDED = {*_CONVOLUTION, *_LM2_MEMORY}
 STARTS_AT_ZERO = ("memory/read_output", "conv/kernel")

@@ -1,6 +1,6 @@
 """Files of named tensors, read and written one by one: safetensors (single or sharded) and, to read, PyTorch files.
 
-Nothing is ever unpickled but what torch's `weights_only` admits: tensors and plain containers.
+Only what torch's `weights_only` admits is ever unpickled: tensors and plain containers.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
 
     def reader(name: str) -> Callable[..., np.ndarray]:
         def read(row: int | None = None) -> np.ndarray:
-            with safe_open(path, "np") as file:  # anew each time: what is mapped counts as the process's memory
+            with safe_open(path, "np") as file:  # opened anew each time: mapped pages count as the process's memory
                 return file.get_tensor(name) if row is None else file.get_slice(name)[row]
 
         return read
@@ -189,7 +189,7 @@ def _open_torch(path: Path) -> dict[str, Tensor]:
             if any(part.file_size > part.compress_size for part in parts.infolist()):
                 raise ValueError("it is compressed")
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # whatever torch makes of a file that is none of its own, or that would run code
+    except Exception as error:  # torch raises errors of many types for foreign or unsafe files
         first_line = str(error).strip().split("\n")[0][:200]
         raise UserError(f"{path}: is no PyTorch file of plain tensors ({first_line})") from None
     state = loaded.get("model_state_dict", loaded) if isinstance(loaded, Mapping) else loaded

@@ -23,7 +23,7 @@ def special_ids(config: Config) -> dict[str, Any]:
 
 
 def write_tokenizer(config: Config, directory: Path) -> None:
-    """Writes tokenizer.json and tokenizer_config.json; of sentencepiece, whose rules are its own, its model alone."""
+    """Writes tokenizer.json and tokenizer_config.json; for sentencepiece, which they cannot express, only its model."""
     if not config.has_tokenizer:
         return
     kind = config.tokenizer.kind
@@ -33,11 +33,11 @@ def write_tokenizer(config: Config, directory: Path) -> None:
     ids = special_ids(config)
     make = {"bytes": _bytes, "stories": _stories, "llama3": _llama3, "tokenizers": _tokenizers}
     tokenizer = make[kind](config.tokenizer.path)
-    begin = ids.get("bos_token_id")
-    if begin is not None and tokenizer.post_processor is None:  # documents begin with it
-        name = tokenizer.id_to_token(begin)
+    bos_id = ids.get("bos_token_id")
+    if bos_id is not None and tokenizer.post_processor is None:  # documents begin with it
+        name = tokenizer.id_to_token(bos_id)
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{name} $A", pair=f"{name} $A {name} $B:1", special_tokens=[(name, begin)]
+            single=f"{name} $A", pair=f"{name} $A {name} $B:1", special_tokens=[(name, bos_id)]
         )
     tokenizer.save(str(directory / "tokenizer.json"))
     settings: dict[str, Any] = {
@@ -58,7 +58,7 @@ def _llama3(path: str) -> Tokenizer:
 
 
 def _bytes(_: None) -> Tokenizer:
-    """Every byte a token, and begin and end after them."""
+    """A token for every byte, then <bos> and <eos>."""
     letters = byte_letters()
     tokenizer = Tokenizer(models.BPE(vocab={chr(letters[byte]): byte for byte in range(256)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

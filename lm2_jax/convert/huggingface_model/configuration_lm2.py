@@ -44,10 +44,10 @@ class LM2Config(PreTrainedConfig):
     memory_slots: int = 16  # N slots of a bank; rmt: memory tokens
     memory_width: int | None = None  # M of a slot; None: hidden_size
     memory_heads: int = 4  # of the read and of the write attention
-    memory_layers: int | None = None  # lm2: the first so many blocks have a bank; None: all of them
+    memory_layers: int | None = None  # lm2: number of first blocks that have a bank; None: all
     memory_gates: str = "convex"  # g_in = 1 - g_f, or "independent"
-    memory_rows: int = 1  # official: of the start memory; the published code keeps one for each row of its batch
-    memory_dropout: float = 0.0  # official: of the attention to slots, in training (the published code has 0.9)
+    memory_rows: int = 1  # official: rows of the start memory; the published code keeps one for each row of its batch
+    memory_dropout: float = 0.0  # official: on the attention to slots, in training (the published code has 0.9)
     forget_bias: float = 2.0  # gate biases of a new model; the published code has 1 and 0
     input_bias: float = -1.0
 

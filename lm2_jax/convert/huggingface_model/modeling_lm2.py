@@ -94,11 +94,11 @@ class Layout:
     """Positions of new entries in each row's unfinished segment, the same for all blocks.
 
     Attributes:
-      take_B: how many of the Q new entries are the row's; the others are filling, which no real entry sees.
+      take_B: number of the Q new entries that are the row's; the others are padding that no real entry sees.
       source_BL: the entries of the segment from now on, as indices into [held entries | new ones].
       seen_B1QL: which of them a new entry attends to: itself and those before it.
       cos_BQ1K, sin_BQ1K: rotation of each pair of features, float32, K/2 of them.
-      linked: whether the entries follow each other in the text; rmt's memory tokens do not.
+      linked: True if the entries follow each other in the text; rmt's memory tokens do not.
     """
 
     take_B: Tensor
@@ -281,7 +281,7 @@ class BankMemory(nn.Module):
         """
         slots_RNM = self.bank_norm(bank_RNM).to(x_RTD.dtype)
 
-        # The tokens' answer
+        # The update that tokens give
         u_RNM = attend(self.write_query(slots_RNM), self.write_key(x_RTD), self.write_value(x_RTD), self.num_heads)
         u_RNM = self.write_output(u_RNM)
 
@@ -290,11 +290,12 @@ class BankMemory(nn.Module):
         c_RNM = self.candidate_norm_2(c_RNM + self.candidate_down(F.silu(self.candidate_up(c_RNM))))
 
         # The gates
-        held_RNM = torch.tanh(bank_RNM).to(x_RTD.dtype)
+        tanh_bank_RNM = torch.tanh(bank_RNM).to(x_RTD.dtype)
 
         def gate(name: str) -> Tensor:
-            told_RNM, kept_RNM = getattr(self, f"{name}_gate")(u_RNM), getattr(self, f"{name}_gate_bank")(held_RNM)
-            return torch.sigmoid(told_RNM.float() + kept_RNM.float() + getattr(self, f"{name}_gate_bias").float())
+            from_update_RNM = getattr(self, f"{name}_gate")(u_RNM).float()
+            from_bank_RNM = getattr(self, f"{name}_gate_bank")(tanh_bank_RNM).float()
+            return torch.sigmoid(from_update_RNM + from_bank_RNM + getattr(self, f"{name}_gate_bias").float())
 
         g_f_RNM = gate("forget")
         g_in_RNM = 1 - g_f_RNM if self.convex else gate("input")
@@ -304,8 +305,8 @@ class BankMemory(nn.Module):
 class OfficialMemory(nn.Module):
     """Kind `official`: the published code's memory. One bank [B,N,N] runs through all blocks; N = T = D.
 
-    A position is added the row of the *new* bank that has its number. The gates of that bank saw the mean over *all*
-    tokens, so that earlier positions learn of later ones.
+    Position t adds row t of the *new* bank. The gates that wrote it saw the mean over *all* tokens, so earlier
+    positions learn about later ones.
     """
 
     def __init__(self, config: LM2Config) -> None:
@@ -465,9 +466,9 @@ class LM2Model(LM2PreTrainedModel):
             column_BQ = take_entries(column_BC, rank_BQ.clamp(max=x_BCD.shape[1] - 1))
             hidden.append(self._run(take_entries(x_BCD, column_BQ), take_B, cache, linked=True))
 
-            place_BC = rank_BC - done_B[:, None]  # of a column's token among the new hidden states
-            taken_BC = real_BC & (place_BC >= 0) & (place_BC < take_B[:, None])
-            source_BC = torch.where(taken_BC, width + place_BC, source_BC)
+            index_BC = rank_BC - done_B[:, None]  # where a column's token is among the new hidden states
+            taken_BC = real_BC & (index_BC >= 0) & (index_BC < take_B[:, None])
+            source_BC = torch.where(taken_BC, width + index_BC, source_BC)
             width, done_B = width + rank_BQ.shape[1], done_B + take_B
 
         cache.seen += x_BCD.shape[1]
@@ -498,7 +499,7 @@ class LM2Model(LM2PreTrainedModel):
         if cache.shared:
             return cache
         if c.memory_kind == "official" and c.memory_rows not in (1, B):
-            raise ValueError(f"the start memory of this model is of {c.memory_rows} rows, the input of {B}")
+            raise ValueError(f"the start memory of this model has {c.memory_rows} rows, but the input has {B}")
         cache.shared["held"] = torch.zeros(B, dtype=torch.long, device=x_BCD.device)
         if c.memory_kind in ("rmt", "official"):
             start_BND = self.memory_tokens[None].to(x_BCD.dtype) if c.memory_kind == "rmt" else self.memory_bank.float()
@@ -573,8 +574,8 @@ class LM2Model(LM2PreTrainedModel):
 class LM2ForCausalLM(LM2PreTrainedModel, GenerationMixin):
     """LM2 with a language-modelling head: forward, `generate()`, and training through segments with labels.
 
-    Text of any length goes in at once; or in pieces, of any sizes, the cache handed on. So a book is read, and asked
-    about, at the price of one segment's attention:
+    Text of any length can be passed in one call, or in pieces of any size that share a cache. So a book can be read and
+    asked about at the cost of one segment's attention:
 
         cache = None
         with torch.no_grad():
@@ -610,14 +611,14 @@ class LM2ForCausalLM(LM2PreTrainedModel, GenerationMixin):
         """Logits of every column, as if each row stood alone and began at its first real token.
 
         Args:
-          input_ids: token ids [B,C]; or inputs_embeds [B,C,D] in their stead.
+          input_ids: token ids [B,C]; or pass inputs_embeds [B,C,D] instead.
           attention_mask: [B,C], or [B, columns seen so far + C]: 0 where there is padding, on whichever side. It is
             not seen, not written, and does not count towards a segment.
           cache: what the previous call returned; it is changed. None: the text starts here. Gradients flow through it.
             Before transformers 5.24 arguments and outputs call it past_key_values.
           labels: [B,C]; shifted here, -100 is left out of the loss.
           use_cache: whether to return the cache. Logits do not depend on it.
-          logits_to_keep: only the last so many columns, or these columns; 0: all.
+          logits_to_keep: number of last columns to return logits for, or their indices; 0: all columns.
 
         Returns:
           loss (with labels), logits [B,C,V] and cache. Raises ValueError for inputs that the model cannot read.
