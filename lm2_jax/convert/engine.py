@@ -7,7 +7,7 @@ destination, one block's at a time. Everything that does not fit is found and na
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,12 +132,24 @@ def check_values(wanted: Iterable[Entry], tensors: Mapping[str, Tensor], where: 
 
 
 def read_as_ours(
-    wanted: Iterable[Entry], tensors: Mapping[str, Tensor], shapes: Mapping[str, Any]
+    table: Table,
+    tensors: Mapping[str, Tensor],
+    shapes: Mapping[str, Any],
+    layers: int,
+    bank: Sequence[Entry],
+    where: Path,
+    track: Track,
 ) -> dict[str, Tensor]:
-    """Our parameters, float32, each read from the foreign tensors it is made of."""
+    """Our parameters, float32, each read from the foreign tensors it is made of.
+
+    layers: how many have a bank. bank: the start memory beside the parameters, which is checked with them. Raises
+    UserError with everything that does not fit.
+    """
     sources: dict[str, list[Entry]] = {}
-    for entry in wanted:
+    for entry in (wanted := entries(table, shapes, layers)):
         sources.setdefault(entry.path, []).append(entry)
+    check_names([*bank, *wanted], tensors, table, where)
+    check_values(track([*bank, *wanted], "checking"), tensors, where)
 
     def one(entry: Entry) -> np.ndarray:
         array = tensors[entry.name].read().astype(np.float32, copy=False)

@@ -26,9 +26,6 @@ from lm2_jax.convert.engine import (
     abstract_params,
     as_theirs,
     carried,
-    check_names,
-    check_values,
-    entries,
     from_arrays,
     read_as_ours,
     table_key,
@@ -115,10 +112,7 @@ def _read_llama(path: Path, theirs: Mapping[str, Any], overrides: Sequence[str],
             "its logits; it can become kind lm2"
         )
     in_llama = {name: shape for name, shape in shapes.items() if table_key(name) in table.rules}
-    wanted = entries(table, in_llama, config.spec.num_memory_layers)
-    check_names(wanted, tensors, table, path)
-    check_values(track(wanted, "checking"), tensors, path)
-    params = read_as_ours(wanted, tensors, in_llama)
+    params = read_as_ours(table, tensors, in_llama, config.spec.num_memory_layers, [], path, track)
     return Checkpoint(config, params | _initialised(config, shapes.keys() - in_llama.keys(), path), origin=path)
 
 
@@ -147,20 +141,18 @@ def _read_lm2(path: Path, theirs: Mapping[str, Any], overrides: Sequence[str], t
     config = _config(path, values, overrides, problems)
     tensors, shapes = open_tensors(path, "model"), abstract_params(config)
     table = lm2(config.model.tie_embeddings)
-    wanted = entries(table, shapes, config.spec.num_memory_layers)
     shares_bank, bank = build_model(config).kind.shares_one_bank, []
     if config.spec.num_memory_layers:
         name, N, M = _bank_name(config), config.memory.num_slots, config.spec.memory_width
         lanes = tensors[name].shape[:1] if shares_bank and name in tensors else (1,) * shares_bank
         bank = [Entry(name, None, name, (), (*lanes, N, M), False)]
-    check_names([*bank, *wanted], tensors, table, path)
-    check_values(track([*bank, *wanted], "checking"), tensors, path)
+    params = read_as_ours(table, tensors, shapes, config.spec.num_memory_layers, bank, path, track)
     memory = tensors[bank[0].name].read().astype(np.float32) if shares_bank else None
     if bank and not shares_bank:
         ((name, expected_NM),) = _start(Checkpoint(config, {}))
         if not np.allclose(tensors[name].read().astype(np.float32), expected_NM, atol=4e-3):  # bfloat16 rounds it
             raise UserError(f"{path}: {name}: differs from the fixed initial bank of this model")
-    return Checkpoint(config, read_as_ours(wanted, tensors, shapes), memory, path)
+    return Checkpoint(config, params, memory, path)
 
 
 def _lm2_settings(checkpoint: Checkpoint) -> dict[str, Any]:

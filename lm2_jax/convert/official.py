@@ -16,18 +16,7 @@ import numpy as np
 from lm2_jax.common.errors import UserError
 from lm2_jax.common.untrusted import resolve_inside, short_repr
 from lm2_jax.config import Config, parse_config
-from lm2_jax.convert.engine import (
-    Checkpoint,
-    Entry,
-    Track,
-    abstract_params,
-    as_theirs,
-    carried,
-    check_names,
-    check_values,
-    entries,
-    read_as_ours,
-)
+from lm2_jax.convert.engine import Checkpoint, Entry, Track, abstract_params, as_theirs, carried, read_as_ours
 from lm2_jax.convert.llama_config import from_llama, number, to_llama
 from lm2_jax.convert.tables import official
 from lm2_jax.convert.tensors import open_tensors, read_json, write_tensors
@@ -51,15 +40,13 @@ def read(path: Path, overrides: Sequence[str], track: Track) -> Checkpoint:
     tensors = open_tensors(file, "state_dict")
     shapes = abstract_params(config)
     table = official(config.model.tie_embeddings, _has_memory(shapes))
-    wanted = entries(table, shapes, config.spec.num_memory_layers)
     bank = []
     if _has_memory(shapes):
         N, lanes = config.memory.num_slots, tensors[_BANK].shape[0] if _BANK in tensors else 1
         bank = [Entry(_BANK, None, _BANK, (), (lanes, N, N), False)]
-    check_names([*bank, *wanted], tensors, table, file)
-    check_values(track([*bank, *wanted], "checking"), tensors, file)
+    params = read_as_ours(table, tensors, shapes, config.spec.num_memory_layers, bank, file, track)
     memory = tensors[_BANK].read().astype(np.float32) if bank else None
-    return Checkpoint(config, read_as_ours(wanted, tensors, shapes), memory, directory)
+    return Checkpoint(config, params, memory, directory)
 
 
 def write(checkpoint: Checkpoint, directory: Path, dtype: str, track: Track) -> None:
