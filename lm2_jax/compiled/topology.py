@@ -52,8 +52,7 @@ def prepare() -> Warnings:
     if "TPU_LOG_DIR" not in os.environ:
         os.environ["TPU_LOG_DIR"] = tempfile.mkdtemp(prefix="lm2_jax_libtpu_")
         atexit.register(shutil.rmtree, os.environ["TPU_LOG_DIR"], ignore_errors=True)
-    directory = Path(os.environ["TPU_LOG_DIR"])
-    return Warnings(directory)
+    return Warnings(Path(os.environ["TPU_LOG_DIR"]))
 
 
 def devices_of(topology: str, slices: int = 1) -> tuple[Sequence[Any], Chip]:
