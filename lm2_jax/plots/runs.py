@@ -116,14 +116,14 @@ def plot_runs(path: str | Path, runs: Sequence[Run], panels: Sequence[str] = tup
     """
     from matplotlib.figure import Figure  # slow to import; and without pyplot, a notebook's own pictures stay its own
 
-    panels_drawn = [PANELS[name] for name in panels if not PANELS[name].is_empty(runs)]
-    if not panels_drawn:
+    drawn_panels = [PANELS[name] for name in panels if not PANELS[name].is_empty(runs)]
+    if not drawn_panels:
         raise UserError(f"the runs have nothing for the panels {', '.join(panels)}")
-    columns = 2 if len(panels_drawn) == 4 else min(len(panels_drawn), 3)
-    rows = -(-len(panels_drawn) // columns)
+    columns = 2 if len(drawn_panels) == 4 else min(len(drawn_panels), 3)
+    rows = -(-len(drawn_panels) // columns)
     figure = Figure((5 * columns, 3.4 * rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis, panel in zip(axes, panels_drawn, strict=False):
+    for axis, panel in zip(axes, drawn_panels, strict=False):
         if panel.lines:
             _draw_lines(axis, panel.lines, runs, x)
         else:
@@ -134,7 +134,7 @@ def plot_runs(path: str | Path, runs: Sequence[Run], panels: Sequence[str] = tup
             axis.set_ylim(0, 1.02)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    for axis in axes[len(panels_drawn) :]:
+    for axis in axes[len(drawn_panels) :]:
         axis.set_axis_off()
     figure.savefig(path, dpi=110)
 

@@ -151,11 +151,13 @@ def _windows(documents: Sequence[Document], stage: StageConfig, num_lanes: int) 
     whole = Batch.zeros(num_lanes, windows * S, T)
     for lane, document in enumerate(documents):
         n = len(document.tokens) - 1
-        whole.tokens_BST[lane].reshape(-1)[:n], whole.targets_BST[lane].reshape(-1)[:n] = (
-            document.tokens[:-1],
-            document.tokens[1:],
-        )
-        whole.answers_BST[lane].reshape(-1)[:n], whole.document_BST[lane].reshape(-1)[:n] = document.answers[1:], 1
+        for array, values in (
+            (whole.tokens_BST, document.tokens[:-1]),
+            (whole.targets_BST, document.tokens[1:]),
+            (whole.answers_BST, document.answers[1:]),
+            (whole.document_BST, 1),
+        ):
+            array[lane].reshape(-1)[:n] = values
     whole.reset_BS[:, 0] = True
     for start in range(0, windows * S, S):
         yield jax.tree.map(lambda array, start=start: array[:, start : start + S], whole)
