@@ -9,9 +9,13 @@ import argparse
 import functools
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lm2_jax.common.command_line import generate_arguments
 from lm2_jax.common.errors import UserError, run_command
+
+if TYPE_CHECKING:
+    from lm2_jax.tokenizer import Origin
 
 
 def main() -> None:
@@ -22,24 +26,28 @@ def main() -> None:
         raise UserError(f"--save-memory: the directory of {arguments.save_memory} does not exist")
 
     # imported late so that --help stays fast
-    import numpy as np
 
     from lm2_jax.decoding.memory_file import load_state, save_state
     from lm2_jax.decoding.sampling import decode, start
     from lm2_jax.decoding.text_stream import TextStream
     from lm2_jax.loading import load_run
-    from lm2_jax.tokenizer import encode_long, load_text_tokenizer
+    from lm2_jax.tokenizer import encode_long, load_text_tokenizer, origin_of_model, prompt_ids
+    from lm2_jax.tokenizer.chat import chat_ids, render_chat
 
     config, model, params = load_run(arguments.checkpoint)
     tokenizer = load_text_tokenizer(config, arguments.checkpoint)
+    origin = origin_of_model(config.tokenizer, arguments.checkpoint)
     if arguments.load_memory:
-        state, first = load_state(arguments.load_memory, model, params), []
+        state, encode = load_state(arguments.load_memory, model, params), encode_long
         if len(state.count_B) != 1:
             raise UserError(f"--load-memory: {arguments.load_memory} holds {len(state.count_B)} rows; expected one")
     else:
-        state, first = start(model, params, 1), [id for id in (tokenizer.bos_id,) if id is not None]
-    prompt = np.concatenate([np.array(first, np.int32), encode_long(tokenizer, text)])
-    if len(prompt) == len(first):
+        state, encode = start(model, params, 1), prompt_ids
+    if arguments.chat:
+        prompt = chat_ids(tokenizer, render_chat(origin, [{"role": "user", "content": text}]))
+    else:
+        prompt = encode(tokenizer, text)
+    if not len(encode_long(tokenizer, text)):
         raise UserError("the prompt holds no token; give some text to continue")
     stream = TextStream(tokenizer, arguments.stop, functools.partial(print, end="", flush=True))
     _, state = decode(
@@ -48,11 +56,9 @@ def main() -> None:
         [prompt],
         state,
         max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
+        **_sampling(arguments, origin),
         seed=arguments.seed,
-        stop_ids=[id for id in (tokenizer.eos_id,) if id is not None],
+        stop_ids=tokenizer.special.stop_ids,
         on_token=lambda _, token: stream.push(token),
     )
     stream.close()
@@ -61,6 +67,18 @@ def main() -> None:
     if arguments.save_memory:
         save_state(arguments.save_memory, model, params, state)
         print(f"{arguments.save_memory}: memory after {int(state.read_B[0]):,} tokens", file=sys.stderr)
+
+
+def _sampling(arguments: argparse.Namespace, origin: Origin | None) -> dict[str, Any]:
+    """Temperature, top-k and top-p: those given; where none is, those of the model's generation_config.json."""
+    given = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p")}
+    own = origin.sampling if origin and set(given.values()) == {None} else {}
+    if own:
+        text = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in own.items() if value is not None)
+        print(
+            f"sampling as the model's generation_config.json has it: {text}; --temperature 0 does not", file=sys.stderr
+        )
+    return own or given | {"temperature": arguments.temperature or 0.0}
 
 
 def _prompt(arguments: argparse.Namespace) -> str:

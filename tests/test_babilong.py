@@ -183,12 +183,14 @@ def test_answers_are_those_of_each_prompt_alone(checkpoint, tmp_path):
         questions = generated_questions(record["task"], stories, seed=0, count=5)
         length, seed = parse_length(record["length"]), (0, int(record["task"][2:]))
         sample = BuiltSamples(questions, length, tokenizer, None, seed, 5)[record["index"]]
-        prompt = [tokenizer.bos_id, *tokenizer.encode(f"{sample.context} {sample.question}")]
+        prompt = [tokenizer.special.bos_id, *tokenizer.encode(f"{sample.context} {sample.question}")]
         assert len(prompt) == record["prompt_tokens"] and (record["target"], record["question"]) == (
             sample.target,
             sample.question,
         )
-        (alone,) = generate(loaded.model, loaded.params, [prompt], max_new_tokens=4, stop_ids=[tokenizer.eos_id])
+        (alone,) = generate(
+            loaded.model, loaded.params, [prompt], max_new_tokens=4, stop_ids=[tokenizer.special.eos_id]
+        )
         assert record["output"] == tokenizer.decode(alone).partition(".")[0]
     for cell in result["cells"]:
         own = [r for r in found if (r["task"], r["length"]) == (cell["task"], cell["length"])]

@@ -283,9 +283,7 @@ def test_a_directory_of_ours_points_nowhere_else(tmp_path):
     ours = random_own(tmp_path / "ours")
     text = (ours / "config.yaml").read_text()
     for path in ("/etc/hostname", "../secret"):
-        (ours / "config.yaml").write_text(
-            text.replace("{kind: stories, path: null}", f"{{kind: tokenizers, path: {path}}}")
-        )
+        (ours / "config.yaml").write_text(text.replace("kind: stories, path: null", f"kind: tokenizers, path: {path}"))
         with pytest.raises(UserError, match="is not the name of a file here"):
             lm2_jax.load(ours)
 

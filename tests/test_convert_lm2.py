@@ -300,8 +300,8 @@ def test_tokenizers_of_exported_directories(tmp_path):
         config = parse_config("", (f"tokenizer={{kind: {kind}, path: {path or 'null'}}}",))
         directory = tmp_path / kind
         directory.mkdir()
-        write_tokenizer(config, directory)
-        (directory / "config.json").write_text(json.dumps({"model_type": "llama", **special_ids(config)}))
+        write_tokenizer(config, None, directory)
+        (directory / "config.json").write_text(json.dumps({"model_type": "llama", **special_ids(config, None)}))
         ours, theirs = load_tokenizer(config.tokenizer), transformers.AutoTokenizer.from_pretrained(directory)
         for text in TEXTS:
             ids = theirs(text, add_special_tokens=False).input_ids
@@ -309,9 +309,9 @@ def test_tokenizers_of_exported_directories(tmp_path):
             if kind != "stories":  # whose spaces and capitals are not kept
                 assert theirs.decode(ids) == text
         assert theirs.padding_side == "left"
-        assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
-        if ours.bos_id is not None:
-            assert theirs(TEXTS[0]).input_ids == [ours.bos_id, *ours.encode(TEXTS[0])]
+        assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.special.bos_id, ours.special.eos_id)
+        if ours.special.bos_id is not None:
+            assert theirs(TEXTS[0]).input_ids == [ours.special.bos_id, *ours.encode(TEXTS[0])]
 
 
 def test_exported_directory_has_its_tokenizer(tmp_path):
@@ -333,5 +333,5 @@ def test_tokenizer_travels(tmp_path):
     config = load_run(tmp_path / "moved").config
     assert config.tokenizer == TokenizerConfig(kind="tokenizers", path=str(tmp_path / "moved" / "tokenizer.json"))
     convert("lm2_jax", "huggingface", tmp_path / "moved", tmp_path / "back")
-    before, after = (transformers.AutoTokenizer.from_pretrained(tmp_path / d) for d in ("tokenizers", "back"))
+    before, after = (transformers.AutoTokenizer.from_pretrained(tmp_path / d) for d in ("llama", "back"))
     assert after(TEXTS[0]).input_ids == before(TEXTS[0]).input_ids

@@ -10,7 +10,7 @@ import pytest
 from lm2_jax.common.errors import UserError
 from lm2_jax.common.files import expand_paths
 from lm2_jax.data.documents import BinSource, JsonLinesSource, TextSource, split_documents
-from lm2_jax.tokenizer import BytesTokenizer
+from lm2_jax.tokenizer import BytesTokenizer, SpecialTokens
 
 EXTRAS = Path(__file__).parent / "data" / "golden" / "extras"
 BYTES = BytesTokenizer()
@@ -61,7 +61,7 @@ def test_each_file_is_a_document_as_it_stands(tmp_path):
     source = TextSource(paths, BYTES)
     assert texts(source) == contents
     tokens, answers = source[1].tokens, source[1].answers
-    assert tokens.tolist() == [BYTES.bos_id, *contents[1].encode(), BYTES.eos_id]
+    assert tokens.tolist() == [BYTES.special.bos_id, *contents[1].encode(), BYTES.special.eos_id]
     assert (tokens.dtype, answers.dtype, answers.shape, answers.any()) == (np.int32, bool, tokens.shape, False)
     assert repr(source) == "TextSource(files=2, documents=2)"
     assert texts(pickle.loads(pickle.dumps(source))) == contents
@@ -76,10 +76,8 @@ def test_separator_starts_documents(tmp_path):
 
 
 def test_tokenizers_without_control_tokens(tmp_path):
-    class Plain(BytesTokenizer):
-        bos_id = eos_id = None
-
-    assert TextSource([write(tmp_path / "a.txt", "ab")], Plain())[0].tokens.tolist() == [97, 98]
+    plain = BytesTokenizer(lambda vocabulary: SpecialTokens())
+    assert TextSource([write(tmp_path / "a.txt", "ab")], plain)[0].tokens.tolist() == [97, 98]
 
 
 def test_text_errors(tmp_path):
@@ -103,7 +101,7 @@ def test_json_lines(tmp_path):
     body = "\n".join([json.dumps(lines[0]), "", *(json.dumps(line, ensure_ascii=False) for line in lines[1:])])
     source = JsonLinesSource([write(tmp_path / "a.jsonl", "\ufeff" + body)], BYTES)
     assert texts(source) == ["one\n\u00e9", "\U0001f433 whale", "last"]
-    assert source[2].tokens[0] == BYTES.bos_id and not source[2].answers.any()
+    assert source[2].tokens[0] == BYTES.special.bos_id and not source[2].answers.any()
     assert repr(source) == "JsonLinesSource(files=1, documents=3)"
 
 

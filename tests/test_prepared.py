@@ -283,7 +283,7 @@ def test_an_epoch_has_every_document_once(directory, tmp_path, boundaries, proce
             for key in ("tokens_BST", "targets_BST", "document_BST")
         )
         places = np.flatnonzero(document)
-        starts = np.flatnonzero(tokens[places] == BYTES.bos_id)
+        starts = np.flatnonzero(tokens[places] == BYTES.special.bos_id)
         for start, whole in zip(places[starts], np.split(targets[places], starts[1:]), strict=True):
             handed_out.append((start, lane, zlib.crc32(whole.tobytes())))
     order = [checksum for _, _, checksum in sorted(handed_out)]

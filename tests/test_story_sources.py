@@ -15,7 +15,7 @@ from lm2_jax.data.babi.files import is_held_out
 from lm2_jax.data.babi.scatter import Scatterer
 from lm2_jax.data.babi.sources import QuestionSource, StoryFiles, StorySource
 from lm2_jax.data.babi.world import LEXICON, generate_story
-from lm2_jax.tokenizer import StoriesTokenizer
+from lm2_jax.tokenizer import SpecialTokens, StoriesTokenizer
 
 # --- Scattering ----------------------------------------------------------------------------------------------------
 
@@ -36,7 +36,7 @@ def test_scatter_keeps_the_story_and_fills_the_budget(budget):
         document = scatterer.scatter(STORY, np.random.default_rng(seed))
         assert len(document.tokens) == len(document.answers) == budget + 1
         assert document.tokens.dtype == np.int32 and document.answers.dtype == bool
-        assert (document.tokens[0], document.tokens[-1]) == (TOKENIZER.bos_id, TOKENIZER.eos_id)
+        assert (document.tokens[0], document.tokens[-1]) == (TOKENIZER.special.bos_id, TOKENIZER.special.eos_id)
         text = TOKENIZER.decode(document.tokens)
         lines = ["mary went to the office.", "where is mary? office.", "john moved to the garden."]
         assert contains_in_order(text, [*lines, "mary went back to the hallway."])
@@ -63,7 +63,7 @@ def test_scatter_refuses_a_story_that_is_too_long():
 class CharacterTokenizer:
     """Characters; no begin and end ids."""
 
-    vocab_size, bos_id, eos_id = 256, None, None
+    vocab_size, special = 256, SpecialTokens()
 
     def encode(self, text):
         return list(text.encode())

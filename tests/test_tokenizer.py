@@ -82,7 +82,7 @@ def test_round_trip(load, kind, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert all(type(id) is int and 0 <= id < tokenizer.vocab_size for id in ids)
-    assert tokenizer.bos_id not in ids and tokenizer.eos_id not in ids
+    assert tokenizer.special.bos_id not in ids and tokenizer.special.eos_id not in ids
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "stories"])
@@ -122,7 +122,7 @@ def test_a_tokenizer_that_marks_every_text_gets_it_whole(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_control_tokens_and_unknown_ids_decode_to_nothing(load, kind):
     tokenizer = load(kind)
-    ids = [tokenizer.bos_id, *tokenizer.encode("whale"), tokenizer.eos_id, tokenizer.vocab_size + 7]
+    ids = [tokenizer.special.bos_id, *tokenizer.encode("whale"), tokenizer.special.eos_id, tokenizer.vocab_size + 7]
     assert tokenizer.decode(ids) == "whale"
 
 
@@ -132,7 +132,11 @@ def test_pickle_keeps_everything(load, kind):
     copy = pickle.loads(pickle.dumps(tokenizer))
     assert copy.encode(STRESS + CONTROL_NAMES) == tokenizer.encode(STRESS + CONTROL_NAMES)
     assert copy.fingerprint() == tokenizer.fingerprint()
-    assert (copy.bos_id, copy.eos_id, copy.vocab_size) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size)
+    assert (copy.special.bos_id, copy.special.eos_id, copy.vocab_size) == (
+        tokenizer.special.bos_id,
+        tokenizer.special.eos_id,
+        tokenizer.vocab_size,
+    )
 
 
 def test_fingerprints_differ(load):
@@ -143,7 +147,7 @@ def test_fingerprints_differ(load):
 
 def test_bytes_that_are_not_utf8_become_replacement_characters(load):
     assert load("bytes").decode([0x61, 0xFF, 0x62]) == "a\ufffdb"
-    assert (load("bytes").vocab_size, load("bytes").bos_id, load("bytes").eos_id) == (258, 256, 257)
+    assert (load("bytes").vocab_size, load("bytes").special.bos_id, load("bytes").special.eos_id) == (258, 256, 257)
 
 
 def test_stories_need_no_file():
@@ -192,7 +196,7 @@ def test_llama3_merges_as_tiktoken_does(seed):
 def test_llama3_special_tokens_follow_the_ranks(files, load):
     tokenizer = load("llama3")
     ranks = len(files["llama3"].read_bytes().splitlines())
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (ranks, ranks + 1, ranks + 256)
+    assert (tokenizer.special.bos_id, tokenizer.special.eos_id, tokenizer.vocab_size) == (ranks, ranks + 1, ranks + 256)
     converted = convert_llama3(files["llama3"].read_bytes())
     assert converted.token_to_id("<|finetune_right_pad_id|>") == ranks + 4
     assert converted.token_to_id("<|eot_id|>") == ranks + 9
@@ -213,7 +217,7 @@ def test_unigram_models_do_not_read_control_tokens_in_text(tmp_path):
     tokenizer.add_special_tokens(["<s>", "</s>"])
     loaded = save_and_load(tokenizer, tmp_path / "unigram.json")
     ids = loaded.encode("a<s>a</s>")
-    assert loaded.bos_id not in ids and loaded.eos_id not in ids
+    assert loaded.special.bos_id not in ids and loaded.special.eos_id not in ids
     assert loaded.decode(ids).replace(" ", "") == "a<s>a</s>"
 
 
@@ -224,7 +228,7 @@ def test_settings_of_other_models_and_missing_control_tokens(tmp_path):
     tokenizer.enable_padding(length=4)
     loaded = save_and_load(tokenizer, tmp_path / "words.json")
     assert loaded.encode("a a a") == [0, 0, 0]
-    assert (loaded.bos_id, loaded.eos_id) == (None, None)  # <s> is a word here, not a control token
+    assert (loaded.special.bos_id, loaded.special.eos_id) == (None, None)  # <s> is a word here, not a control token
     assert loaded.vocab_size == 10
 
 
@@ -232,7 +236,7 @@ def test_one_end_of_text_token_serves_both_ways(tmp_path):
     tokenizer = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     tokenizer.add_special_tokens(["<|endoftext|>"])
     loaded = save_and_load(tokenizer, tmp_path / "gpt2.json")
-    assert loaded.bos_id == loaded.eos_id == 1
+    assert loaded.special.bos_id == loaded.special.eos_id == 1
 
 
 # --- Messages ------------------------------------------------------------------------------------------------------

@@ -83,9 +83,11 @@ def read_own(path: Path, overrides: list[str]) -> Checkpoint:
     if directory.is_converted(path):
         return directory.read(path, _track)
     from lm2_jax.loading import load_run
+    from lm2_jax.tokenizer import origin_of_model
 
     config, _, params = load_run(path)
-    return engine.Checkpoint(config, engine.from_arrays(params, path))
+    origin = origin_of_model(config.tokenizer, path)
+    return engine.Checkpoint(config, engine.from_arrays(params, path), origin=origin)
 
 
 def _track(items: Iterable, title: str) -> Iterable:

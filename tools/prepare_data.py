@@ -102,7 +102,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
         separator=settings.separator,
         split=settings.split,
         vocab_size=tokenizer.vocab_size,
-        bos_id=tokenizer.bos_id,
+        bos_id=next(iter(tokenizer.special.prefix_ids), None),
     )
     if args.runner == "beam":
         from lm2_jax.data.prepare.beam import run_on_beam
@@ -175,7 +175,7 @@ def inspect(directory: Path) -> None:
 def _open(directory: Path, manifest: Manifest) -> DocumentSource:
     if manifest.format == "bin":
         paths = [data_file(directory, shard.name, "bin") for shard in manifest.shards]
-        bos_id = load_tokenizer(tokenizer_of(directory, manifest)).bos_id
+        bos_id, *_ = load_tokenizer(tokenizer_of(directory, manifest)).special.prefix_ids
         return BinSource(paths, manifest.tokenizer.vocab_size, bos_id, key="--inspect")
     return PreparedSource([directory], key="--inspect")
 

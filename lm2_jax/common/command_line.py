@@ -96,13 +96,22 @@ def generate_arguments() -> argparse.Namespace:
         '--checkpoint runs/books --prompt "Call me" --temperature 0.8 --top-p 0.95',
         "--checkpoint runs/books --prompt-file book.txt --max-new-tokens 0 --save-memory book.safetensors",
         '--checkpoint runs/books --load-memory book.safetensors --prompt "Who is Ahab?" --stop .',
+        '--checkpoint my_instruct --chat --prompt "What is the capital of France?"',
     )
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help=_CHECKPOINT)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="text to continue")
     prompt.add_argument("--prompt-file", metavar="FILE", help="UTF-8 file with the text to continue")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default 128; 0: only read")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="default 0: the most likely token")
+    parser.add_argument(
+        "--chat", action="store_true", help="put the prompt into the model's chat template, as a user's"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        metavar="X",
+        help="0: the most likely token, the default unless the model's generation_config.json samples",
+    )
     parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K most likely tokens")
     parser.add_argument("--top-p", type=float, metavar="P", help="sample from the most likely tokens of probability P")
     parser.add_argument("--stop", action="append", default=[], metavar="STRING", help="end before this; repeatable")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
@@ -18,6 +19,12 @@ class UserError(Exception):
 
 class TrainingFailed(Exception):
     """A run that cannot continue (for example, too many non-finite steps). Printed without a traceback; exit code 1."""
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Prints a warning, once in each process."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def run_command(main: Callable[[], None], interrupted: str = "interrupted") -> None:

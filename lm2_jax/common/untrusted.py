@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from lm2_jax.common.errors import UserError
 
 _LONGEST_SHOWN = 200
+LONGEST_JSON = 1 << 24  # bytes of a header, an index or a config, which become some 30 times as many when read
 
 
 def read_limited(path: Path, most: int) -> bytes:
@@ -41,6 +43,19 @@ def resolve_inside(directory: Path, name: str) -> Path:
     if not any(real.is_relative_to(place) for place in (home, *blobs)):
         raise UserError(f"{path}: links to a file outside its directory; put the file itself there")
     return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object of a file. Raises UserError if it is missing, a link to elsewhere, too long, or holds none."""
+    try:
+        values = json.loads(read_limited(resolve_inside(path.parent, path.name), LONGEST_JSON).decode())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is no JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds {type(values).__name__}; expected an object, {{...}}")
+    return values
 
 
 def short_repr(value: Any) -> str:

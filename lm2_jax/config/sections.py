@@ -19,6 +19,7 @@ AxisSize = Annotated[int, Field(ge=-1, le=LARGEST)]
 NonEmptyStr = Annotated[str, Field(min_length=1)]
 ONE_OR_MORE = BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)  # a single text is a list
 Texts = Annotated[tuple[NonEmptyStr, ...], ONE_OR_MORE]
+Tokens = Annotated[tuple[str, ...], ONE_OR_MORE]
 
 
 class Section(BaseModel):
@@ -184,6 +185,10 @@ class TokenizerConfig(Section):
 
     kind: Literal["stories", "bytes", "sentencepiece", "tokenizers", "llama3"] = "stories"  # stories: built-in words
     path: str | None = None  # the tokenizer's file; stories and bytes have none
+    bos_token: str | None = None  # begins every text; "": none; null: as the model's own files or the tokenizer's say
+    eos_token: Tokens | None = None  # the first ends documents, any ends generated texts; null: as the files say
+    pad_token: str | None = None  # of exported models, for batches in other libraries; null: as the files say
+    control_tokens: Literal["text", "token"] = "text"  # what the name of a control token inside a text becomes
 
     @model_validator(mode="after")
     def _file(self) -> Self:
@@ -192,6 +197,8 @@ class TokenizerConfig(Section):
             raise ValueError(f"path is missing; kind {self.kind} reads a file")
         if self.path and not needs_file:
             raise ValueError(f"path {self.path!r} given, but kind {self.kind} reads no file")
+        if self.control_tokens == "token" and self.kind not in ("tokenizers", "llama3"):
+            raise ValueError(f"control_tokens token needs kind tokenizers or llama3; found kind {self.kind}")
         return self
 
 

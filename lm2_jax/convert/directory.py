@@ -24,11 +24,9 @@ from lm2_jax.convert.engine import Checkpoint, Entry, Track, abstract_params, ch
 from lm2_jax.convert.tables import Table
 from lm2_jax.convert.tensors import open_tensors, write_tensors
 from lm2_jax.model import build_model
-from lm2_jax.tokenizer import load_tokenizer
+from lm2_jax.tokenizer import load_tokenizer, origin_in
 
 _MEMORY = "memory.safetensors"
-_ORIGIN = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
-_ORIGIN += ("chat_template.jinja",)
 
 
 def is_converted(path: Path) -> bool:
@@ -62,17 +60,14 @@ def read(path: Path, track: Track | None = None) -> Checkpoint:
         check_names(bank, found, Table({}), path / _MEMORY)
         check_values(bank, found, path / _MEMORY)
         memory = found["memory_bank"].read()
-    origin = path / "origin"
-    if origin.is_symlink():
-        raise UserError(f"{origin}: links to elsewhere; put the directory itself there")
-    return Checkpoint(config, tensors, memory, origin if origin.is_dir() else None)
+    return Checkpoint(config, tensors, memory, origin_in(path))
 
 
 def write(checkpoint: Checkpoint, directory: Path, track: Track) -> None:
     """Writes a converted directory into the existing, empty `directory`."""
     config = checkpoint.config
     if config.tokenizer.path:
-        load_tokenizer(config.tokenizer)  # raises UserError if it is unusable
+        load_tokenizer(config.tokenizer, checkpoint.origin)  # raises UserError if it is unusable
         name = "tokenizer.json" if config.tokenizer.kind == "tokenizers" else "tokenizer.model"
         shutil.copyfile(config.tokenizer.path, directory / name)
         config = replace(config, tokenizer={"path": name})
@@ -83,9 +78,7 @@ def write(checkpoint: Checkpoint, directory: Path, track: Track) -> None:
     if checkpoint.memory is not None:
         write_tensors(directory, "memory", [("memory_bank", checkpoint.memory)])
     if checkpoint.origin is not None:
-        (directory / "origin").mkdir()
-        for name in filter(lambda name: (checkpoint.origin / name).is_file(), _ORIGIN):
-            shutil.copyfile(resolve_inside(checkpoint.origin, name), directory / "origin" / name)
+        checkpoint.origin.copy_to(directory)
 
 
 @contextlib.contextmanager

@@ -19,8 +19,9 @@ from flax.traverse_util import flatten_dict
 from lm2_jax.common.errors import UserError
 from lm2_jax.config import Config
 from lm2_jax.convert.tables import Rule, Table
-from lm2_jax.convert.tensors import Tensor, read_json
+from lm2_jax.convert.tensors import Tensor
 from lm2_jax.model import build_model
+from lm2_jax.tokenizer import Origin
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 Track = Callable[[Iterable, str], Iterable]  # passes items on and shows progress; takes them and a title
@@ -34,14 +35,14 @@ class Checkpoint:
       config: its model, memory, segments and tokenizer; other sections are defaults.
       params: by path.
       memory: the start memory that it carries (official: [B,N,N]); None: the usual one.
-      origin: a directory with the small files that came with the weights (settings that we have no place for,
-        generation settings, chat templates), to be written again where they belong.
+      origin: the small files that came with the weights (settings that we have no place for, generation settings,
+        chat templates), to be written again where they belong.
     """
 
     config: Config
     params: Mapping[str, Tensor]
     memory: np.ndarray | None = None
-    origin: Path | None = None
+    origin: Origin | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,9 +184,7 @@ def as_theirs(table: Table, checkpoint: Checkpoint, dtype: str, track: Track) ->
 
 def carried(checkpoint: Checkpoint, keys: Iterable[str]) -> dict[str, Any]:
     """The given keys of the config.json that came with the weights, if there is one."""
-    if checkpoint.origin is None or not (checkpoint.origin / "config.json").is_file():
-        return {}
-    theirs = read_json(checkpoint.origin / "config.json")
+    theirs = checkpoint.origin.json("config.json") if checkpoint.origin else {}
     return {key: theirs[key] for key in keys if theirs.get(key) is not None}
 
 

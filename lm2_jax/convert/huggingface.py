@@ -17,7 +17,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from lm2_jax.common.errors import UserError
-from lm2_jax.common.untrusted import resolve_inside, short_repr
+from lm2_jax.common.untrusted import read_json, resolve_inside, short_repr
 from lm2_jax.config import Config, parse_config
 from lm2_jax.convert.engine import (
     Checkpoint,
@@ -32,15 +32,16 @@ from lm2_jax.convert.engine import (
 )
 from lm2_jax.convert.llama_config import from_llama, number, to_llama
 from lm2_jax.convert.tables import CAN_BE_ADDED, STARTS_AT_ZERO, llama, lm2
-from lm2_jax.convert.tensors import Tensor, open_tensors, read_json, write_tensors
-from lm2_jax.convert.tokenizer_files import special_ids, write_tokenizer
+from lm2_jax.convert.tensors import Tensor, open_tensors, write_tensors
+from lm2_jax.convert.tokenizer_files import special_ids, write_generation, write_tokenizer
 from lm2_jax.model import build_model
+from lm2_jax.tokenizer import Origin
 
 _CODE = Path(__file__).parent / "huggingface_model"
 _OURS = "lm2"  # the model_type of configuration_lm2.py, for every kind of memory
 _LONGEST_SEGMENT = 2048  # of a Llama, unless --set data.segment_length says otherwise
-_CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
-_FILES = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_LONGEST = ("max_position_embeddings",)
 # Settings of modeling_lm2.py that are keys of our memory section
 _MEMORY_KEYS = {
     "memory_kind": "kind",
@@ -70,27 +71,23 @@ def read(path: Path, overrides: Sequence[str], track: Track) -> Checkpoint:
 def write(checkpoint: Checkpoint, directory: Path, dtype: str, track: Track) -> None:
     """Writes a Llama where the model is one, otherwise a directory with our modelling code."""
     config = checkpoint.config
-    ids = special_ids(config)
-    settings = to_llama(config) | {"dtype": dtype, "max_position_embeddings": config.trained_segment_length, **ids}
+    ids = carried(checkpoint, _SPECIAL_IDS) | special_ids(config, checkpoint.origin)
+    settings = to_llama(config) | {"dtype": dtype, **ids}
     table = llama(config.model.tie_embeddings)
     if all(table_key(path) in table.rules for path in checkpoint.params):
-        settings |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **carried(checkpoint, _CARRIED)}
-        tensors = as_theirs(table, checkpoint, dtype, track)
+        settings |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+        settings |= {"max_position_embeddings": config.trained_segment_length, **carried(checkpoint, _LONGEST)}
     else:
         settings |= _lm2_settings(checkpoint)
-        del settings["max_position_embeddings"]  # memory carries text of any length
-        tensors = as_theirs(lm2(config.model.tie_embeddings), checkpoint, dtype, track)
+        table = lm2(config.model.tie_embeddings)
         for file in sorted(_CODE.glob("*.py")):
             shutil.copyfile(file, directory / file.name)
+    tensors = as_theirs(table, checkpoint, dtype, track)
     write_tensors(directory, "model", (item for part in (tensors, _start(checkpoint)) for item in part))
     text = json.dumps(settings, indent=2)
     (directory / "config.json").write_text(text + "\n", encoding="utf-8")
-    generation = {"_from_model_config": True, **ids}
-    (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
-    write_tokenizer(config, directory)
-    for name in _FILES:
-        if checkpoint.origin is not None and (checkpoint.origin / name).is_file():
-            shutil.copyfile(resolve_inside(checkpoint.origin, name), directory / name)
+    write_generation(ids, checkpoint.origin, directory)
+    write_tokenizer(config, checkpoint.origin, directory)
 
 
 # --- Llama ---------------------------------------------------------------------------------------------------------
@@ -113,7 +110,7 @@ def _read_llama(path: Path, theirs: Mapping[str, Any], overrides: Sequence[str],
         )
     in_llama = {name: shape for name, shape in shapes.items() if table_key(name) in table.rules}
     params = read_as_ours(table, tensors, in_llama, config.spec.num_memory_layers, [], path, track)
-    return Checkpoint(config, params | _initialised(config, shapes.keys() - in_llama.keys(), path), origin=path)
+    return Checkpoint(config, params | _initialised(config, shapes.keys() - in_llama.keys(), path), origin=Origin(path))
 
 
 def _initialised(config: Config, paths: set[str], where: Path) -> dict[str, Tensor]:
@@ -152,7 +149,7 @@ def _read_lm2(path: Path, theirs: Mapping[str, Any], overrides: Sequence[str], t
         ((name, expected_NM),) = _start(Checkpoint(config, {}))
         if not np.allclose(tensors[name].read().astype(np.float32), expected_NM, atol=4e-3):  # bfloat16 rounds it
             raise UserError(f"{path}: {name}: differs from the fixed initial bank of this model")
-    return Checkpoint(config, params, memory, path)
+    return Checkpoint(config, params, memory, Origin(path))
 
 
 def _lm2_settings(checkpoint: Checkpoint) -> dict[str, Any]:

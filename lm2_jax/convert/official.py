@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from lm2_jax.common.errors import UserError
-from lm2_jax.common.untrusted import resolve_inside, short_repr
+from lm2_jax.common.untrusted import read_json, resolve_inside, short_repr
 from lm2_jax.config import Config, parse_config
 from lm2_jax.convert.engine import Checkpoint, Entry, Track, abstract_params, as_theirs, carried, read_as_ours
 from lm2_jax.convert.llama_config import from_llama, number, to_llama
 from lm2_jax.convert.tables import official
-from lm2_jax.convert.tensors import open_tensors, read_json, write_tensors
+from lm2_jax.convert.tensors import open_tensors, write_tensors
+from lm2_jax.tokenizer import Origin
 
 _BANK = "memory_bank"
 _DROPOUT = 0.9  # a constant of the official code, not in its config
@@ -46,7 +47,7 @@ def read(path: Path, overrides: Sequence[str], track: Track) -> Checkpoint:
         bank = [Entry(_BANK, None, _BANK, (), (lanes, N, N), False)]
     params = read_as_ours(table, tensors, shapes, config.spec.num_memory_layers, bank, file, track)
     memory = tensors[_BANK].read().astype(np.float32) if bank else None
-    return Checkpoint(config, params, memory, directory)
+    return Checkpoint(config, params, memory, Origin(directory))
 
 
 def write(checkpoint: Checkpoint, directory: Path, dtype: str, track: Track) -> None:

@@ -20,11 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lm2_jax.common.errors import UserError
-from lm2_jax.common.untrusted import read_limited, resolve_inside
+from lm2_jax.common.untrusted import LONGEST_JSON, read_json, resolve_inside
 
 SHARD_BYTES = 1 << 30
 _INDEX = ".safetensors.index.json"
-_LONGEST_JSON = 1 << 24  # bytes of a header, an index or a config, which become some 30 times as many when read
 _FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -106,19 +105,6 @@ def write_tensors(
     (directory / f"{stem}{_INDEX}").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object of a file. Raises UserError if it is missing, a link to elsewhere, too long, or holds none."""
-    try:
-        values = json.loads(read_limited(resolve_inside(path.parent, path.name), _LONGEST_JSON).decode())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is no JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: holds {type(values).__name__}; expected an object, {{...}}")
-    return values
-
-
 def _open_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         _refuse_doubles(path)
@@ -142,8 +128,8 @@ def _refuse_doubles(path: Path) -> None:
     """Raises UserError for a header that names a tensor twice, of which safetensors would take the last."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        if size > _LONGEST_JSON:
-            raise SafetensorError(f"a header of {size:,} bytes; expected {_LONGEST_JSON:,} at most")
+        if size > LONGEST_JSON:
+            raise SafetensorError(f"a header of {size:,} bytes; expected {LONGEST_JSON:,} at most")
         header = file.read(size)
     doubles: set[str] = set()
 

@@ -4,49 +4,96 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from lm2_jax.config import Config
-from lm2_jax.tokenizer import StoriesTokenizer, byte_letters, convert_llama3, load_tokenizer
+from lm2_jax.tokenizer import (
+    Origin,
+    StoriesTokenizer,
+    byte_letters,
+    convert_llama3,
+    load_tokenizer,
+    surrounding_ids,
+)
 
 
-def special_ids(config: Config) -> dict[str, Any]:
-    """bos_token_id, eos_token_id and pad_token_id (padding is masked, so any id will do: the end's)."""
+def special_ids(config: Config, origin: Origin | None) -> dict[str, Any]:
+    """bos_token_id, eos_token_id (a list where several tokens end a text) and pad_token_id, those that there are."""
     if not config.has_tokenizer:
         return {}
-    tokenizer = load_tokenizer(config.tokenizer)
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
+    special = load_tokenizer(config.tokenizer, origin).special
+    ends = special.stop_ids[0] if len(special.stop_ids) == 1 else list(special.stop_ids) or None
+    ids = {"bos_token_id": special.bos_id, "eos_token_id": ends, "pad_token_id": special.pad_id}
     return {name: id for name, id in ids.items() if id is not None}
 
 
-def write_tokenizer(config: Config, directory: Path) -> None:
-    """Writes tokenizer.json and tokenizer_config.json; for sentencepiece, which they cannot express, only its model."""
+def write_generation(ids: Mapping[str, Any], origin: Origin | None, directory: Path) -> None:
+    """Writes generation_config.json: that of the model's own files, with these ids where it has others."""
+    name = "generation_config.json"
+    own = origin.json(name) if origin else {}
+    changed = {key: id for key, id in ids.items() if own.get(key, id if key != "eos_token_id" else None) != id}
+    if own and not changed:
+        origin.copy_file(name, directory)
+        return
+    settings = own | changed if own else {"_from_model_config": True, **ids}
+    (directory / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def write_tokenizer(config: Config, origin: Origin | None, directory: Path) -> None:
+    """Writes tokenizer.json, tokenizer_config.json and the chat template.
+
+    For sentencepiece, which tokenizer.json cannot express, tokenizer.model instead.
+    """
+    if origin is not None:
+        origin.copy_file("chat_template.jinja", directory)
     if not config.has_tokenizer:
         return
-    kind = config.tokenizer.kind
+    kind, path = config.tokenizer.kind, config.tokenizer.path
     if kind == "sentencepiece":
-        shutil.copyfile(config.tokenizer.path, directory / "tokenizer.model")
+        shutil.copyfile(path, directory / "tokenizer.model")
         return
-    ids = special_ids(config)
+    ours = load_tokenizer(config.tokenizer, origin)
     make = {"bytes": _bytes, "stories": _stories, "llama3": _llama3, "tokenizers": _tokenizers}
-    tokenizer = make[kind](config.tokenizer.path)
-    bos_id = ids.get("bos_token_id")
-    if bos_id is not None and tokenizer.post_processor is None:  # documents begin with it
-        name = tokenizer.id_to_token(bos_id)
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{name} $A", pair=f"{name} $A {name} $B:1", special_tokens=[(name, bos_id)]
-        )
-    tokenizer.save(str(directory / "tokenizer.json"))
-    settings: dict[str, Any] = {
+    tokenizer = make[kind](path)
+    if _puts_around(tokenizer, ours.special.prefix_ids) or kind != "tokenizers":
+        tokenizer.save(str(directory / "tokenizer.json"))
+    else:
+        shutil.copyfile(path, directory / "tokenizer.json")
+    named = {"bos_token": ours.special.bos_id, "eos_token": ours.special.eos_id, "pad_token": ours.special.pad_id}
+    settings = {
+        "clean_up_tokenization_spaces": False,
+        **{key: value for key, value in _kept(origin).items() if key not in named},
         "tokenizer_class": "PreTrainedTokenizerFast",
         "padding_side": "left",
-        "clean_up_tokenization_spaces": False,
-        **{name.removesuffix("_id"): tokenizer.id_to_token(id) for name, id in ids.items()},
+        **{key: tokenizer.id_to_token(id) for key, id in named.items() if id is not None},
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _kept(origin: Origin | None) -> dict[str, Any]:
+    """The model's own tokenizer settings, but for those that choose code or that tokenizer.json has."""
+    settings = origin.json("tokenizer_config.json") if origin else {}
+    return {key: value for key, value in settings.items() if key not in ("auto_map", "add_bos_token", "add_eos_token")}
+
+
+def _puts_around(tokenizer: Tokenizer, prefix_ids: Sequence[int]) -> bool:
+    """Makes a tokenizer put these tokens before every text, and none after it; True if that changed anything."""
+    limited = tokenizer.truncation is not None or tokenizer.padding is not None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if (surrounding_ids(tokenizer.post_processor) or ((), ())) == (tuple(prefix_ids), ()):
+        return limited
+    names = [tokenizer.id_to_token(id) for id in prefix_ids]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[*names, "$A"],
+        pair=[*names, "$A", *names, "$B:1"],
+        special_tokens=list(zip(names, prefix_ids, strict=True)),
+    )
+    return True
 
 
 def _tokenizers(path: str) -> Tokenizer:
@@ -75,7 +122,7 @@ def _stories(_: None) -> Tokenizer:
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(ours.PATTERN), "removed", invert=True)
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
-    tokenizer.add_special_tokens([_control(ours.words[id]) for id in (ours.bos_id, ours.eos_id)])
+    tokenizer.add_special_tokens([_control(name) for name in ("<bos>", "<eos>")])
     return tokenizer
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from lm2_jax.common.errors import UserError
 from lm2_jax.common.untrusted import short_repr
-from lm2_jax.tokenizer import Tokenizer, encode_long
+from lm2_jax.tokenizer import Tokenizer, prompt_ids
 
 _LONGEST_LINE = 1 << 25  # bytes: parsed, nested lists take some 30 times as many
 
@@ -73,6 +73,7 @@ def json_text(line: str, where: str, field: str = "text") -> str:
 
 
 def tokenize(text: str, tokenizer: Tokenizer) -> np.ndarray:
-    """Tokenises a document: ids int32 [n], between the begin and the end token where the tokenizer has them."""
-    begin, end = (np.array([] if id is None else [id], np.int32) for id in (tokenizer.bos_id, tokenizer.eos_id))
-    return np.concatenate([begin, encode_long(tokenizer, text), end])
+    """Tokenises a document: ids int32 [n], from what begins every text to the end token, if there are such tokens."""
+    special = tokenizer.special
+    end = [] if special.eos_id is None else [special.eos_id]
+    return np.concatenate([prompt_ids(tokenizer, text), np.array(end, np.int32)])

@@ -34,7 +34,7 @@ from lm2_jax.evals.babilong_prompts import TASKS, official_prompt
 from lm2_jax.evals.generation import generate_until
 from lm2_jax.evals.model import EvalModel
 from lm2_jax.evals.results import ResultLog, finished_path
-from lm2_jax.tokenizer import Tokenizer, encode_long, load_tokenizer
+from lm2_jax.tokenizer import Tokenizer, load_tokenizer, prompt_ids
 
 Result = dict[str, Any]
 
@@ -166,14 +166,14 @@ def _cells(loaded: EvalModel) -> Iterator[_Cell]:
 def encode_prompt(sample: Sample, task: BabilongTask, settings: BabilongConfig, tokenizer: Tokenizer) -> np.ndarray:
     """Token ids of a sample's prompt, int32 [n]. Raises UserError if the tokenizer lacks words of it."""
     text = official_prompt(sample, task) if settings.prompt == "official" else f"{sample.context} {sample.question}"
-    ids = encode_long(tokenizer, text)
+    ids = prompt_ids(tokenizer, text)
     if (unknown := getattr(tokenizer, "unk_id", None)) is not None and unknown in ids:
         raise UserError(
             "tokenizer.kind stories does not know every word of the prompts; it knows those of qa1 to qa5 and of the "
             "built-in background: leave out eval.babilong.books and set eval.babilong.prompt=plain, or evaluate a "
             "model with another tokenizer"
         )
-    return np.concatenate([np.array([id for id in (tokenizer.bos_id,) if id is not None], np.int32), ids])
+    return ids
 
 
 def _identity(loaded: EvalModel) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def _held_out_documents(loaded: EvalModel) -> tuple[DocumentSource, list[Path]]:
 
 
 def predicted_bytes(document: Document, loaded: EvalModel) -> int | None:
-    """Bytes of the text that is predicted, None for token ids; without a begin token, the first token is not."""
-    if document.text_bytes is None or loaded.tokenizer.bos_id is not None:
+    """Bytes of the text that is predicted, None for token ids; the first token is not, if no other comes before it."""
+    if document.text_bytes is None or loaded.tokenizer.special.prefix_ids:
         return document.text_bytes
     return document.text_bytes - len(loaded.tokenizer.decode(document.tokens[:1]).encode())

@@ -18,7 +18,7 @@ def generate_until(
     seeds: Sequence[int] = (),
     **options: Any,
 ) -> list[str]:
-    """Generates the text that follows each prompt, up to its first stop string or the end token.
+    """Generates the text that follows each prompt, up to its first stop string or an end token.
 
     Args:
       prompts: token ids, of any lengths.
@@ -44,7 +44,7 @@ def generate_until(
         sampling.start(model, loaded.params, rows),
         max_new_tokens=max_new_tokens,
         seed=[*seeds, *[0] * spare] if seeds else 0,
-        stop_ids=[id for id in (tokenizer.eos_id,) if id is not None],
+        stop_ids=tokenizer.special.stop_ids,
         on_token=is_over,
         **options,
     )

@@ -21,7 +21,7 @@ from lm2_jax.common.progress import Progress
 from lm2_jax.evals import generation, scoring
 from lm2_jax.evals.model import EvalModel
 from lm2_jax.evals.results import ResultLog
-from lm2_jax.tokenizer import encode_long
+from lm2_jax.tokenizer import encode_long, prompt_ids
 
 _NEW_TOKENS = 256  # for tasks that do not say; the default of the harness's own models
 _REPORT_SECONDS = 5.0
@@ -45,7 +45,7 @@ class HarnessModel(TemplateLM):
     @property
     def eot_token_id(self) -> int | None:
         """The end token, or None if there is none."""
-        return self._loaded.tokenizer.eos_id
+        return self._loaded.tokenizer.special.eos_id
 
     @property
     def prefix_token_id(self) -> int:
@@ -53,7 +53,8 @@ class HarnessModel(TemplateLM):
 
         Raises UserError if there is neither.
         """
-        for token in (self._loaded.tokenizer.bos_id, self._loaded.tokenizer.eos_id):
+        special = self._loaded.tokenizer.special
+        for token in (special.bos_id, special.eos_id):
             if token is not None:
                 return token
         raise UserError(
@@ -62,9 +63,9 @@ class HarnessModel(TemplateLM):
         )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids of a text, after the begin token unless add_special_tokens is False."""
-        bos_id = self._loaded.tokenizer.bos_id if add_special_tokens is not False else None
-        return [*([] if bos_id is None else [bos_id]), *encode_long(self._loaded.tokenizer, string).tolist()]
+        """Token ids of a text; add_special_tokens False leaves out what begins every text."""
+        encode = encode_long if add_special_tokens is False else prompt_ids
+        return encode(self._loaded.tokenizer, string).tolist()
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Implements `LM.loglikelihood`; contexts and continuations may be of any length."""

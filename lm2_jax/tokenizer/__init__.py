@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from lm2_jax.tokenizer.kinds import BytesTokenizer, StoriesTokenizer, Tokenizer, encode_long
+from lm2_jax.tokenizer.kinds import BytesTokenizer, StoriesTokenizer, Tokenizer, encode_long, prompt_ids
 from lm2_jax.tokenizer.llama3 import byte_letters, convert_llama3
 from lm2_jax.tokenizer.loading import (
     check_vocabulary,
@@ -13,3 +13,5 @@ from lm2_jax.tokenizer.loading import (
     load_tokenizer,
     with_vocabulary,
 )
+from lm2_jax.tokenizer.origin import Origin, origin_beside, origin_in, origin_of_model
+from lm2_jax.tokenizer.special_tokens import SpecialTokens, surrounding_ids

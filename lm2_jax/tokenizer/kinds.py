@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import itertools
 import re
-from collections.abc import Iterable, Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import ClassVar, Protocol
 
 import numpy as np
 import tokenizers
 from sentencepiece import SentencePieceProcessor
 
-from lm2_jax.common.errors import UserError
+from lm2_jax.common.errors import UserError, warn_once
+from lm2_jax.tokenizer.special_tokens import SpecialTokens, Vocabulary, find_special_tokens, surrounding_ids
 
 _MOST_IDS = 1 << 24
 _CHUNK = 1 << 14  # characters
 _AROUND = 1 << 9  # characters on each side of a cut that are compared
+FindSpecialTokens = Callable[[Vocabulary], SpecialTokens]
 _BETWEEN_WORDS = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
 
 
@@ -31,17 +34,19 @@ class Tokenizer(Protocol):
         ...
 
     @property
-    def bos_id(self) -> int | None:
-        """The control token that begins a document; None if the vocabulary has none."""
-        ...
-
-    @property
-    def eos_id(self) -> int | None:
-        """The control token that ends a document; None if the vocabulary has none."""
+    def special(self) -> SpecialTokens:
+        """The control tokens around a text."""
         ...
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without control tokens: the name of one inside the text is encoded as plain text."""
+        """Ids of `text`, without those around it; `tokenizer.control_tokens` says what names of control tokens become.
+
+        They are plain text unless it says otherwise.
+        """
+        ...
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a prompt that a chat template made: names of control tokens inside it become those tokens."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -53,8 +58,18 @@ class Tokenizer(Protocol):
         ...
 
 
-def digest(*chunks: bytes) -> str:
-    """16 hex digits of a SHA-256 checksum, for `Tokenizer.fingerprint`."""
+def fingerprint(
+    chunks: Iterable[bytes], vocabulary: Vocabulary, special: SpecialTokens, control_tokens: str = "text"
+) -> str:
+    """16 hex digits of a SHA-256 checksum, for `Tokenizer.fingerprint`.
+
+    They are those of `chunks` alone where documents begin and end as the usual names have it, and control tokens inside
+    a text are text: so it was before there were settings for them.
+    """
+    usual = find_special_tokens(dataclasses.replace(vocabulary, prefix_ids=None))
+    rules = (special.prefix_ids, special.eos_id, control_tokens)
+    if rules != (usual.prefix_ids, usual.eos_id, "text"):
+        chunks = (*chunks, repr(rules).encode())
     return hashlib.sha256(b"\0".join(chunks)).hexdigest()[:16]
 
 
@@ -77,6 +92,11 @@ def encode_long(tokenizer: Tokenizer, text: str) -> np.ndarray:
         if not np.array_equal(encode(start, end), np.concatenate([encode(start, cut), encode(cut, end)])):
             cuts = [0, len(text)]
     return np.concatenate([encode(start, end) for start, end in itertools.pairwise(cuts)])
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Ids of a text to be continued, int32 [n]: what the tokenizer puts before every text, then the text."""
+    return np.concatenate([np.array(tokenizer.special.prefix_ids, np.int32), encode_long(tokenizer, text)])
 
 
 # Their order gives the ids that trained models rely on: the generator may use fewer words, never others.
@@ -104,10 +124,14 @@ class StoriesTokenizer:
     """
 
     PATTERN = r"[a-z]+(?:'[a-z]+)?|\S"  # a word or a mark, once the text is lower-case
-    unk_id, bos_id, eos_id = 0, 1, 2
+    unk_id = 0
+    _CONTROL: ClassVar = {"<unk>": 0, "<bos>": 1, "<eos>": 2}
 
-    def __init__(self) -> None:
-        self.words = ("<unk>", "<bos>", "<eos>", *_WORDS.split())
+    def __init__(self, find: FindSpecialTokens = find_special_tokens) -> None:
+        self.words = (*self._CONTROL, *_WORDS.split())
+        vocabulary = Vocabulary(self._CONTROL, self._CONTROL)
+        self.special = find(vocabulary)
+        self._fingerprint = fingerprint(["\n".join(self.words).encode()], vocabulary, self.special)
         self._ids = {word: i for i, word in enumerate(self.words)}
 
     @property
@@ -119,26 +143,34 @@ class StoriesTokenizer:
         """Ids of the words and marks of a text, without <bos> and <eos>; an unknown word or mark is <unk>."""
         return [self._ids.get(word, self.unk_id) for word in re.findall(self.PATTERN, text.lower())]
 
+    encode_prompt = encode
+
     def decode(self, ids: Iterable[int]) -> str:
         """Lower-case text, without spaces before marks; <bos>, <eos> and ids beyond the vocabulary are skipped."""
-        words = [self.words[i] for i in ids if i < self.vocab_size and i not in (self.bos_id, self.eos_id)]
+        words = [self.words[i] for i in ids if i < self.vocab_size and i not in (1, 2)]
         return _SPACE_BEFORE_MARK.sub("", " ".join(words))
 
     def fingerprint(self) -> str:
         """See `Tokenizer`."""
-        return digest("\n".join(self.words).encode())
+        return self._fingerprint
 
 
 class BytesTokenizer:
     """UTF-8 bytes as ids 0-255; 256 begins a document and 257 ends it."""
 
     vocab_size = 258
-    bos_id = 256
-    eos_id = 257
+    _CONTROL: ClassVar = {"<bos>": 256, "<eos>": 257}
+
+    def __init__(self, find: FindSpecialTokens = find_special_tokens) -> None:
+        vocabulary = Vocabulary(self._CONTROL, self._CONTROL)
+        self.special = find(vocabulary)
+        self._fingerprint = fingerprint([b"bytes"], vocabulary, self.special)
 
     def encode(self, text: str) -> list[int]:
         """The bytes of `text`."""
         return list(text.encode())
+
+    encode_prompt = encode
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the bytes among `ids`, with U+FFFD for bytes that are not UTF-8."""
@@ -146,7 +178,7 @@ class BytesTokenizer:
 
     def fingerprint(self) -> str:
         """See `Tokenizer`."""
-        return digest(b"bytes")
+        return self._fingerprint
 
 
 class SentencePieceTokenizer:
@@ -155,22 +187,34 @@ class SentencePieceTokenizer:
     Raises RuntimeError if they are not such a model.
     """
 
-    def __init__(self, model: bytes) -> None:
+    def __init__(self, model: bytes, find: FindSpecialTokens = find_special_tokens) -> None:
         if not model:
             raise RuntimeError("the file is empty")
         try:
             self._processor = SentencePieceProcessor(model_proto=model)
         except RuntimeError:  # whose message is a line of C++
             raise RuntimeError("its bytes cannot be parsed as one") from None
-        self._fingerprint = digest(b"sentencepiece", model)
         self.vocab_size = self._processor.vocab_size()
-        self.bos_id, self.eos_id = (
-            None if token < 0 else token for token in (self._processor.bos_id(), self._processor.eos_id())
-        )
+        vocabulary = self._vocabulary()
+        self.special = find(vocabulary)
+        self._fingerprint = fingerprint([b"sentencepiece", model], vocabulary, self.special)
+
+    def _vocabulary(self) -> Vocabulary:
+        sp = self._processor
+        ids = {sp.id_to_piece(id): id for id in range(self.vocab_size)}
+        control = {name: id for name, id in ids.items() if sp.is_control(id) or sp.is_unknown(id)}
+        bos_id, eos_id = (None if id < 0 else id for id in (sp.bos_id(), sp.eos_id()))
+        return Vocabulary(ids, control, None, bos_id, eos_id)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, as exact as the model's normalisation allows."""
         return self._processor.encode(text)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """See `Tokenizer`. Raises UserError: a sentencepiece model never reads control tokens in a text."""
+        raise UserError(
+            "tokenizer.kind sentencepiece cannot read a chat's control tokens; use the model's tokenizer.json"
+        )
 
     def decode(self, ids: Iterable[int]) -> str:
         """See `Tokenizer`."""
@@ -193,31 +237,52 @@ def report_damage(action: str) -> Iterator[None]:
 
 
 class HuggingFaceTokenizer:
-    """A `tokenizers` object; bos_id and eos_id are special tokens with the usual names."""
+    """A `tokenizers` object.
 
-    _BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|endoftext|>")
-    _EOS_NAMES = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>")
+    Args:
+      chunks: what its fingerprint is made of.
+      control_tokens: as in the settings.
+      find: finds the tokens around a text.
+    """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, fingerprint: str) -> None:
-        tokenizer.encode_special_tokens = True  # their names inside a text are encoded as text
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        chunks: Sequence[bytes],
+        control_tokens: str = "text",
+        find: FindSpecialTokens = find_special_tokens,
+    ) -> None:
         tokenizer.no_truncation()  # a file may hold settings of another model
         tokenizer.no_padding()
-        self._tokenizer = tokenizer
-        self._fingerprint = fingerprint
-        self.vocab_size = 1 + max(tokenizer.get_vocab().values(), default=-1)  # ids may have gaps
+        ids = tokenizer.get_vocab()
+        self.vocab_size = 1 + max(ids.values(), default=-1)  # ids may have gaps
         if self.vocab_size > _MOST_IDS:  # `tokenizers` lists the gaps when it is pickled
             raise ValueError(f"it has a token of id {self.vocab_size - 1}; expected ids below {_MOST_IDS}")
-        special = {token.content: id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-        self.bos_id = next((special[name] for name in self._BOS_NAMES if name in special), None)
-        self.eos_id = next((special[name] for name in self._EOS_NAMES if name in special), None)
+        control = {token.content: id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        around = surrounding_ids(tokenizer.post_processor)
+        vocabulary = Vocabulary(ids, control, None if around is None else around[0])
+        self.special = find(vocabulary)
+        self._tokenizer, self._control, self._control_tokens = tokenizer, control, control_tokens
+        self._fingerprint = fingerprint(chunks, vocabulary, self.special, control_tokens)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, as exact as the file's normalisation allows."""
-        ids = self._encode(text)
-        if self.bos_id not in ids and self.eos_id not in ids:
+        """Ids of `text`, as exact as the file's normalisation allows. Warns of control tokens that become text."""
+        if self._control_tokens == "token":
+            return self.encode_prompt(text)
+        if found := self._name.search(text):
+            warn_once(
+                f"the name of a control token, {found[0]}, is in a text and is read as text, in pieces; "
+                "tokenizer.control_tokens=token makes it the token (say text to a corpus that you do not trust)"
+            )
+        ids = self._encode(text, as_text=True)
+        if not found or not self._ids_of_control.intersection(ids):
             return ids
         # Unigram and word-level models hold control tokens as ordinary words: split their names first.
-        return [id for piece in self._inside_control_name.split(text) for id in self._encode(piece)]
+        return [id for piece in self._inside_name.split(text) for id in self._encode(piece, as_text=True)]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """See `Tokenizer`."""
+        return self._encode(text, as_text=False)
 
     def decode(self, ids: Iterable[int]) -> str:
         """See `Tokenizer`."""
@@ -228,16 +293,22 @@ class HuggingFaceTokenizer:
         """See `Tokenizer`."""
         return self._fingerprint
 
-    def __reduce__(self) -> tuple:
-        # Rebuilt by the constructor: a pickled `tokenizers` object loses encode_special_tokens.
-        return type(self), (self._tokenizer, self._fingerprint)
-
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str, as_text: bool) -> list[int]:
         # A batch of one: only batches can skip the offsets of tokens, a quarter of the time.
         with report_damage("encode a text"):
+            self._tokenizer.encode_special_tokens = as_text  # each time: pickling loses it
             return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     @functools.cached_property
-    def _inside_control_name(self) -> re.Pattern[str]:
-        names = (self._tokenizer.id_to_token(id) for id in (self.bos_id, self.eos_id) if id is not None)
-        return re.compile("|".join(f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in names))
+    def _ids_of_control(self) -> frozenset[int]:
+        return frozenset(self._control.values())
+
+    @functools.cached_property
+    def _name(self) -> re.Pattern[str]:
+        """Matches the names of control tokens, longest first; nothing where there are none."""
+        return re.compile("|".join(map(re.escape, sorted(self._control, key=len, reverse=True))) or r"(?!)")
+
+    @functools.cached_property
+    def _inside_name(self) -> re.Pattern[str]:
+        """Matches the place after the first letter of every name."""
+        return re.compile("|".join(f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in self._control))

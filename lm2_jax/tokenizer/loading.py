@@ -2,46 +2,69 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import multiprocessing
 import re
 from pathlib import Path
 
 import huggingface_hub
 import tokenizers
 
-from lm2_jax.common.errors import UserError
+from lm2_jax.common.errors import UserError, warn_once
 from lm2_jax.common.untrusted import read_limited
 from lm2_jax.config import Config, TokenizerConfig
 from lm2_jax.tokenizer.kinds import (
     BytesTokenizer,
+    FindSpecialTokens,
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     StoriesTokenizer,
     Tokenizer,
-    digest,
     report_damage,
 )
 from lm2_jax.tokenizer.llama3 import convert_llama3
+from lm2_jax.tokenizer.origin import FILES, Origin, origin_beside, origin_of_model
+from lm2_jax.tokenizer.special_tokens import find_special_tokens
 
 _LONGEST_FILE = 1 << 26  # bytes; the largest in use have half as many
 
 
-def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """The tokenizer that `config` names. Raises UserError if its file is missing or not a model of that kind."""
+def load_tokenizer(config: TokenizerConfig, origin: Origin | None = None) -> Tokenizer:
+    """The tokenizer that `config` names.
+
+    origin: the small files that came with the model; None: those beside the tokenizer's file.
+    Raises UserError if its file is missing or not a model of that kind. Warns if it names no end token.
+    """
+    own = None if config.path is None else origin or origin_beside(config.path)
+    find = functools.partial(find_special_tokens, settings=config, origin=own)
     if config.kind == "stories":
-        return StoriesTokenizer()
+        return StoriesTokenizer(find)
     if config.kind == "bytes":
-        return BytesTokenizer()
+        return BytesTokenizer(find)
+    tokenizer = _load_file(config, find)
+    if tokenizer.special.eos_id is None and config.eos_token is None and multiprocessing.parent_process() is None:
+        warn_once(
+            f"tokenizer.path: {config.path} names no end token, and no file beside it does: documents run into each "
+            "other, and generated texts end by their length alone; name one in tokenizer.eos_token, or set it to ''"
+        )
+    return tokenizer
+
+
+def _load_file(config: TokenizerConfig, find: FindSpecialTokens) -> Tokenizer:
     try:
         data = read_limited(Path(config.path), _LONGEST_FILE)
     except OSError as error:
         raise UserError(f"tokenizer.path: {config.path} cannot be read ({error.strerror})") from None
     try:
         if config.kind == "sentencepiece":
-            return SentencePieceTokenizer(data)
+            return SentencePieceTokenizer(data, find)
         if config.kind == "tokenizers":
             with report_damage("be loaded"):
-                return HuggingFaceTokenizer(tokenizers.Tokenizer.from_buffer(data), digest(b"tokenizers", data))
-        return HuggingFaceTokenizer(convert_llama3(data), digest(b"llama3", data))
+                tokenizer = tokenizers.Tokenizer.from_buffer(data)
+        else:
+            tokenizer = convert_llama3(data)
+        return HuggingFaceTokenizer(tokenizer, (config.kind.encode(), data), config.control_tokens, find)
     except UserError:
         raise
     except Exception as error:  # ours, and whatever the libraries raise for a file that is not theirs
@@ -61,6 +84,7 @@ def find_tokenizer(name: str) -> TokenizerConfig:
     if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         try:
             path = Path(huggingface_hub.hf_hub_download(name, "tokenizer.json"))
+            _download_origin(name)
         except Exception as error:  # of the network, of the hub, of the cache
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise UserError(
@@ -80,6 +104,13 @@ def find_tokenizer(name: str) -> TokenizerConfig:
     return TokenizerConfig(kind=kind, path=str(path))
 
 
+def _download_origin(name: str) -> None:
+    """Downloads the small files of a repository beside its tokenizer.json, those that it has."""
+    for file in FILES:
+        with contextlib.suppress(huggingface_hub.errors.EntryNotFoundError):
+            huggingface_hub.hf_hub_download(name, file)
+
+
 def load_text_tokenizer(config: Config, checkpoint: str | Path) -> Tokenizer:
     """The tokenizer of a trained model. Raises UserError if its config names none, or as `load_tokenizer` does."""
     if not config.has_tokenizer:
@@ -88,7 +119,7 @@ def load_text_tokenizer(config: Config, checkpoint: str | Path) -> Tokenizer:
             "name one in its config.yaml (tokenizer: {kind: llama3, path: tokenizer.model}), or put a tokenizer.json "
             "into a Hugging Face directory"
         )
-    return load_tokenizer(config.tokenizer)
+    return load_tokenizer(config.tokenizer, origin_of_model(config.tokenizer, checkpoint))
 
 
 def with_vocabulary(config: Config) -> Config:

@@ -24,7 +24,7 @@ from lm2_jax.training.accuracy import accuracy_by_length
 from lm2_jax.training.curriculum import Curriculum, Progress
 from lm2_jax.training.metrics_log import MetricsLog
 from lm2_jax.training.reporting import Reporter, SilentReporter
-from lm2_jax.training.run_dir import check_data, claim, open_run_dir, write_summary
+from lm2_jax.training.run_dir import check_data, claim, open_run_dir, origin_of_run, write_summary
 from lm2_jax.training.state import StepConfig, TrainState, create_state, shardings_of
 from lm2_jax.training.step import make_fresh_memory, make_train_step
 from lm2_jax.training.validation import validate
@@ -37,12 +37,13 @@ def train(config: Config) -> dict[str, Any]:
     Raises UserError for what the user can mend, TrainingFailed where the run cannot continue.
     """
     # --- What to run: tokenizer, data, run directory -----------------------------------------------------------------
-    tokenizer = None if config.data.source == "bin" else load_tokenizer(config.tokenizer)
+    origin = origin_of_run(config)
+    tokenizer = None if config.data.source == "bin" else load_tokenizer(config.tokenizer, origin)
     if tokenizer is not None:
         config = check_vocabulary(config, tokenizer)
     mesh, B = make_mesh(config), config.data.batch_size
     pipeline = Pipeline(config, tokenizer, None if is_alone() else own_lanes(mesh, B))
-    run_dir = open_run_dir(config)
+    run_dir = open_run_dir(config, origin)
 
     with use_mesh(mesh), contextlib.ExitStack() as cleanup:
         cleanup.enter_context(claim(run_dir))
@@ -51,13 +52,13 @@ def train(config: Config) -> dict[str, Any]:
         model, settings = build_model(config), StepConfig.of(config)
         train_step = make_train_step(model, mesh, settings)
         checkpoints = cleanup.enter_context(contextlib.closing(Checkpoints(run_dir, config.checkpoint)))
-        state, progress, origin = initial_state(config, model, mesh, checkpoints)
+        state, progress, beginning = initial_state(config, model, mesh, checkpoints)
         progress = check_data(progress, pipeline, run_dir)
         reporter = cleanup.enter_context(_open_reporter(run_dir, progress.step, config.train.steps))
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         reporter.log(f"{config.memory.kind}: {parameters:,} parameters, {_describe(mesh)}, run directory {run_dir}")
-        if origin:
-            reporter.log(origin)
+        if beginning:
+            reporter.log(beginning)
 
         # --- The loop ------------------------------------------------------------------------------------------------
         curriculum = Curriculum(config, pipeline)

@@ -1,7 +1,7 @@
 """The run directory: which config may train in it, and the end of a run in files.
 
-A run directory holds config.yaml (complete), metrics.jsonl (one object a step), checkpoints/, tensorboard/, and at the
-end summary.json and training.png.
+A run directory holds config.yaml (complete), metrics.jsonl (one object a step), checkpoints/, tensorboard/, origin/
+(the small files of a pretrained model that it began with), and at the end summary.json and training.png.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from lm2_jax.data.pipeline import Pipeline
 from lm2_jax.loading import differences
 from lm2_jax.parallel.processes import is_first
 from lm2_jax.plots.runs import Run, plot_runs
+from lm2_jax.tokenizer import Origin, origin_beside, origin_in, origin_of_model
 from lm2_jax.training.curriculum import Progress
 
 # Keys that may differ between a run directory and the command that resumes it: none of them changes what is learnt,
@@ -28,8 +29,11 @@ from lm2_jax.training.curriculum import Progress
 _MAY_CHANGE = ("train.run_dir", "train.steps", "train.max_skipped_steps", "data.prefetch", "checkpoint", "eval", "mesh")
 
 
-def open_run_dir(config: Config) -> Path:
-    """Creates the run directory and its config.yaml. Raises UserError if it belongs to a run of another config."""
+def open_run_dir(config: Config, origin: Origin | None) -> Path:
+    """Creates the run directory, its config.yaml and its origin/.
+
+    Raises UserError if it belongs to a run of another config.
+    """
     run_dir = Path(config.train.run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -51,9 +55,21 @@ def open_run_dir(config: Config) -> Path:
     try:
         if is_first():
             write_atomically(run_dir / "config.yaml", dump_config(config))
+            if origin is not None:
+                origin.copy_to(run_dir)
     except OSError as error:
         raise UserError(f"train.run_dir: {run_dir} cannot be written to ({error.strerror})") from None
     return run_dir
+
+
+def origin_of_run(config: Config) -> Origin | None:
+    """The small files of the model that a run began with: its own, those of train.init_from, or the tokenizer's."""
+    run_dir, weights = Path(config.train.run_dir), config.train.init_from
+    return (
+        origin_in(run_dir)
+        or (origin_of_model(config.tokenizer, weights) if weights else None)
+        or origin_beside(config.tokenizer.path)
+    )
 
 
 def claim(run_dir: Path) -> contextlib.AbstractContextManager[None]:

@@ -19,7 +19,9 @@ def use_tokenizer(path, kind):
     tokenizer = load_tokenizer(TokenizerConfig(kind=kind, path=str(path)))
     tokenizer.fingerprint()
     ids = tokenizer.encode("The abc, 12 <s> s\u00fc\u00df\U0001f600\n") + tokenizer.encode("")
-    assert all(0 <= id < tokenizer.vocab_size for id in (*ids, tokenizer.bos_id or 0, tokenizer.eos_id or 0))
+    assert all(
+        0 <= id < tokenizer.vocab_size for id in (*ids, tokenizer.special.bos_id or 0, tokenizer.special.eos_id or 0)
+    )
     tokenizer.decode([*ids, 0, 1, tokenizer.vocab_size])
     pickle.dumps(tokenizer)
 

@@ -13,10 +13,10 @@ import torch
 from helpers import random_checkpoint
 
 from lm2_jax.common.errors import UserError
-from lm2_jax.common.untrusted import read_limited, resolve_inside, short_repr
+from lm2_jax.common.untrusted import read_json, read_limited, resolve_inside, short_repr
 from lm2_jax.config import TokenizerConfig, load_config, parse_config
 from lm2_jax.convert import directory, engine
-from lm2_jax.convert.tensors import open_tensors, read_json, write_tensors
+from lm2_jax.convert.tensors import open_tensors, write_tensors
 from lm2_jax.data.babi.files import read_babi
 from lm2_jax.data.documents import JsonLinesSource
 from lm2_jax.tokenizer import BytesTokenizer, load_tokenizer

@@ -57,8 +57,8 @@ class Scatterer:
         self._tokenizer = tokenizer
         self._segment_length = segment_length
         self._sentences = BookBackground(background).sentences if background else builtin_sentences
-        self._begin = [Sentence([i]) for i in (tokenizer.bos_id,) if i is not None]
-        self._end = [Sentence([i]) for i in (tokenizer.eos_id,) if i is not None]
+        self._begin = [Sentence([id]) for id in tokenizer.special.prefix_ids]
+        self._end = [Sentence([id]) for id in (tokenizer.special.eos_id,) if id is not None]
         self._encoded: dict[tuple[Line, str], Sentence] = {}  # stories repeat their few different lines
         self.budget = budget
         self.room = sys.maxsize if budget is None else budget + 1 - len(self._begin) - len(self._end)

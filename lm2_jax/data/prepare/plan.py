@@ -39,8 +39,8 @@ def prepare(inputs: Sequence[Input], settings: Settings, runner: MakeShards) -> 
     preparation can then be resumed.
     """
     tokenizer = settings.load_tokenizer()
-    if settings.format == "bin" and tokenizer.bos_id is None:
-        raise UserError("--tokenizer: has no begin token; documents of .bin shards begin with one")
+    if settings.format == "bin" and not tokenizer.special.prefix_ids:
+        raise UserError("--tokenizer: begins its texts with no token; documents of .bin shards begin with one")
     output, progress_dir = settings.output, settings.progress_dir
     plan = {
         "tokenizer": tokenizer.fingerprint(),

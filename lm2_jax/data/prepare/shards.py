@@ -181,7 +181,7 @@ def run_task(task: Task, settings: Settings) -> Result:
             index.append((len(document), -1))
         elif document.strip():
             ids = tokenize(document, tokenizer)
-            if settings.format == "bin" and tokenizer.eos_id is not None:
+            if settings.format == "bin" and tokenizer.special.eos_id is not None:
                 ids = ids[:-1]  # the official shards have none
             tokens.append(ids)
             index.append((len(ids), len(document.encode())))
