@@ -30,7 +30,7 @@ from lm2_jax.convert.engine import (
     read_as_ours,
     table_key,
 )
-from lm2_jax.convert.llama_config import from_llama, number, to_llama
+from lm2_jax.convert.llama_config import from_llama, number, rope_parameters, to_llama
 from lm2_jax.convert.tables import CAN_BE_ADDED, STARTS_AT_ZERO, llama, lm2
 from lm2_jax.convert.tensors import Tensor, open_tensors, read_json, write_tensors
 from lm2_jax.convert.tokenizer_files import special_ids, write_tokenizer
@@ -72,13 +72,15 @@ def write(checkpoint: Checkpoint, directory: Path, dtype: str, track: Track) -> 
     config = checkpoint.config
     ids = special_ids(config)
     settings = to_llama(config) | {"dtype": dtype, "max_position_embeddings": config.trained_segment_length, **ids}
+    settings["rope_parameters"] = rope_parameters(settings)
     table = llama(config.model.tie_embeddings)
     if all(table_key(path) in table.rules for path in checkpoint.params):
         settings |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **carried(checkpoint, _CARRIED)}
         tensors = as_theirs(table, checkpoint, dtype, track)
     else:
         settings |= _lm2_settings(checkpoint)
-        del settings["max_position_embeddings"]  # memory carries text of any length
+        for key in ("max_position_embeddings", "rope_theta", "rope_scaling"):  # text of any length; transformers 5
+            del settings[key]
         tensors = as_theirs(lm2(config.model.tie_embeddings), checkpoint, dtype, track)
         for file in sorted(_CODE.glob("*.py")):
             shutil.copyfile(file, directory / file.name)

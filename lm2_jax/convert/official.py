@@ -90,9 +90,6 @@ def _config_for(checkpoint: Checkpoint, lanes: int, with_memory: bool) -> dict[s
     config = checkpoint.config
     values = to_llama(config) | {"max_position_embeddings": config.trained_segment_length, "loss_ignore_index": -100}
     values |= carried(checkpoint, ("max_position_embeddings", "loss_ignore_index"))
-    rope = values.pop("rope_parameters")  # of transformers 5; the official code is older
-    values["rope_theta"] = rope.pop("rope_theta")
-    values["rope_scaling"] = rope if len(rope) > 1 else None
     if values["head_dim"] * values["num_attention_heads"] == values["hidden_size"]:
         del values["head_dim"]
     return values | {
