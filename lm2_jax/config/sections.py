@@ -70,7 +70,7 @@ class RopeScaling(Section):
 class ModelConfig(Section):
     """The Llama decoder that every memory kind shares."""
 
-    vocab_size: PositiveInt | None = None  # number of token ids; null: those of the tokenizer
+    vocab_size: PositiveInt | None = None  # rows of the embedding table; null: the tokenizer's ids; more: padded
     d_model: PositiveInt = 96  # width D of the residual stream
     num_layers: PositiveInt = 3  # blocks L
     num_heads: PositiveInt = 4  # query heads of self-attention
