@@ -31,6 +31,7 @@ from lm2_jax.convert.engine import (
     table_key,
 )
 from lm2_jax.convert.llama_config import from_llama, number, rope_parameters, to_llama
+from lm2_jax.convert.rotary import without_rope_tables
 from lm2_jax.convert.tables import CAN_BE_ADDED, STARTS_AT_ZERO, llama, lm2
 from lm2_jax.convert.tensors import Tensor, open_tensors, read_json, write_tensors
 from lm2_jax.convert.tokenizer_files import special_ids, write_tokenizer
@@ -105,7 +106,8 @@ def _read_llama(path: Path, theirs: Mapping[str, Any], overrides: Sequence[str],
     longest = number(theirs, "max_position_embeddings", problems, default=_LONGEST_SEGMENT)
     values["data"]["segment_length"] = min(longest, _LONGEST_SEGMENT)
     config = _config(path, values, overrides, problems)
-    tensors, shapes = open_tensors(path, "model"), abstract_params(config)
+    tensors = without_rope_tables(open_tensors(path, "model"), config.model, path)
+    shapes = abstract_params(config)
     table = llama(config.model.tie_embeddings)
     strange = sorted({table_key(name) for name in shapes} - table.rules.keys() - CAN_BE_ADDED)
     if strange:

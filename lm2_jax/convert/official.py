@@ -18,6 +18,7 @@ from lm2_jax.common.untrusted import resolve_inside, short_repr
 from lm2_jax.config import Config, parse_config
 from lm2_jax.convert.engine import Checkpoint, Entry, Track, abstract_params, as_theirs, carried, read_as_ours
 from lm2_jax.convert.llama_config import from_llama, number, to_llama
+from lm2_jax.convert.rotary import without_rope_tables
 from lm2_jax.convert.tables import official
 from lm2_jax.convert.tensors import open_tensors, read_json, write_tensors
 
@@ -37,7 +38,7 @@ def read(path: Path, overrides: Sequence[str], track: Track) -> Checkpoint:
     if path.is_dir():  # a file that the user names may be a link
         resolve_inside(directory, file.name)
     config = _config_of(directory / "config.json", overrides)
-    tensors = open_tensors(file, "state_dict")
+    tensors = without_rope_tables(open_tensors(file, "state_dict"), config.model, file)
     shapes = abstract_params(config)
     table = official(config.model.tie_embeddings, _has_memory(shapes))
     bank = []
