@@ -29,9 +29,9 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_number_is_yes(cls, value: Any, info: ValidationInfo) -> Any:
-        # pydantic would read the true of YAML's "yes" and "on" as 1
+        # pydantic would read true as 1
         if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
-            raise PydanticCustomError("bool", "should not be yes or no (put it in quotes if it is meant as text)")
+            raise PydanticCustomError("bool", "should not be true or false (put it in quotes if it is meant as text)")
         return value
 
 
