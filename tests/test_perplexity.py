@@ -181,6 +181,8 @@ def test_command(files, checkpoint, tmp_path, monkeypatch, capsys):
         (("eval.perplexity.path=empty.txt",), "eval.perplexity.path: no documents; all files are empty"),
         (("eval.perplexity.path=latin.txt",), "latin.txt: not UTF-8 text"),
         (("eval.perplexity.path=bad.jsonl",), "bad.jsonl: line 1: has no 'text'; its keys are 'content'"),
+        (("eval.perplexity.path=bad.ndjson",), "bad.ndjson: line 1: has no 'text'; its keys are 'content'"),
+        (("eval.perplexity.path=table.csv",), "table.csv is neither text (.txt), .jsonl nor .bin by its ending; set"),
         (("eval.perplexity.path=[latin.txt, bad.jsonl]",), "files of several kinds (jsonl, text)"),
         (("eval.perplexity.path=empty.txt", "model.d_model=32"), "the checkpoint's model cannot be set"),
         (("eval.perplexity={path: empty.txt, document_separator: '('}",), "is not a regular expression"),
@@ -192,7 +194,9 @@ def test_errors(overrides, said, checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("empty.txt").write_text(" \n")
     Path("latin.txt").write_bytes(b"n\xe9e")
-    Path("bad.jsonl").write_text('{"content": "text"}\n')
+    for name in ("bad.jsonl", "bad.ndjson"):
+        Path(name).write_text('{"content": "text"}\n')
+    Path("table.csv").write_text("text\nOne.\n")
     arguments = [argument for override in overrides for argument in ("--set", override)]
     fails(monkeypatch, capsys, said, "--checkpoint", str(checkpoint), *arguments)
 

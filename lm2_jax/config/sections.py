@@ -277,7 +277,7 @@ class PerplexityConfig(Section):
     """Loss and perplexity of documents (evaluate --task perplexity)."""
 
     path: Texts | None = None  # files or globs; null: the run's validation documents
-    source: Literal["text", "jsonl", "bin"] | None = None  # null: by file name, .jsonl, .bin or else text
+    source: Literal["text", "jsonl", "bin"] | None = None  # null: by file name, .txt, .jsonl or .bin
     document_separator: str | None = None  # text: see data.document_separator
 
     @model_validator(mode="after")
