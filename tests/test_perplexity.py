@@ -162,6 +162,22 @@ def test_finished_documents_are_not_read_again(files, checkpoint, tmp_path, monk
             measure(checkpoint, f"eval.perplexity.path={files}/0*.txt", output=output)
 
 
+def test_finished_documents_of_other_contents(checkpoint, tmp_path):
+    """A file of the same name and size; records of an earlier version, which knew no more than these, are kept."""
+    text, output = tmp_path / "text.txt", tmp_path / "result.json"
+    finished = tmp_path / "result.finished.jsonl"
+    text.write_text("one text")
+    with on_one_device():
+        expected = measure(checkpoint, f"eval.perplexity.path={text}", output=output)
+        text.write_text("two text")
+        with pytest.raises(UserError, match=r"samples of another evaluation \(contents"):
+            measure(checkpoint, f"eval.perplexity.path={text}", output=output)
+        head, *records = finished.read_text().splitlines()
+        earlier = {key: value for key, value in json.loads(head).items() if key != "contents"}
+        finished.write_text("\n".join([json.dumps(earlier), *records, ""]))
+        assert measure(checkpoint, f"eval.perplexity.path={text}", output=output) == expected
+
+
 def test_command(files, checkpoint, tmp_path, monkeypatch, capsys):
     output = tmp_path / "result.json"
     command = ["evaluate", "--checkpoint", str(checkpoint), "--task", "perplexity", "--output", str(output)]

@@ -70,7 +70,7 @@ class Input(Protocol):
         ...
 
     def state(self) -> dict[str, Any]:
-        """Name, size and the like, which show without reading the input whether it has changed."""
+        """Name, size and the like, which show without reading all of the input whether it has changed."""
         ...
 
     def identity(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from lm2_jax.common.errors import UserError
-from lm2_jax.common.files import expand_paths
+from lm2_jax.common.files import content_digest, expand_paths
 from lm2_jax.data.documents import BinSource
 from lm2_jax.data.prepare.chunks import Chunk, Input, Unreachable, arrow_error, chunked, reading, require
 from lm2_jax.data.texts import (
@@ -33,6 +33,7 @@ from lm2_jax.data.texts import (
 )
 
 _HUB_ID = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<config>[\w.-]+))?")
+_SAMPLED_BLOCKS = 16  # MiB that show whether an input has changed: there may be thousands of inputs
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _ENDINGS = (".txt", ".md", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".bin", ".gz", ".zst")
 
@@ -104,7 +105,7 @@ def _is_hub_id(name: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class FileInput:
-    """A file to prepare, told apart by name, size, time and checksum."""
+    """A file to prepare, told apart by name, size, time and a checksum of samples, once prepared of all its bytes."""
 
     path: Path
 
@@ -120,7 +121,9 @@ class FileInput:
 
     def state(self) -> dict[str, Any]:
         """See `Input`."""
-        return {"name": self.name, "bytes": self.size, "modified": self.path.stat().st_mtime_ns}
+        stat = self.path.stat()
+        digest = content_digest(self.path, _SAMPLED_BLOCKS)
+        return {"name": self.name, "bytes": stat.st_size, "modified": stat.st_mtime_ns, "content": digest}
 
     def identity(self) -> dict[str, Any]:
         """See `Input`."""
