@@ -102,6 +102,9 @@ def load_weights(path: str, model: Decoder) -> Any:
         f"  {key}: {old!r} there, {new!r} here"
         for key, old, new in differences(_meaning_of_weights(other), _meaning_of_weights(model))
     ]
+    rows, own_rows = (decoder.spec.model.vocab_size for decoder in (other, model))
+    if rows > own_rows:
+        problems.append(f"  if ids from {own_rows} on are padding there, set model.vocab_size to {rows} here")
     if problems:
         raise UserError(f"train.init_from: {path} holds another model:\n" + "\n".join(problems))
     return params

@@ -46,3 +46,11 @@ def whole(tmp_path_factory):
 def run_dir(whole, tmp_path):
     """A copy of it: complete, with checkpoints 8 and 12."""
     return shutil.copytree(whole, tmp_path / "run")
+
+
+@pytest.fixture(autouse=True)
+def _warnings_of_this_test():
+    """A warning that is given once a process is given again in each test."""
+    from lm2_jax.common.errors import warn_once
+
+    warn_once.cache_clear()

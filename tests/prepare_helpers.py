@@ -1,5 +1,7 @@
 """Files to prepare, in every format, and what becomes of them."""
 
+import csv
+import io
 import json
 from pathlib import Path
 
@@ -38,6 +40,15 @@ def files_in(directory):
 
 def json_lines(texts, key="text"):
     return "".join(json.dumps({"id": 7, key: text}) + "\n" for text in texts).encode()
+
+
+def table(texts, delimiter=",", column="text"):
+    """CSV or TSV as Python writes it; a text that spans lines or holds the delimiter is quoted."""
+    file = io.StringIO(newline="")
+    writer = csv.writer(file, delimiter=delimiter)
+    writer.writerow(["id", column, "note"])
+    writer.writerows([7, text, 'a "note", quoted'] for text in texts)
+    return file.getvalue().encode()
 
 
 def zstd(data):

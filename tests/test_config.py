@@ -199,7 +199,7 @@ TEXT = "tokenizer: {kind: bytes}\ndata: {source: text, path: a.txt"
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model: {d_model: yes}", "model.d_model: found True; should not be yes or no"),
+        ("model: {d_model: true}", "model.d_model: found True; should not be true or false"),
         ("model: {rope_theta: .inf}", "model.rope_theta: found inf; should be a finite number"),
         ("memory: {forget_bias: .nan}", "memory.forget_bias: found nan; should be a finite number"),
         ("model: {head_dim: 5}", "model.head_dim 5 is odd; RoPE rotates pairs, so it must be even"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from convert_helpers import (
     GOLDEN,
+    LLAMA3,
     LLAMAS,
     OFFICIAL,
     assert_same_tensors,
@@ -22,6 +23,7 @@ from safetensors.numpy import load_file, save_file
 
 import lm2_jax
 from lm2_jax.common.errors import UserError
+from lm2_jax.convert.llama_config import from_llama
 from lm2_jax.convert.tensors import open_tensors, write_tensors
 from lm2_jax.decoding.sampling import generate
 
@@ -99,6 +101,42 @@ def test_llama(tmp_path, name):
         assert key == key_2
         assert torch.equal(tensor, tensor_2), key
     np.testing.assert_array_equal(torch_logits(back, tokens_BT), torch_logits(llama, tokens_BT))
+
+
+def test_every_transformers_finds_its_rope(tmp_path):
+    """Version 5 reads rope_parameters; those before it read rope_theta and rope_scaling, and default in silence."""
+    random_llama(tmp_path / "llama", "untied, llama3 scaling")
+    convert("huggingface", "lm2_jax", tmp_path / "llama", tmp_path / "ours")
+    convert("lm2_jax", "huggingface", tmp_path / "ours", tmp_path / "back")
+    settings = json.loads((tmp_path / "back" / "config.json").read_text())
+    scaling = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
+    assert (settings.get("rope_theta"), settings.get("rope_scaling")) == (5e5, scaling)
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "back").rope_parameters == LLAMA3
+
+
+OLD = {"rope_theta": 5e5, "rope_scaling": {key: value for key, value in LLAMA3.items() if key != "rope_theta"}}
+
+
+@pytest.mark.parametrize("form", [OLD, {"rope_parameters": LLAMA3}, OLD | {"rope_parameters": LLAMA3}], ids=len)
+def test_rope_in_either_form_or_both(form):
+    problems = []
+    model = from_llama(form, problems)["model"]
+    assert not [problem for problem in problems if "rope" in problem]
+    assert {"rope_type": "llama3", "rope_theta": model["rope_theta"]} | model["rope_scaling"] == LLAMA3
+
+
+@pytest.mark.parametrize(
+    ("form", "problem"),
+    [
+        ({"rope_theta": 1e4}, "rope_theta and rope_parameters.rope_theta: found 10000.0 and 500000.0"),
+        ({"rope_scaling": {"rope_type": "default"}}, "rope_parameters and rope_scaling: found {'factor': 8.0"),
+        ({"rope_scaling": OLD["rope_scaling"] | {"factor": 32.0}}, "rope_parameters and rope_scaling: found {'factor'"),
+    ],
+)
+def test_forms_of_rope_that_contradict_each_other(form, problem):
+    problems = []
+    from_llama({"rope_parameters": LLAMA3} | form, problems)
+    assert any(found.startswith(problem) for found in problems), problems
 
 
 def test_what_came_with_a_llama_leaves_with_it(tmp_path):

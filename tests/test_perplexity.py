@@ -162,6 +162,22 @@ def test_finished_documents_are_not_read_again(files, checkpoint, tmp_path, monk
             measure(checkpoint, f"eval.perplexity.path={files}/0*.txt", output=output)
 
 
+def test_finished_documents_of_other_contents(checkpoint, tmp_path):
+    """A file of the same name and size; records of an earlier version, which knew no more than these, are kept."""
+    text, output = tmp_path / "text.txt", tmp_path / "result.json"
+    finished = tmp_path / "result.finished.jsonl"
+    text.write_text("one text")
+    with on_one_device():
+        expected = measure(checkpoint, f"eval.perplexity.path={text}", output=output)
+        text.write_text("two text")
+        with pytest.raises(UserError, match=r"samples of another evaluation \(contents"):
+            measure(checkpoint, f"eval.perplexity.path={text}", output=output)
+        head, *records = finished.read_text().splitlines()
+        earlier = {key: value for key, value in json.loads(head).items() if key != "contents"}
+        finished.write_text("\n".join([json.dumps(earlier), *records, ""]))
+        assert measure(checkpoint, f"eval.perplexity.path={text}", output=output) == expected
+
+
 def test_command(files, checkpoint, tmp_path, monkeypatch, capsys):
     output = tmp_path / "result.json"
     command = ["evaluate", "--checkpoint", str(checkpoint), "--task", "perplexity", "--output", str(output)]
@@ -181,6 +197,8 @@ def test_command(files, checkpoint, tmp_path, monkeypatch, capsys):
         (("eval.perplexity.path=empty.txt",), "eval.perplexity.path: no documents; all files are empty"),
         (("eval.perplexity.path=latin.txt",), "latin.txt: not UTF-8 text"),
         (("eval.perplexity.path=bad.jsonl",), "bad.jsonl: line 1: has no 'text'; its keys are 'content'"),
+        (("eval.perplexity.path=bad.ndjson",), "bad.ndjson: line 1: has no 'text'; its keys are 'content'"),
+        (("eval.perplexity.path=table.csv",), "table.csv is neither text (.txt), .jsonl nor .bin by its ending; set"),
         (("eval.perplexity.path=[latin.txt, bad.jsonl]",), "files of several kinds (jsonl, text)"),
         (("eval.perplexity.path=empty.txt", "model.d_model=32"), "the checkpoint's model cannot be set"),
         (("eval.perplexity={path: empty.txt, document_separator: '('}",), "is not a regular expression"),
@@ -192,7 +210,9 @@ def test_errors(overrides, said, checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("empty.txt").write_text(" \n")
     Path("latin.txt").write_bytes(b"n\xe9e")
-    Path("bad.jsonl").write_text('{"content": "text"}\n')
+    for name in ("bad.jsonl", "bad.ndjson"):
+        Path(name).write_text('{"content": "text"}\n')
+    Path("table.csv").write_text("text\nOne.\n")
     arguments = [argument for override in overrides for argument in ("--set", override)]
     fails(monkeypatch, capsys, said, "--checkpoint", str(checkpoint), *arguments)
 

@@ -11,6 +11,7 @@ import prepare_data
 import pyarrow
 import pyarrow.parquet
 import pytest
+import train_tokenizer
 from prepare_helpers import (
     BYTES,
     TEXTS,
@@ -20,6 +21,7 @@ from prepare_helpers import (
     json_lines,
     parquet,
     settings_of,
+    table,
     texts_in,
     write,
     zstd,
@@ -52,6 +54,13 @@ FILES = {
     "frames.jsonl.zst": zstd(json_lines(TEXTS[:3])) + zstd(json_lines(TEXTS[3:])),
     "table.parquet": parquet(TEXTS),
     "large.parquet": parquet(TEXTS, kind=pyarrow.large_string()),
+    "dictionary.parquet": parquet(pyarrow.array(TEXTS).dictionary_encode()),
+    "view.parquet": parquet(TEXTS, kind=pyarrow.string_view()),
+    "table.csv": table(TEXTS),
+    "marked.CSV": b"\xef\xbb\xbf" + table(TEXTS) + b"\r\n\r\n",
+    "table.tsv": table(TEXTS, "\t"),
+    "packed.csv.gz": gzip.compress(table(TEXTS)),
+    "packed.tsv.zst": zstd(table(TEXTS, "\t")),
 }
 
 
@@ -84,9 +93,40 @@ def test_documents_are_those_that_training_reads_from_the_files(tmp_path):
 
 def test_another_field(tmp_path):
     path = write(tmp_path / "x.jsonl", json_lines(["a"], key="content"))
-    table = write(tmp_path / "y.parquet", parquet(["b"], column="content"))
-    prepare(inputs_of([path, table], field="content"), settings_of(tmp_path / "out"), run_locally(1))
-    assert texts_in(tmp_path / "out") == ["a", "b"]
+    columns = write(tmp_path / "y.parquet", parquet(["b"], column="content"))
+    rows = write(tmp_path / "z.csv", table(["c, d"], column="content"))
+    prepare(inputs_of([path, columns, rows], field="content"), settings_of(tmp_path / "out"), run_locally(1))
+    assert texts_in(tmp_path / "out") == ["a", "b", "c, d"]
+
+
+def test_a_long_text_in_a_table(tmp_path):
+    """Python's csv stops at 131,072 characters unless it is told otherwise."""
+    path = write(tmp_path / "x.csv", table(["a, b\n" * 50_000, "c"]))
+    prepare(inputs_of([path]), settings_of(tmp_path / "out"), run_locally(1))
+    assert texts_in(tmp_path / "out") == ["a, b\n" * 50_000, "c"]
+
+
+@pytest.mark.parametrize("name", ["x.xml", "x.html.gz", "x.csv.bz2", "x.arrow", "x.tab"])
+def test_unknown_endings_are_refused(tmp_path, name):
+    path = write(tmp_path / name, b"<p>text</p>")
+    with pytest.raises(UserError, match=rf"{name}: files that end in \.\w+ are not read; give text"):
+        inputs_of([path])
+
+
+def test_tokenizers_are_trained_on_text(tmp_path, monkeypatch):
+    path = write(tmp_path / "x.jsonl", json_lines(TEXTS))
+    monkeypatch.setattr(
+        sys, "argv", ["train", "--input", str(path), "--output", str(tmp_path / "t"), "--vocab-size=300"]
+    )
+    with pytest.raises(UserError, match=r"x\.jsonl is not plain text by its ending"):
+        train_tokenizer.main()
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.md", "x.TXT", "x.py", "wiki_00", "x.rst.gz"])
+def test_endings_of_text(tmp_path, name):
+    path = write(tmp_path / name, gzip.compress(b"a,b") if name.endswith(".gz") else b"a,b")
+    prepare(inputs_of([path]), settings_of(tmp_path / "out"), run_locally(1))
+    assert texts_in(tmp_path / "out") == ["a,b"]
 
 
 def test_official_shards_in_and_out(tmp_path):
@@ -219,6 +259,22 @@ DAMAGED = {
     "no such column": ("x.parquet", parquet(TEXTS, "body"), r"x.parquet: has no column 'text'; its .* id, body", None),
     "a column of numbers": ("x.parquet", parquet([1], kind=pyarrow.int64()), r"column 'text' holds int64; exp", None),
     "a null": ("x.parquet", parquet(["a", None, "b"]), r"x.parquet: row 2: 'text' is null; expected a string", 2),
+    "no such column in a table": (
+        "x.csv",
+        table(["a"], column="body"),
+        r"x.csv: has no column 'text'; its .*body",
+        None,
+    ),
+    "two such columns": ("x.csv", b"text,text\na,b\n", r"x.csv: has two columns 'text'", None),
+    "a comma without quotes": ("x.csv", b"text,id\na,1\nb, c,2\nd,3\n", r"x.csv: row 2: has more or fewer columns", 2),
+    "a quote that never ends": ("x.csv", b'text\na\n"b\nc\n', r"x.csv: row 2: cannot be read \(unexpected end", 1),
+    "a table in Latin-1": (
+        "x.csv",
+        "text\ncaf\u00e9\n".encode("latin-1"),
+        r"x.csv: line 2: not UTF-8 text, byte 3",
+        None,
+    ),
+    "numbers in a list": ("x.parquet", parquet([["a"]]), r"column 'text' holds list<.*; exp", None),
     "an official shard cut short": ("x.bin", bin_shard("abc")[:-2], r"x.bin: .*the file is cut short", None),
 }
 

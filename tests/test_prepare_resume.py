@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import json
 import os
 import signal
 import subprocess
@@ -149,6 +150,45 @@ def test_unfinished_work_of_changed_inputs_is_refused(tmp_path):
         prepare(inputs_of([path]), settings_of(tmp_path / "out"), run_locally(1))
     with pytest.raises(UserError, match=r"holds other files \(out, x.jsonl\); give a new directory"):
         prepare(inputs_of([path]), settings_of(tmp_path), run_locally(1))
+
+
+def _replace(path, data):
+    """Other bytes, of the same size and with the same time."""
+    assert len(data) == path.stat().st_size
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    os.utime(write(path, data), ns=times)
+
+
+def test_other_bytes_of_the_same_size_and_time_are_noticed(tmp_path):
+    path = write(tmp_path / "x.txt", b"one text")
+    unfinished, finished = settings_of(tmp_path / "unfinished"), settings_of(tmp_path / "finished")
+    with pytest.raises(Killed):
+        prepare(inputs_of([path]), unfinished, lambda *_: throw(Killed))
+    prepare(inputs_of([path]), finished, run_locally(1))
+    _replace(path, b"two text")
+    with pytest.raises(UserError, match=r"holds unfinished work of another preparation[^$]*x\.txt: content: "):
+        prepare(inputs_of([path]), unfinished, run_locally(1))
+    with pytest.raises(UserError, match=r"holds another preparation[^$]*x\.txt: sha256: "):
+        prepare(inputs_of([path]), finished, run_locally(1))
+    _replace(path, b"one text")
+    for settings in (unfinished, finished):
+        assert prepare(inputs_of([path]), settings, run_locally(1)).documents == 1
+
+
+def test_a_plan_that_knows_no_contents_is_resumed(tmp_path):
+    """Left by an earlier version."""
+    path, settings = write(tmp_path / "x.txt", b"one text"), settings_of(tmp_path / "out")
+    with pytest.raises(Killed):
+        prepare(inputs_of([path]), settings, lambda *_: throw(Killed))
+    plan = json.loads((settings.progress_dir / "plan.json").read_text())
+    for source in plan["inputs"]:
+        source.pop("content", None)
+    write(settings.progress_dir / "plan.json", json.dumps(plan).encode())
+    assert prepare(inputs_of([path]), settings, run_locally(1)).documents == 1
+
+
+def throw(error):
+    raise error
 
 
 def test_of_many_changed_inputs_some_are_named(tmp_path):

@@ -1,5 +1,6 @@
 """A run that is killed and started again equals one that never stopped, to the bit."""
 
+import hashlib
 import json
 import os
 import random
@@ -22,9 +23,13 @@ from lm2_jax.checkpoint.manager import Checkpoints
 from lm2_jax.common.errors import UserError
 from lm2_jax.common.records import read_records
 from lm2_jax.config import save_config
+from lm2_jax.data.pipeline import Pipeline
+from lm2_jax.tokenizer import load_tokenizer
 from lm2_jax.training import loop
+from lm2_jax.training.curriculum import Progress
 from lm2_jax.training.loop import train
 from lm2_jax.training.metrics_log import MetricsLog
+from lm2_jax.training.run_dir import check_data
 
 KINDS = ("lm2 stories", "rmt stories", "lm2 packed text", "lm2 stream")
 
@@ -155,11 +160,27 @@ def test_changed_data_is_not_gone_on_with(tmp_path, quick):
     train(config)
     path = Path(config.data.path[0])
     text = path.read_text()
-    path.write_text(text + "One more line.\n")
-    with pytest.raises(UserError, match="have changed since its checkpoint"):
-        train(config)
+    for changed in (text + "One more line.\n", text.upper()):  # the second of the same size
+        path.write_text(changed)
+        with pytest.raises(UserError, match="have changed since its checkpoint"):
+            train(config)
     path.write_text(text)
     train(config)
+
+
+def test_a_run_that_knows_only_sizes_resumes(tmp_path):
+    """Saved by an earlier version; from now on it knows contents."""
+    config = config_of("lm2 packed text", tmp_path / "run", "train.curriculum=[]")
+    pipeline = Pipeline(config, load_tokenizer(config.tokenizer))
+    path = Path(config.data.path[0])
+    lines = [load_tokenizer(config.tokenizer).fingerprint(), f"path {path.name} {path.stat().st_size}"]
+    saved = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    progress = check_data(Progress(step=4, data_fingerprint=saved), pipeline, tmp_path)
+    assert progress.data_fingerprint == pipeline.fingerprint() != saved
+    path.write_text(path.read_text() + "One more line.\n")
+    for fingerprint in (saved, progress.data_fingerprint):
+        with pytest.raises(UserError, match="have changed since its checkpoint"):
+            check_data(Progress(step=4, data_fingerprint=fingerprint), pipeline, tmp_path)
 
 
 # --- SIGKILL in another process -------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from lm2_jax.common.errors import UserError, run_command
 from lm2_jax.common.files import expand_paths
 from lm2_jax.config import TokenizerConfig
+from lm2_jax.data.texts import is_text_ending
 from lm2_jax.tokenizer import load_tokenizer
 
 _EXAMPLES = """examples:
@@ -59,6 +60,8 @@ def main() -> None:
 def _read_texts(patterns: list[str]) -> list[str]:
     texts = []
     for path in expand_paths(patterns, "--input"):
+        if not is_text_ending(path.suffix):
+            raise UserError(f"--input: {path} is not plain text by its ending; write its texts into a .txt file")
         try:
             texts.append(path.read_bytes().decode())  # not read_text, which would turn \r\n into \n
         except OSError as error:

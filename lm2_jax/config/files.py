@@ -1,7 +1,7 @@
 """Configs from and to YAML files, with overrides of single keys.
 
-The YAML has 1.2's numbers, no duplicate keys, and nothing that explodes when it is read. Errors name the key, the value
-found and what would be right.
+The YAML has 1.2's numbers and booleans, no duplicate keys, and nothing that explodes when it is read. Errors name the
+key, the value found and what would be right.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def _section_type(annotation: Any) -> type[Section]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 3e-4 as a float and 2025-01-31 as text, as in YAML 1.2."""
+    """Reads 0100 as a hundred, 3e-4 as a float, and 1:30, 1_000, 2025-01-31 and off as text, as in YAML 1.2."""
 
     def get_single_node(self) -> yaml.Node | None:
         node = super().get_single_node()
@@ -206,18 +206,33 @@ def _expanded_size(node: yaml.Node, known: dict[int, float]) -> float:
     return known[id(node)]
 
 
+def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    text = loader.construct_scalar(node)
+    base = {"0o": 8, "0x": 16}.get(text[:2], 10)
+    return int(text if base == 10 else text[2:], base)
+
+
+def _construct_float(loader: _Loader, node: yaml.ScalarNode) -> float:
+    return float(loader.construct_scalar(node).lower().replace(".inf", "inf").replace(".nan", "nan"))
+
+
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that `_Loader` would read as a number."""
+    """Quotes text that `_Loader`, or a reader of YAML 1.1, would take for something else."""
 
 
-for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-    )
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+# What is not text: the core schema of YAML 1.2, and the merging of mappings, which is older
+_SCALARS = {
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
+    "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+    "merge": r"<<",
 }
+_RESOLVERS = [(f"tag:yaml.org,2002:{kind}", re.compile(rf"({pattern})\Z")) for kind, pattern in _SCALARS.items()]
+_Loader.yaml_implicit_resolvers = {None: _RESOLVERS}  # None: whatever the first character is
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
+_Dumper.yaml_implicit_resolvers = {**_Dumper.yaml_implicit_resolvers, None: _RESOLVERS}
 
 
 def _parse_yaml(text: str, where: str) -> Any:

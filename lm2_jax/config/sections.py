@@ -30,9 +30,9 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_number_is_yes(cls, value: Any, info: ValidationInfo) -> Any:
-        # pydantic would read the true of YAML's "yes" and "on" as 1
+        # pydantic would read true as 1
         if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
-            raise PydanticCustomError("bool", "should not be yes or no (put it in quotes if it is meant as text)")
+            raise PydanticCustomError("bool", "should not be true or false (put it in quotes if it is meant as text)")
         return value
 
 
@@ -71,7 +71,7 @@ class RopeScaling(Section):
 class ModelConfig(Section):
     """The Llama decoder that every memory kind shares."""
 
-    vocab_size: PositiveInt | None = None  # number of token ids; null: those of the tokenizer
+    vocab_size: PositiveInt | None = None  # rows of the embedding table; null: the tokenizer's ids; more: padded
     d_model: PositiveInt = 96  # width D of the residual stream
     num_layers: PositiveInt = 3  # blocks L
     num_heads: PositiveInt = 4  # query heads of self-attention
@@ -284,7 +284,7 @@ class PerplexityConfig(Section):
     """Loss and perplexity of documents (evaluate --task perplexity)."""
 
     path: Texts | None = None  # files or globs; null: the run's validation documents
-    source: Literal["text", "jsonl", "bin"] | None = None  # null: by file name, .jsonl, .bin or else text
+    source: Literal["text", "jsonl", "bin"] | None = None  # null: by file name, .txt, .jsonl or .bin
     document_separator: str | None = None  # text: see data.document_separator
 
     @model_validator(mode="after")

@@ -30,7 +30,8 @@ from lm2_jax.convert.engine import (
     read_as_ours,
     table_key,
 )
-from lm2_jax.convert.llama_config import from_llama, number, to_llama
+from lm2_jax.convert.llama_config import from_llama, number, rope_parameters, to_llama
+from lm2_jax.convert.rotary import without_rope_tables
 from lm2_jax.convert.tables import CAN_BE_ADDED, STARTS_AT_ZERO, llama, lm2
 from lm2_jax.convert.tensors import Tensor, open_tensors, write_tensors
 from lm2_jax.convert.tokenizer_files import special_ids, write_generation, write_tokenizer
@@ -73,12 +74,15 @@ def write(checkpoint: Checkpoint, directory: Path, dtype: str, track: Track) -> 
     config = checkpoint.config
     ids = carried(checkpoint, _SPECIAL_IDS) | special_ids(config, checkpoint.origin)
     settings = to_llama(config) | {"dtype": dtype, **ids}
+    settings["rope_parameters"] = rope_parameters(settings)
     table = llama(config.model.tie_embeddings)
     if all(table_key(path) in table.rules for path in checkpoint.params):
         settings |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
         settings |= {"max_position_embeddings": config.trained_segment_length, **carried(checkpoint, _LONGEST)}
     else:
         settings |= _lm2_settings(checkpoint)
+        for key in ("rope_theta", "rope_scaling"):  # only for older versions of transformers, which cannot run it
+            settings.pop(key, None)
         table = lm2(config.model.tie_embeddings)
         for file in sorted(_CODE.glob("*.py")):
             shutil.copyfile(file, directory / file.name)
@@ -100,7 +104,8 @@ def _read_llama(path: Path, theirs: Mapping[str, Any], overrides: Sequence[str],
     longest = number(theirs, "max_position_embeddings", problems, default=_LONGEST_SEGMENT)
     values["data"]["segment_length"] = min(longest, _LONGEST_SEGMENT)
     config = _config(path, values, overrides, problems)
-    tensors, shapes = open_tensors(path, "model"), abstract_params(config)
+    tensors = without_rope_tables(open_tensors(path, "model"), config.model, path)
+    shapes = abstract_params(config)
     table = llama(config.model.tie_embeddings)
     strange = sorted({table_key(name) for name in shapes} - table.rules.keys() - CAN_BE_ADDED)
     if strange:

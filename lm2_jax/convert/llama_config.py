@@ -43,11 +43,9 @@ def from_llama(theirs: dict[str, Any], problems: list[str]) -> dict[str, Any]:
 
 
 def to_llama(config: Config) -> dict[str, Any]:
-    """Hugging Face's names of our model section; RoPE in the form of transformers 5."""
+    """Hugging Face's names of our model section; RoPE in the form that every version of transformers reads."""
     c = config.model
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": c.rope_theta}
-    if c.rope_scaling is not None:
-        rope |= {"rope_type": "llama3"} | {key: getattr(c.rope_scaling, key) for key in _SCALING}
+    scaling = c.rope_scaling and {"rope_type": "llama3"} | {key: getattr(c.rope_scaling, key) for key in _SCALING}
     return {
         "vocab_size": c.vocab_size,
         "hidden_size": c.d_model,
@@ -59,8 +57,14 @@ def to_llama(config: Config) -> dict[str, Any]:
         "hidden_act": "silu",
         "rms_norm_eps": c.norm_eps,
         "tie_word_embeddings": c.tie_embeddings,
-        "rope_parameters": rope,
+        "rope_theta": c.rope_theta,
+        "rope_scaling": scaling,
     }
+
+
+def rope_parameters(settings: dict[str, Any]) -> dict[str, Any]:
+    """RoPE in the form of transformers 5, of settings in the older form (rope_theta, rope_scaling)."""
+    return {"rope_type": "default", "rope_theta": settings["rope_theta"]} | (settings["rope_scaling"] or {})
 
 
 def number(theirs: dict[str, Any], key: str, problems: list[str], default: float | None = None) -> Any:
@@ -75,18 +79,36 @@ def number(theirs: dict[str, Any], key: str, problems: list[str], default: float
 
 
 def _rope(theirs: dict[str, Any], problems: list[str]) -> tuple[float, dict[str, Any] | None]:
-    """theta and scaling, from rope_parameters (transformers 5) or rope_theta and rope_scaling (before it)."""
-    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        problems.append(f"rope_parameters: found {short_repr(rope)}; expected an object")
-        return 10_000.0, None
-    theta = number({**theirs, **rope}, "rope_theta", problems, default=10_000.0)
+    """theta and scaling, from rope_parameters (transformers 5), or rope_theta and rope_scaling (before it).
+
+    A config may have both forms, for readers of any version, but they must agree.
+    """
+    thetas = {"rope_theta": theirs["rope_theta"]} if theirs.get("rope_theta") is not None else {}
+    scalings: dict[str, dict[str, Any] | None] = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = theirs.get(key) or {}
+        if not isinstance(rope, dict):
+            problems.append(f"{key}: found {short_repr(rope)}; expected an object")
+            continue
+        if rope.get("rope_theta") is not None:
+            thetas[f"{key}.rope_theta"] = rope["rope_theta"]
+        if rope:
+            scalings[key] = _scaling(rope, key, problems)
+    for found in (thetas, scalings):
+        (first, value), *others = found.items() or [("", None)]
+        problems += [
+            f"{first} and {other}: found {short_repr(value)} and {short_repr(differing)}; remove the one that is wrong"
+            for other, differing in others
+            if differing != value
+        ]
+    theta = number({"rope_theta": next(iter(thetas.values()), None)}, "rope_theta", problems, default=10_000.0)
+    return theta, next(iter(scalings.values()), None)
+
+
+def _scaling(rope: dict[str, Any], key: str, problems: list[str]) -> dict[str, Any] | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
-        problems.append(
-            f"rope_parameters: found rope_type {short_repr(kind)}; only 'default' and 'llama3' are supported"
-        )
-        return theta, None
-    return theta, {key: number(rope, key, problems) for key in _SCALING}
+    if kind == "llama3":
+        return {name: number(rope, name, problems) for name in _SCALING}
+    if kind != "default":
+        problems.append(f"{key}: found rope_type {short_repr(kind)}; only 'default' and 'llama3' are supported")
+    return None

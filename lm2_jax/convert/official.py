@@ -18,6 +18,7 @@ from lm2_jax.common.untrusted import read_json, resolve_inside, short_repr
 from lm2_jax.config import Config, parse_config
 from lm2_jax.convert.engine import Checkpoint, Entry, Track, abstract_params, as_theirs, carried, read_as_ours
 from lm2_jax.convert.llama_config import from_llama, number, to_llama
+from lm2_jax.convert.rotary import without_rope_tables
 from lm2_jax.convert.tables import official
 from lm2_jax.convert.tensors import open_tensors, write_tensors
 from lm2_jax.tokenizer import Origin
@@ -38,7 +39,7 @@ def read(path: Path, overrides: Sequence[str], track: Track) -> Checkpoint:
     if path.is_dir():  # a file that the user names may be a link
         resolve_inside(directory, file.name)
     config = _config_of(directory / "config.json", overrides)
-    tensors = open_tensors(file, "state_dict")
+    tensors = without_rope_tables(open_tensors(file, "state_dict"), config.model, file)
     shapes = abstract_params(config)
     table = official(config.model.tie_embeddings, _has_memory(shapes))
     bank = []
@@ -91,9 +92,6 @@ def _config_for(checkpoint: Checkpoint, lanes: int, with_memory: bool) -> dict[s
     config = checkpoint.config
     values = to_llama(config) | {"max_position_embeddings": config.trained_segment_length, "loss_ignore_index": -100}
     values |= carried(checkpoint, ("max_position_embeddings", "loss_ignore_index"))
-    rope = values.pop("rope_parameters")  # of transformers 5; the official code is older
-    values["rope_theta"] = rope.pop("rope_theta")
-    values["rope_scaling"] = rope if len(rope) > 1 else None
     if values["head_dim"] * values["num_attention_heads"] == values["hidden_size"]:
         del values["head_dim"]
     return values | {

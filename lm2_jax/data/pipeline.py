@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from lm2_jax.common.errors import UserError
-from lm2_jax.common.files import expand_paths
+from lm2_jax.common.files import content_digest, expand_paths
 from lm2_jax.config import Config, DataConfig, StageConfig
 from lm2_jax.data.babi.sources import QuestionSource, StoryFiles, StorySource
 from lm2_jax.data.documents import BinSource, DocumentSource, JsonLinesSource, Mixture, TextSource, split_documents
@@ -51,14 +51,24 @@ class Pipeline:
         return None if held_out is None else self._lanes(held_out, stage)
 
     def fingerprint(self) -> str:
-        """16 hex digits that change with the tokenizer, files' names and sizes, manifests and weights."""
+        """16 hex digits that change with the tokenizer, files' names and contents, manifests and weights.
+
+        See `content_digest` for files beyond a gigabyte.
+        """
+        return self._fingerprint(content_digest)
+
+    def fingerprint_by_size(self) -> str:
+        """The fingerprint that earlier versions took, which changes with files' sizes instead of their contents."""
+        return self._fingerprint(lambda path: path.stat().st_size)
+
+    def _fingerprint(self, describe: Callable[[Path], object]) -> str:
         data, lines = self._config.data, [self._tokenizer.fingerprint() if self._tokenizer else ""]
         for key in ("path", "validation_path", "background"):
             paths = getattr(data, key) or ()
             if data.source == "prepared" and key != "background":
                 lines += [f"{key} {_manifest_digest(path)}" for path in paths]
             elif paths:
-                lines += [f"{key} {path.name} {path.stat().st_size}" for path in expand_paths(paths, f"data.{key}")]
+                lines += [f"{key} {path.name} {describe(path)}" for path in expand_paths(paths, f"data.{key}")]
         lines += [f"mixture {_manifest_digest(part.path)} {part.weight!r}" for part in data.mixture]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import csv
 import itertools
 import json
 import re
@@ -16,7 +17,14 @@ from lm2_jax.common.errors import UserError
 from lm2_jax.common.untrusted import short_repr
 from lm2_jax.tokenizer import Tokenizer, prompt_ids
 
+# Endings of prose and programs, or none
+_PLAIN_TEXT = re.compile(r"|\.(txt|text|md|markdown|rst|tex|py|c|h|cc|cpp|go|java|jl|js|rs|sh|ts)", re.IGNORECASE)
 _LONGEST_LINE = 1 << 25  # bytes: parsed, nested lists take some 30 times as many
+
+
+def is_text_ending(ending: str) -> bool:
+    """True if files of this ending (".txt"; "": none) are plain text, without rows, tags or quotes around it."""
+    return bool(_PLAIN_TEXT.fullmatch(ending))
 
 
 def bom_size(data: bytes) -> int:
@@ -70,6 +78,28 @@ def json_text(line: str, where: str, field: str = "text") -> str:
     if re.search("[\ud800-\udfff]", text):
         raise UserError(f"{where}: {field!r} holds half a surrogate pair (\\ud800-\\udfff), which is not a character")
     return text
+
+
+def table_texts(file: BinaryIO, field: str, delimiter: str, where: str) -> Iterator[str | None]:
+    """Yields the texts in a column of a table with a header line (CSV or TSV), where a quoted text may span lines.
+
+    A row with more or fewer columns than the header yields None; empty lines are left out. Raises UserError if there is
+    no such column and for bytes that are not UTF-8, csv.Error for quotes that are not closed.
+    """
+
+    def lines() -> Iterator[str]:
+        for number, line in enumerate(read_lines(file), 1):
+            check_line(line, f"{where}: line {number}")
+            yield decode_text(line[bom_size(line) :] if number == 1 else line, f"{where}: line {number}")
+
+    csv.field_size_limit(_LONGEST_LINE)
+    rows = csv.reader(lines(), delimiter=delimiter, strict=True)
+    header = next(rows, [field])
+    if header.count(field) != 1:
+        found = "two columns" if field in header else "no column"
+        raise UserError(f"{where}: has {found} {field!r}; its columns are {short_repr(header)[1:-1]}")
+    column = header.index(field)
+    yield from (row[column] if len(row) == len(header) else None for row in rows if row)
 
 
 def tokenize(text: str, tokenizer: Tokenizer) -> np.ndarray:

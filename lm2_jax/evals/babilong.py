@@ -15,7 +15,7 @@ import numpy as np
 from rich.table import Table
 
 from lm2_jax.common.errors import UserError
-from lm2_jax.common.files import expand_paths
+from lm2_jax.common.files import content_digest, expand_paths
 from lm2_jax.common.progress import Progress
 from lm2_jax.common.statistics import wilson_interval
 from lm2_jax.config import BabilongConfig, BabilongTask
@@ -179,6 +179,7 @@ def encode_prompt(sample: Sample, task: BabilongTask, settings: BabilongConfig, 
 def _identity(loaded: EvalModel) -> dict[str, Any]:
     """Everything that an answer depends on, besides the entries of a record's key."""
     config, settings = loaded.config, loaded.config.eval.babilong
+    books = expand_paths(settings.books, "eval.babilong.books") if settings.books else ()
     return {
         "evaluation": "babilong",
         "parameters": loaded.fingerprint,
@@ -186,7 +187,8 @@ def _identity(loaded: EvalModel) -> dict[str, Any]:
         "segment_length": config.trained_segment_length,
         "dtype": config.train.dtype,
         "seed": config.train.seed,
-        "book_files": _describe(expand_paths(settings.books, "eval.babilong.books") if settings.books else ()),
+        "book_files": _describe(books),
+        "contents": [content_digest(path) for path in books],
         **settings.model_dump(mode="json", exclude={"tasks", "lengths", "samples"}),
     }
 

@@ -8,9 +8,11 @@ from lm2_jax.common.errors import UserError
 from lm2_jax.common.files import expand_paths
 from lm2_jax.data.documents import BinSource, Document, DocumentSource, JsonLinesSource, TextSource
 from lm2_jax.data.pipeline import Pipeline, held_out_files
+from lm2_jax.data.texts import is_text_ending
 from lm2_jax.evals.model import EvalModel
 
 _KEY = "eval.perplexity.path"
+_KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".bin": "bin"}
 
 
 def open_documents(loaded: EvalModel) -> tuple[DocumentSource, list[Path]]:
@@ -23,7 +25,7 @@ def open_documents(loaded: EvalModel) -> tuple[DocumentSource, list[Path]]:
     if settings.path is None:
         return _held_out_documents(loaded)
     paths = expand_paths(settings.path, _KEY)
-    kinds = {settings.source or {".jsonl": "jsonl", ".bin": "bin"}.get(path.suffix, "text") for path in paths}
+    kinds = {settings.source or _kind(path) for path in paths}
     if len(kinds) > 1:
         raise UserError(f"{_KEY}: files of several kinds ({', '.join(sorted(kinds))}); evaluate one kind at a time")
     if kinds == {"bin"}:
@@ -35,6 +37,17 @@ def open_documents(loaded: EvalModel) -> tuple[DocumentSource, list[Path]]:
     if kinds == {"jsonl"}:
         return JsonLinesSource(paths, loaded.tokenizer, _KEY), paths
     return TextSource(paths, loaded.tokenizer, settings.document_separator, _KEY), paths
+
+
+def _kind(path: Path) -> str:
+    """The kind of document that a file's ending tells. Raises UserError for one that tells none."""
+    kind = _KINDS.get(path.suffix.lower(), "text" if is_text_ending(path.suffix) else None)
+    if kind is None:
+        raise UserError(
+            f"{_KEY}: {path} is neither text (.txt), .jsonl nor .bin by its ending; set eval.perplexity.source to the "
+            "kind that it is"
+        )
+    return kind
 
 
 def _held_out_documents(loaded: EvalModel) -> tuple[DocumentSource, list[Path]]:

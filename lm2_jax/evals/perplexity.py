@@ -20,6 +20,7 @@ from rich.table import Table
 
 from lm2_jax.batch import Batch
 from lm2_jax.common.errors import UserError
+from lm2_jax.common.files import content_digest
 from lm2_jax.common.progress import Progress
 from lm2_jax.data.documents import BinSource, DocumentSource
 from lm2_jax.data.lanes import Lanes, Placement
@@ -76,6 +77,7 @@ def _identity(loaded: EvalModel, source: DocumentSource, paths: list[Path]) -> d
         "segment_length": config.trained_segment_length,
         "dtype": config.train.dtype,
         "files": [f"{path.name} ({path.stat().st_size} bytes)" for path in paths],
+        "contents": [content_digest(path) for path in paths],
         "documents": repr(source),
         "settings": config.eval.perplexity.model_dump(mode="json", exclude={"path"}),
         "data": config.data.model_dump(mode="json", include={"document_separator", "validation_fraction", "begin_id"}),

@@ -12,6 +12,7 @@ from lm2_jax.common.errors import UserError
 from lm2_jax.common.files import write_atomically
 
 Record = dict[str, Any]
+_LATER_KEYS = ("contents",)  # of an identity, which files of earlier versions lack
 
 
 class ResultLog:
@@ -36,7 +37,8 @@ class ResultLog:
             whole = text[: text.rfind("\n") + 1] or json.dumps(identity) + "\n"  # a killed run may leave half a line
             head, *records = map(json.loads, whole.splitlines())
             self._records = {self._key_of(record): record for record in records}
-            differences = [name for name in identity if head.get(name) != identity[name]]
+            known = [name for name in identity if name in head or name not in _LATER_KEYS]
+            differences = [name for name in known if head.get(name) != identity[name]]
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

@@ -128,14 +128,20 @@ def with_vocabulary(config: Config) -> Config:
 
 
 def check_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
-    """The config with model.vocab_size set from the tokenizer. Raises UserError if they disagree."""
-    if config.model.vocab_size not in (None, tokenizer.vocab_size):
+    """The config with model.vocab_size set, from the tokenizer if it is null.
+
+    A larger one is kept, as many embedding tables are padded. Raises UserError for one that has too few ids.
+    """
+    model, ids = config.model, tokenizer.vocab_size
+    if model.vocab_size is None:
+        return config.model_copy(update={"model": model.model_copy(update={"vocab_size": ids})})
+    if model.vocab_size < ids:
         raise UserError(
-            f"model.vocab_size: found {config.model.vocab_size}, but the tokenizer ({config.tokenizer.kind}"
-            f"{f', {config.tokenizer.path}' if config.tokenizer.path else ''}) has {tokenizer.vocab_size} ids; "
-            f"set it to {tokenizer.vocab_size} or to null"
+            f"model.vocab_size: found {model.vocab_size}, but the tokenizer ({config.tokenizer.kind}"
+            f"{f', {config.tokenizer.path}' if config.tokenizer.path else ''}) has {ids} ids; "
+            f"set it to {ids}, to null or, for a padded embedding table, to more"
         )
-    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": tokenizer.vocab_size})})
+    return config
 
 
 def _likely_kind(data: bytes) -> str | None:

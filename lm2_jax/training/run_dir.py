@@ -87,10 +87,11 @@ def read_run_config(run_dir: Path) -> Config | None:
 def check_data(progress: Progress, pipeline: Pipeline, run_dir: Path) -> Progress:
     """The progress with the fingerprint of the data.
 
-    Raises UserError if files or tokenizer are not those that a resumed data position refers to.
+    Raises UserError if files or tokenizer are not those that a resumed data position refers to. Of a run that an
+    earlier version saved, the sizes of its files must be the same.
     """
     fingerprint = pipeline.fingerprint()
-    if progress.step and progress.data_fingerprint != fingerprint:
+    if progress.step and progress.data_fingerprint not in (fingerprint, pipeline.fingerprint_by_size()):
         raise UserError(
             f"{run_dir}: the tokenizer or the files in data.path, data.validation_path or data.background have changed "
             "since its checkpoint; restore them, or start another train.run_dir"

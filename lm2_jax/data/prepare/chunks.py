@@ -7,6 +7,7 @@ for many.
 from __future__ import annotations
 
 import contextlib
+import csv
 import dataclasses
 import importlib
 import zlib
@@ -69,7 +70,7 @@ class Input(Protocol):
         ...
 
     def state(self) -> dict[str, Any]:
-        """Name, size and the like, which show without reading the input whether it has changed."""
+        """Name, size and the like, which show without reading all of the input whether it has changed."""
         ...
 
     def identity(self) -> dict[str, Any]:
@@ -112,7 +113,7 @@ def reading(where: str) -> Iterator[None]:
         yield
     except EOFError:
         raise UserError(f"{where}: the compressed file is cut short") from None
-    except (zlib.error, OSError, ValueError, arrow_error()) as error:
+    except (zlib.error, csv.Error, OSError, ValueError, arrow_error()) as error:
         text = getattr(error, "strerror", None) or str(error).split("\n")[0]
         raise UserError(f"{where}: cannot be read ({text})") from None
 

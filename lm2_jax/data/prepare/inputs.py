@@ -1,4 +1,4 @@
-"""Inputs to prepare, opened by name: text, JSON lines, official token shards, parquet and hub data sets."""
+"""Inputs to prepare, opened by name: text, JSON lines, tables, official token shards and hub data sets."""
 
 from __future__ import annotations
 
@@ -18,13 +18,24 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from lm2_jax.common.errors import UserError
-from lm2_jax.common.files import expand_paths
+from lm2_jax.common.files import content_digest, expand_paths
 from lm2_jax.data.documents import BinSource
 from lm2_jax.data.prepare.chunks import Chunk, Input, Unreachable, arrow_error, chunked, reading, require
-from lm2_jax.data.texts import bom_size, check_line, cut_text, decode_text, json_text, read_lines
+from lm2_jax.data.texts import (
+    bom_size,
+    check_line,
+    cut_text,
+    decode_text,
+    is_text_ending,
+    json_text,
+    read_lines,
+    table_texts,
+)
 
 _HUB_ID = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<config>[\w.-]+))?")
-_ENDINGS = (".txt", ".md", ".jsonl", ".ndjson", ".json", ".parquet", ".bin", ".gz", ".zst")
+_SAMPLED_BLOCKS = 16  # MiB that show whether an input has changed: there may be thousands of inputs
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_ENDINGS = (".txt", ".md", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".bin", ".gz", ".zst")
 
 
 def open_inputs(
@@ -39,8 +50,9 @@ def open_inputs(
     """Opens inputs by name: files and globs, sorted, then hub ids: `owner/name`, optionally with `@revision` and
     `:config`.
 
-    Endings tell how a file is read: .jsonl, .ndjson, .json (lines of objects), .parquet, .bin (the official layout);
-    all others are text. .gz or .zst may follow, except after .parquet and .bin.
+    Endings tell how a file is read: .jsonl, .ndjson, .json (lines of objects), .csv, .tsv (with a header line),
+    .parquet, .bin (the official layout); .txt and the like are text. .gz or .zst may follow, except after .parquet and
+    .bin.
 
     Args:
       field: the key or column that holds the text.
@@ -49,7 +61,8 @@ def open_inputs(
       vocab_size: ids of .bin files must be below it.
       bos_id: the id that documents of .bin files begin with.
 
-    Raises UserError for a name that matches nothing, and if a package that an input needs is not installed.
+    Raises UserError for a name that matches nothing, for an ending that is none of these, and if a package that an
+    input needs is not installed.
     """
     hub = [name for name in names if _is_hub_id(name)]
     patterns = [name for name in names if name not in hub]
@@ -64,6 +77,8 @@ def open_inputs(
             require("pyarrow", f"{path}: zstd")
         if kind in (".jsonl", ".ndjson", ".json"):
             inputs.append(JsonLinesInput(path, field))
+        elif kind in _DELIMITERS:
+            inputs.append(DelimitedInput(path, field, _DELIMITERS[kind]))
         elif kind == ".parquet":
             require("pyarrow.parquet", f"{path}: parquet")
             inputs.append(ParquetInput(path, field))
@@ -71,8 +86,13 @@ def open_inputs(
             if bos_id is None:
                 raise UserError(f"{path}: documents begin with a begin token, which --tokenizer does not have")
             inputs.append(BinInput(path, vocab_size, bos_id))
-        else:
+        elif is_text_ending(kind):
             inputs.append(TextInput(path, separator))
+        else:
+            raise UserError(
+                f"{path}: files that end in {kind} are not read; give text (.txt), .jsonl, .csv, .tsv, .parquet or "
+                ".bin, or name it .txt if it is plain text"
+            )
     return inputs + [_open_hub(name, split, field) for name in hub]
 
 
@@ -85,7 +105,7 @@ def _is_hub_id(name: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class FileInput:
-    """A file to prepare, told apart by name, size, time and checksum."""
+    """A file to prepare, told apart by name, size, time and a checksum of samples, once prepared of all its bytes."""
 
     path: Path
 
@@ -101,7 +121,9 @@ class FileInput:
 
     def state(self) -> dict[str, Any]:
         """See `Input`."""
-        return {"name": self.name, "bytes": self.size, "modified": self.path.stat().st_mtime_ns}
+        stat = self.path.stat()
+        digest = content_digest(self.path, _SAMPLED_BLOCKS)
+        return {"name": self.name, "bytes": stat.st_size, "modified": stat.st_mtime_ns, "content": digest}
 
     def identity(self) -> dict[str, Any]:
         """See `Input`."""
@@ -196,7 +218,11 @@ def _unpacked(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
 
 
 class _Rows:
-    """Parsing of the rows of a table with texts in one column."""
+    """Parsing of the rows of a table with texts in one column; None stands for a row without one."""
+
+    @property
+    def _missing(self) -> str:
+        return f"{self.field!r} is null; expected a string"
 
     def parse(self, chunk: Chunk) -> Iterator[str | UserError]:
         """See `Input`."""
@@ -204,10 +230,25 @@ class _Rows:
             where = f"{self.name}: row {number}"
             try:
                 if value is None:
-                    raise UserError(f"{where}: {self.field!r} is null; expected a string")
+                    raise UserError(f"{where}: {self._missing}")
                 yield value if isinstance(value, str) else decode_text(value, where)
             except UserError as error:
                 yield error
+
+
+@dataclasses.dataclass(frozen=True)
+class DelimitedInput(_Rows, FileInput):
+    """A table of lines (CSV or TSV) below a header line, with texts in the column `field`."""
+
+    field: str
+    delimiter: str
+    _missing = "has more or fewer columns than the header; a text that contains the delimiter needs quotes"
+
+    def read(self) -> Iterator[Chunk]:
+        """See `Input`."""
+        with _unpacked(self.path) as (file, raw_file):
+            texts = table_texts(file, self.field, self.delimiter, self.name)
+            yield from chunked(texts, raw_file.tell, f"{self.name}: row")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +266,8 @@ class ParquetInput(_Rows, FileInput):
             if self.field not in schema.names:
                 raise UserError(f"{self.name}: has no column {self.field!r}; its columns are {', '.join(schema.names)}")
             kind = schema.field(self.field).type
-            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            values = kind.value_type if pa.types.is_dictionary(kind) else kind
+            if str(values) not in ("string", "large_string", "string_view"):
                 raise UserError(f"{self.name}: column {self.field!r} holds {kind}; expected strings")
             yield from chunked(self._values(pa, table), file.tell, f"{self.name}: row")
 

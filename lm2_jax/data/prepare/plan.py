@@ -29,6 +29,7 @@ from lm2_jax.tokenizer import Tokenizer
 _PLAN = "plan.json"
 _DIFFERENCES_SHOWN = 5
 _AT_A_GLANCE = ("name", "bytes", "split", "revision")  # of an input, without its checksum
+_LATER_KEYS = ("content",)  # of an input, which plans of earlier versions lack
 
 
 def prepare(inputs: Sequence[Input], settings: Settings, runner: MakeShards) -> Manifest:
@@ -48,7 +49,7 @@ def prepare(inputs: Sequence[Input], settings: Settings, runner: MakeShards) -> 
         "inputs": [source.state() for source in inputs],
     }
     if (output / MANIFEST).exists():
-        manifest = _finished(plan, settings)
+        manifest = _finished(plan, inputs, settings)
         shutil.rmtree(progress_dir, ignore_errors=True)  # left by a run killed after its manifest
         return manifest
     try:
@@ -87,15 +88,18 @@ def _keep_plan(plan: dict[str, Any], settings: Settings) -> None:
         )
 
 
-def _finished(plan: dict[str, Any], settings: Settings) -> Manifest:
-    """Reads the finished manifest. Raises UserError if it is that of another preparation."""
+def _finished(plan: dict[str, Any], inputs: Sequence[Input], settings: Settings) -> Manifest:
+    """Reads the finished manifest. Raises UserError if it is that of another preparation, or of other contents."""
     manifest = read_manifest(settings.output, "--output")
-    before = {"tokenizer": manifest.tokenizer.fingerprint, **manifest.settings, "inputs": manifest.sources}
+    made = {"tokenizer": manifest.tokenizer.fingerprint, **manifest.settings, "inputs": manifest.sources}
     before, now = (
         made | {"inputs": [{key: source.get(key) for key in _AT_A_GLANCE} for source in made["inputs"]]}
-        for made in (before, plan)
+        for made in (made, plan)
     )
-    if differences := _differences(before, now):
+    differences = _differences(before, now)
+    if not differences:  # reads every byte of the inputs
+        differences = _differences(made, plan | {"inputs": [source.identity() for source in inputs]})
+    if differences:
         raise UserError(
             f"--output: {settings.output} holds another preparation; give another --output, or remove it:\n"
             + "\n".join(differences)
@@ -107,7 +111,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Lists the differences, a line each; inputs one by one."""
     found = _changes(before | {"inputs": None}, now | {"inputs": None})
     inputs = list(itertools.zip_longest(before["inputs"], now["inputs"], fillvalue={}))
-    changed = [(there, here) for there, here in inputs if there != here]
+    changed = [(there, here) for there, here in inputs if _changes(there, here)]
     for there, here in changed[:_DIFFERENCES_SHOWN]:
         found.append(f"input {here.get('name', there.get('name'))}: {', '.join(_changes(there, here))}")
         if here.get("name") == there.get("name") and here.get("revision") != there.get("revision"):
@@ -118,7 +122,8 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    pairs = [(key, before.get(key), now.get(key)) for key in before | now]
+    known = [key for key in before | now if key in before or key not in _LATER_KEYS]
+    pairs = [(key, before.get(key), now.get(key)) for key in known]
     return [f"{key}: {short_repr(there)} there, {short_repr(here)} now" for key, there, here in pairs if there != here]
 
 
