@@ -1,7 +1,7 @@
 """GGUF files of Llamas: their settings and small files in Hugging Face's terms, their tensors by a table.
 
-Whatever would make another model of one is refused by name: other architectures, experts, windows, scalings of RoPE that
-are not Llama 3's, and every setting of the model that is not known here.
+Whatever would make another model of one is refused by name: other architectures, experts, windows, scalings of RoPE
+that are not Llama 3's, and every setting of the model that is not known here.
 """
 
 from __future__ import annotations
