@@ -102,21 +102,43 @@ def _settings(settings: Mapping[str, Any], tensors: dict[str, Tensor], path: Pat
             f"{path}: general.architecture: found {short_repr(architecture)}; only {_ARCHITECTURE!r} is supported"
         )
     problems: list[str] = []
-    theirs: dict[str, Any] = {"model_type": "llama", "tie_word_embeddings": "output.weight" not in tensors}
+    theirs = {"model_type": "llama", "tie_word_embeddings": "output.weight" not in tensors}
+    theirs |= _numbers(settings, problems)
+    embedding, tokens = tensors.get("token_embd.weight"), settings.get("tokenizer.ggml.tokens")
+    theirs["vocab_size"] = embedding.shape[0] if embedding else number(settings, "llama.vocab_size", problems)
+    if isinstance(tokens, list) and len(tokens) != theirs["vocab_size"]:
+        problems.append(f"tokenizer.ggml.tokens: found {len(tokens)}; the embedding has {theirs['vocab_size']} rows")
+    head_dim = theirs.get("head_dim", theirs["hidden_size"] // theirs["num_attention_heads"])
+    problems += _unsupported(settings, head_dim, theirs["vocab_size"])
+    if divisors := tensors.pop(_ROPE_DIVISORS, None):
+        theirs["rope_scaling"] = _llama3_scaling(divisors.read(), theirs.get("rope_theta", 10_000.0), head_dim)
+        if theirs["rope_scaling"] is None:
+            problems.append(f"{_ROPE_DIVISORS}: is not the scaling of Llama 3, the only one that is supported")
+    if problems:
+        raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
+    return theirs
+
+
+def _numbers(settings: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """The numbers of `_REQUIRED` and `_OPTIONAL`; what is missing or none is added to `problems`."""
+    theirs = {}
     for key, name in (_REQUIRED | _OPTIONAL).items():
         if key in _REQUIRED or f"llama.{key}" in settings:
             theirs[name] = number(settings, f"llama.{key}", problems)
             if key not in _REAL and not isinstance(theirs[name], int):
                 problems.append(f"llama.{key}: found {theirs[name]}; expected a whole number")
-    table = tensors.get("token_embd.weight")
-    theirs["vocab_size"] = table.shape[0] if table else number(settings, "llama.vocab_size", problems)
-    head_dim = theirs.get("head_dim", theirs["hidden_size"] // theirs["num_attention_heads"])
+    return theirs
+
+
+def _unsupported(settings: Mapping[str, Any], head_dim: int, vocab_size: int) -> list[str]:
+    """A problem for every setting of the model that is not known, or says what is not supported."""
     must_be = _MUST_BE | {
         "llama.attention.value_length": (head_dim,),
         "llama.rope.dimension_count": (head_dim,),
-        "llama.vocab_size": (theirs["vocab_size"],),
+        "llama.vocab_size": (vocab_size,),
     }
     known = must_be.keys() | {f"llama.{key}" for key in _REQUIRED | _OPTIONAL} | _SAY_NOTHING
+    problems = []
     for key, value in settings.items():
         if value not in must_be.get(key, (value,)):
             right = " or ".join(map(repr, must_be[key]))
@@ -124,15 +146,10 @@ def _settings(settings: Mapping[str, Any], tensors: dict[str, Tensor], path: Pat
         elif key.startswith("llama.") and key not in known:
             problems.append(f"{key}: found {short_repr(value)}; this setting is not supported")
     if sign := _sign_of_a_window(settings):
-        problems.append(f"{sign}: Mistral's models attend to a window, which is not supported (nor named in the file)")
-    if divisors := tensors.pop(_ROPE_DIVISORS, None):
-        scaling = _llama3_scaling(divisors.read(), theirs.get("rope_theta", 10_000.0), head_dim)
-        if scaling is None:
-            problems.append(f"{_ROPE_DIVISORS}: is not the scaling of Llama 3, the only one that is supported")
-        theirs["rope_scaling"] = scaling
-    if problems:
-        raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
-    return theirs
+        problems.append(
+            f"{sign}: Mistral's models attend to a window, which the file does not give; they are not supported"
+        )
+    return problems
 
 
 def _sign_of_a_window(settings: Mapping[str, Any]) -> str | None:

@@ -110,9 +110,9 @@ class _Vocabulary:
         types = _list(settings, "token_type", int, len(tokens), default=[_NORMAL] * len(tokens))
         pre = "default" if is_llama else _one_of(settings, "pre", tuple(_WORDS))
         is_llama3 = _WORDS[pre] == (_LLAMA3_WORDS,)
-        ids = dict(_LLAMA_IDS) if is_llama else {}
-        ids |= {name: _id(settings, f"{theirs}_token_id", tokens) for name, theirs in _SPECIAL.items()}
-        ids = {name: id for name, id in ids.items() if id is not None}
+        ids = {name: id for name, id in _LLAMA_IDS.items() if is_llama and id < len(tokens)}
+        named = {name: _id(settings, f"{theirs}_token_id", tokens) for name, theirs in _SPECIAL.items()}
+        ids |= {name: id for name, id in named.items() if id is not None}
         adds = {"bos": _truth(settings, "add_bos_token", is_llama or is_llama3)}
         adds["eos"] = _truth(settings, "add_eos_token", False)
         unnamed = [name for name, adds_it in adds.items() if adds_it and name not in ids]
@@ -173,10 +173,9 @@ def _gpt2(vocabulary: _Vocabulary) -> Tokenizer:
 
 def _llama(vocabulary: _Vocabulary) -> Tokenizer:
     ids = {token: id for id, token in enumerate(vocabulary.tokens)}
-    unknown = vocabulary.tokens[vocabulary.ids["unk"]]
-    tokenizer = Tokenizer(
-        models.BPE(ids, _merges(vocabulary, ids), unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    )
+    unknown = vocabulary.tokens[vocabulary.ids["unk"]] if "unk" in vocabulary.ids else None
+    merges = _merges(vocabulary, ids)
+    tokenizer = Tokenizer(models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     prefix = [normalizers.Prepend("▁")] if vocabulary.space_prefix else []
     tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
     strip = [decoders.Strip(" ", 1, 0)] if vocabulary.space_prefix else []
