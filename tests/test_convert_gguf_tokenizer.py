@@ -111,6 +111,10 @@ REFUSED = {
         "bos_token_id: is missing, but add_bos_token is true",
     ),
     "a number for a truth": (_changed("add_bos_token", lambda _: 1), "add_bos_token: found 1; expected true or false"),
+    "a template that is no text": (
+        lambda settings: settings.update({"tokenizer.chat_template": 5}),
+        "tokenizer.chat_template: found 5; expected a text",
+    ),
     "no scores": (_changed("model", lambda _: "llama"), "scores: found None; expected a list of float"),
 }
 
@@ -122,7 +126,7 @@ def test_refused(tmp_path, case):
     change(settings)
     with pytest.raises(UserError) as refused:
         write_tokenizer(settings, tmp_path, tmp_path / "x.gguf")
-    assert str(refused.value).startswith(f"{tmp_path / 'x.gguf'}: tokenizer.ggml.")
+    assert str(refused.value).startswith(f"{tmp_path / 'x.gguf'}: tokenizer.")
     assert message in str(refused.value)
     assert not list(tmp_path.iterdir())
 

@@ -26,6 +26,7 @@ from lm2_jax.convert.tables import gguf
 from lm2_jax.convert.tensors import Tensor
 
 _ARCHITECTURE = "llama"
+_THETA = 10_000.0  # of RoPE, where a file gives none
 # Hugging Face's names of settings under "llama."; without an optional one, both formats take the same default
 _REQUIRED = {
     "block_count": "num_hidden_layers",
@@ -59,7 +60,7 @@ _WINDOWED = {
     "embedding_length": 4096,
     "feed_forward_length": 14336,
     "attention.head_count_kv": 8,
-    "rope.freq_base": 10_000.0,
+    "rope.freq_base": _THETA,
 }
 _WINDOWED_NAME = re.compile(r"mistral|ministral|mixtral", re.IGNORECASE)
 _NAMES = re.compile(r"general\.(name|basename|finetune|organization|tags|base_model\..*)")
@@ -85,7 +86,7 @@ def read(path: Path, files: Path, overrides: Sequence[str], track: Track) -> Che
 
 
 def _with_halves_apart(tensor: Tensor, heads: int) -> Tensor:
-    """A query or key matrix whose heads hold the first halves of all rotated pairs first, as everywhere but here."""
+    """A query or key matrix whose head rotates row i with row i + K/2; in the file, with its neighbour."""
     if tensor.shape[0] % (2 * heads):  # refused for its shape later
         return tensor
     rows = np.arange(tensor.shape[0]).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
@@ -111,7 +112,7 @@ def _settings(settings: Mapping[str, Any], tensors: dict[str, Tensor], path: Pat
     head_dim = theirs.get("head_dim", theirs["hidden_size"] // theirs["num_attention_heads"])
     problems += _unsupported(settings, head_dim, theirs["vocab_size"])
     if divisors := tensors.pop(_ROPE_DIVISORS, None):
-        theirs["rope_scaling"] = _llama3_scaling(divisors.read(), theirs.get("rope_theta", 10_000.0), head_dim)
+        theirs["rope_scaling"] = _llama3_scaling(divisors.read(), theirs.get("rope_theta", _THETA), head_dim)
         if theirs["rope_scaling"] is None:
             problems.append(f"{_ROPE_DIVISORS}: is not the scaling of Llama 3, the only one that is supported")
     if problems:
@@ -153,11 +154,12 @@ def _unsupported(settings: Mapping[str, Any], head_dim: int, vocab_size: int) ->
 
 
 def _sign_of_a_window(settings: Mapping[str, Any]) -> str | None:
-    """What tells that a model has a window although the file has no setting for it; None: nothing."""
+    """The sign of a window that the file has no setting for: a name, or sizes of a model with one. None: no sign."""
     for key in filter(_NAMES.fullmatch, settings):
         if _WINDOWED_NAME.search(str(settings[key])):
             return f"{key}: found {short_repr(settings[key])}"
-    if all(settings.get(f"llama.{key}") == value for key, value in _WINDOWED.items()):
+    found = {"llama.rope.freq_base": _THETA, **settings}
+    if all(found.get(f"llama.{key}") == value for key, value in _WINDOWED.items()):
         return "llama: found the sizes and the rope.freq_base of Mistral 7B v0.1"
     return None
 
@@ -171,7 +173,7 @@ def _llama3_scaling(divisors_K: np.ndarray, theta: float, head_dim: int) -> dict
     divisors_K [head_dim / 2]. The largest is the factor; the rest follows from those between it and 1.
     """
     factor = float(divisors_K.flat[-1])
-    if divisors_K.shape != (head_dim // 2,) or not factor >= 1:
+    if divisors_K.shape != (head_dim // 2,) or not 1 <= factor < math.inf:
         return None
     wavelengths_K = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
     for low, high, length in (_LLAMA3, *_fitted(divisors_K.astype(np.float64), wavelengths_K)):
@@ -195,6 +197,6 @@ def _fitted(divisors_K: np.ndarray, wavelengths_K: np.ndarray) -> list[tuple[flo
         return []
     smooth = (1 / divisors_K[between_K] - 1 / factor) / (1 - 1 / factor)
     slope, offset = np.polyfit(1 / wavelengths_K[between_K], smooth, 1)
-    if offset >= 0:
+    if not -2 < offset < -1e-9:  # low would not be below high
         return []
     return [(1.0, float(round(1 - 1 / offset)), round(-slope / offset))]

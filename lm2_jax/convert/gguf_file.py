@@ -25,7 +25,7 @@ _STRING, _ARRAY = 8, 9
 
 
 class GgufFile(NamedTuple):
-    """What a file holds.
+    """Contents of a file.
 
     Attributes:
       settings: by key; numbers, truths, texts and lists of one of these.
@@ -134,7 +134,7 @@ class _Header:
         return settings, tensors
 
     def aligned(self, alignment: Any) -> int:
-        """Where the tensors begin: the next multiple of `alignment` bytes."""
+        """Start of the tensors: the next multiple of `alignment` bytes."""
         if not isinstance(alignment, int) or not 0 < alignment <= 1 << 16:
             raise ValueError(f"general.alignment is {short_repr(alignment)}")
         return -(-self._position // alignment) * alignment

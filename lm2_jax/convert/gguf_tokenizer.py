@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,26 +46,23 @@ def write_tokenizer(settings: Mapping[str, Any], directory: Path, where: Path) -
     Raises UserError for a tokenizer that is damaged or of another kind. where: the file, for messages.
     """
     try:
-        vocabulary = _Vocabulary.read(settings)
+        vocabulary, template = _Vocabulary.read(settings), _chat_template(settings)
         tokenizer = _build(vocabulary)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    tokenizer.save(str(directory / "tokenizer.json"))
-    names = {f"{name}_token": vocabulary.tokens[id] for name, id in vocabulary.ids.items()}
-    template = _chat_template(settings)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
         "add_bos_token": vocabulary.adds["bos"],
         "add_eos_token": vocabulary.adds["eos"],
-        **names,
+        **{f"{name}_token": vocabulary.tokens[id] for name, id in vocabulary.ids.items()},
         **({"chat_template": template} if template else {}),
     }
-    ends = vocabulary.ends
-    ids = {f"{name}_token_id": vocabulary.ids.get(name) for name in ("bos", "pad")}
-    ids["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)
-    ids = {name: id for name, id in ids.items() if id is not None}
+    ids: dict[str, Any] = {f"{name}_token_id": id for name, id in vocabulary.ids.items() if name in ("bos", "pad")}
+    if ends := vocabulary.ends:
+        ids["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    tokenizer.save(str(directory / "tokenizer.json"))
     for file, values in (("tokenizer_config.json", config), ("generation_config.json", ids)):
         (directory / file).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return ids
@@ -136,9 +134,8 @@ class _Vocabulary:
 
 
 def _build(vocabulary: _Vocabulary) -> Tokenizer:
-    make: dict[str, Callable[[_Vocabulary], Tokenizer]] = {"gpt2": _gpt2, "llama": _llama}
     try:
-        tokenizer = make[vocabulary.model](vocabulary)
+        tokenizer = _llama(vocabulary) if vocabulary.model == "llama" else _gpt2(vocabulary)
         for special, types in ((True, (_CONTROL, _UNKNOWN)), (False, (_USER_DEFINED,))):
             names = (name for name, type in zip(vocabulary.tokens, vocabulary.types, strict=True) if type in types)
             tokenizer.add_tokens([AddedToken(name, normalized=False, special=special) for name in names])
@@ -199,12 +196,15 @@ def _merges(vocabulary: _Vocabulary, ids: Mapping[str, int]) -> list[tuple[str, 
 
 
 def _chat_template(settings: Mapping[str, Any]) -> str | list[dict[str, str]] | None:
-    """The template, or several by name."""
-    template, names = settings.get("tokenizer.chat_template"), settings.get("tokenizer.chat_templates") or []
-    if not names:
-        return template
-    named = [("default", template), *((name, settings.get(f"tokenizer.chat_template.{name}")) for name in names)]
-    return [{"name": name, "template": text} for name, text in named if text]
+    """The template, or several by name; None if there is none."""
+    key = "tokenizer.chat_template"
+    templates = {name: text for name, text in settings.items() if re.fullmatch(rf"{key}(\..+)?", name)}
+    if wrong := [name for name, text in templates.items() if not isinstance(text, str)]:
+        raise UserError(f"{wrong[0]}: found {short_repr(templates[wrong[0]])}; expected a text")
+    named = {name.removeprefix(key)[1:] or "default": text for name, text in templates.items()}
+    if named.keys() <= {"default"}:
+        return named.get("default")
+    return [{"name": name, "template": text} for name, text in named.items()]
 
 
 # --- Settings ------------------------------------------------------------------------------------------------------
