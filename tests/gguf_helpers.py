@@ -15,7 +15,8 @@ gguf = pytest.importorskip("gguf", reason="gguf is not installed (requirements-d
 Kind = gguf.GGMLQuantizationType
 PROSE = (
     "The white whale swam; the ship's boats weren't near it, 12345 times!\r\n\n   'Twas DON'T day_one.\t\n"
-    "  1851 (in   7 days)"
+    "  1851 (in   7 days) Some years ago, having little or no money in my purse, I thought I would sail about a little "
+    "and see the watery part of the world."
 )
 TEXT = PROSE + (
     " caf\u00e9 cafe\u0301 \u65e5\u672c\u8a9e \u0420\u0443\u0441 \u05e9\u05dc\u05d5\u05dd \u0967\u0968 \ufb01 "
@@ -62,12 +63,16 @@ NAMES = {
 
 
 def byte_level(words="gpt-2", ignore_merges=False):
-    """A small byte-level BPE with three special tokens at its end."""
+    """A small byte-level BPE with three special tokens at its end; ignore_merges: and a word that no merge makes."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
     tokenizer.pre_tokenizer, tokenizer.decoder = WORDS[words], decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=340, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([TEXT * 3], trainer)
+    tokenizer.train_from_iterator([PROSE], trainer)
+    if ignore_merges:
+        parts = json.loads(tokenizer.to_str())
+        parts["model"]["merges"] = [pair for pair in parts["model"]["merges"] if "".join(pair) != "Ġthe"]
+        tokenizer = Tokenizer.from_str(json.dumps(parts))
     tokenizer.add_special_tokens(list(SPECIAL))
     return tokenizer
 

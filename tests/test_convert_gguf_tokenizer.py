@@ -24,15 +24,23 @@ def written(directory, settings):
 def test_byte_level(tmp_path, words):
     is_llama3 = words == "llama-bpe"
     original = byte_level(words, ignore_merges=is_llama3)
-    tokenizer, config, generation, ids = written(tmp_path, gpt2_settings(original, words))
+    settings = gpt2_settings(original, words)
+    bos, eos, eot = map(original.token_to_id, SPECIAL)
+    ends = [eos, eot]
+    if is_llama3:  # <|eot_id|> is an end by its name
+        del settings["tokenizer.ggml.eot_token_id"]
+    else:
+        settings["tokenizer.ggml.eom_token_id"] = (eom := original.token_to_id("Ġthe"))
+        ends.append(eom)
+    tokenizer, config, generation, ids = written(tmp_path, settings)
     for special in (False, True):
         tokenizer.encode_special_tokens = original.encode_special_tokens = special
         for text in TEXTS:
             found = tokenizer.encode(text, add_special_tokens=False).ids
             assert found == original.encode(text, add_special_tokens=False).ids
             assert tokenizer.decode(found, skip_special_tokens=False) == text
-    bos, eos, eot = map(original.token_to_id, SPECIAL)
-    assert ids == generation == {"bos_token_id": bos, "eos_token_id": [eos, eot]}
+    assert "Ġthe" in tokenizer.encode("near the ship").tokens
+    assert ids == generation == {"bos_token_id": bos, "eos_token_id": ends}
     assert (config["bos_token"], config["eos_token"], config["chat_template"]) == (*SPECIAL[:2], "{{ messages }}")
     assert config["add_bos_token"] == is_llama3  # what llama.cpp does where the file does not say
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
