@@ -1,11 +1,12 @@
-"""Converts checkpoints between lm2_jax, the official LM2 code and Hugging Face.
+"""Converts checkpoints between lm2_jax, the official LM2 code and Hugging Face; and from GGUF.
 
     python tools/convert_checkpoint.py --from lm2_jax --to huggingface --input runs/babilong_tiny --output hf/tiny
     python tools/convert_checkpoint.py --from huggingface --to lm2_jax --input Llama-3.2-1B --output llama
     python tools/convert_checkpoint.py --from huggingface --to lm2_jax --input Llama-3.2-1B --output lm2 \\
         --set memory.kind=lm2 --set memory.num_slots=2048
+    python tools/convert_checkpoint.py --from gguf --to lm2_jax --input SmolLM2-135M-Instruct.Q4_1.gguf --output smol
 
-The last one is a warm start: an lm2 whose logits are the Llama's until it is trained (train.init_from).
+The third one is a warm start: an lm2 whose logits are the Llama's until it is trained (train.init_from).
 Everything that does not fit is named, and then nothing is written.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import signal
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,10 +35,14 @@ DTYPES = ("float32", "bfloat16")
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--from", dest="source", required=True, choices=FORMATS, help="format of --input")
+    parser.add_argument("--from", dest="source", required=True, choices=(*FORMATS, "gguf"), help="format of --input")
     parser.add_argument("--to", dest="target", required=True, choices=FORMATS, help="format of --output")
     parser.add_argument(
-        "--input", type=Path, required=True, metavar="PATH", help="a directory; official: or its state-dict file"
+        "--input",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="a directory; official: or its state-dict file; gguf: a file",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a directory that is not there yet")
     parser.add_argument(
@@ -52,15 +58,17 @@ def main() -> None:
 
 def convert(source: str, target: str, path: Path, output: Path, dtype: str, overrides: list[str]) -> None:
     """Reads a checkpoint of one format and writes it in another. Raises UserError, and then writes nothing."""
-    from lm2_jax.convert import directory, huggingface, official  # imported late so that --help stays fast
+    from lm2_jax.convert import directory, gguf, huggingface, official  # imported late so that --help stays fast
 
     if not path.exists():
         raise UserError(f"--input: {path} is not there")
-    with directory.new_directory(output) as partial:
+    with directory.new_directory(output) as partial, tempfile.TemporaryDirectory() as files:
         if source == "official":
             checkpoint = official.read(path, overrides, _track)
         elif source == "huggingface":
             checkpoint = huggingface.read(path, overrides, _track)
+        elif source == "gguf":
+            checkpoint = gguf.read(path, Path(files), overrides, _track)
         else:
             checkpoint = read_own(path, overrides)
 

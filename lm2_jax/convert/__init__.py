@@ -6,4 +6,5 @@ engine.py        the tables applied: everything that does not fit is found befor
 directory.py     a converted lm2_jax directory
 official.py      the official code's directory
 huggingface.py   Hugging Face directories: plain Llama, or our own modelling code
+gguf.py          GGUF files of Llamas; gguf_file.py the format, gguf_tokenizer.py the tokenizer in it
 """

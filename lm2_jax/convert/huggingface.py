@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -32,7 +32,7 @@ from lm2_jax.convert.engine import (
 )
 from lm2_jax.convert.llama_config import from_llama, number, rope_parameters, to_llama
 from lm2_jax.convert.rotary import without_rope_tables
-from lm2_jax.convert.tables import CAN_BE_ADDED, STARTS_AT_ZERO, llama, lm2
+from lm2_jax.convert.tables import CAN_BE_ADDED, STARTS_AT_ZERO, Table, llama, lm2
 from lm2_jax.convert.tensors import Tensor, open_tensors, write_tensors
 from lm2_jax.convert.tokenizer_files import special_ids, write_generation, write_tokenizer
 from lm2_jax.model import build_model
@@ -55,6 +55,26 @@ _MEMORY_KEYS = {
 }
 
 
+class ForeignLlama(NamedTuple):
+    """A Llama of any format.
+
+    Attributes:
+      path: its file or directory, for messages.
+      settings_path: the file with its settings, for messages.
+      settings: with the names of Hugging Face's config.json.
+      tensors: by the names of `table`.
+      table: the layout; takes whether the embedding is the head, too.
+      files: the directory with its config.json, its tokenizer and what else came with it.
+    """
+
+    path: Path
+    settings_path: Path
+    settings: dict[str, Any]
+    tensors: Mapping[str, Tensor]
+    table: Callable[[bool], Table]
+    files: Path
+
+
 def read(path: Path, overrides: Sequence[str], track: Track) -> Checkpoint:
     """Opens a directory of `LlamaForCausalLM` (safetensors, sharded or not) or of our `LM2ForCausalLM`.
 
@@ -62,7 +82,8 @@ def read(path: Path, overrides: Sequence[str], track: Track) -> Checkpoint:
     """
     theirs = read_json(path / "config.json")
     if theirs.get("model_type") == "llama":
-        return _read_llama(path, theirs, overrides, track)
+        found = ForeignLlama(path, path / "config.json", theirs, open_tensors(path, "model"), llama, path)
+        return read_llama(found, overrides, track)
     if theirs.get("model_type") == _OURS:
         return _read_lm2(path, theirs, overrides, track)
     found = short_repr(theirs.get("model_type"))
@@ -82,7 +103,7 @@ def write(checkpoint: Checkpoint, directory: Path, dtype: str, track: Track) -> 
     else:
         settings |= _lm2_settings(checkpoint)
         for key in ("rope_theta", "rope_scaling"):  # only for older versions of transformers, which cannot run it
-            settings.pop(key, None)
+            del settings[key]
         table = lm2(config.model.tie_embeddings)
         for file in sorted(_CODE.glob("*.py")):
             shutil.copyfile(file, directory / file.name)
@@ -97,16 +118,16 @@ def write(checkpoint: Checkpoint, directory: Path, dtype: str, track: Track) -> 
 # --- Llama ---------------------------------------------------------------------------------------------------------
 
 
-def _read_llama(path: Path, theirs: Mapping[str, Any], overrides: Sequence[str], track: Track) -> Checkpoint:
+def read_llama(found: ForeignLlama, overrides: Sequence[str], track: Track) -> Checkpoint:
+    """The Llama as kind none, or what `overrides` make of it. Raises UserError with everything that does not fit."""
     problems: list[str] = []
-    values = from_llama(theirs, problems)
+    values = from_llama(found.settings, problems)
     values["memory"] = {"kind": "none"}
-    longest = number(theirs, "max_position_embeddings", problems, default=_LONGEST_SEGMENT)
+    longest = number(found.settings, "max_position_embeddings", problems, default=_LONGEST_SEGMENT)
     values["data"]["segment_length"] = min(longest, _LONGEST_SEGMENT)
-    config = _config(path, values, overrides, problems)
-    tensors = without_rope_tables(open_tensors(path, "model"), config.model, path)
-    shapes = abstract_params(config)
-    table = llama(config.model.tie_embeddings)
+    config = _config(found.files, found.settings_path, values, overrides, problems)
+    table, shapes = found.table(config.model.tie_embeddings), abstract_params(config)
+    tensors = without_rope_tables(found.tensors, config.model, found.path)
     strange = sorted({table_key(name) for name in shapes} - table.rules.keys() - CAN_BE_ADDED)
     if strange:
         raise UserError(
@@ -114,8 +135,9 @@ def _read_llama(path: Path, theirs: Mapping[str, Any], overrides: Sequence[str],
             "its logits; it can become kind lm2"
         )
     in_llama = {name: shape for name, shape in shapes.items() if table_key(name) in table.rules}
-    params = read_as_ours(table, tensors, in_llama, config.spec.num_memory_layers, [], path, track)
-    return Checkpoint(config, params | _initialised(config, shapes.keys() - in_llama.keys(), path), origin=Origin(path))
+    params = read_as_ours(table, tensors, in_llama, config.spec.num_memory_layers, [], found.path, track)
+    params |= _initialised(config, shapes.keys() - in_llama.keys(), found.path)
+    return Checkpoint(config, params, origin=Origin(found.files))
 
 
 def _initialised(config: Config, paths: set[str], where: Path) -> dict[str, Tensor]:
@@ -140,7 +162,7 @@ def _read_lm2(path: Path, theirs: Mapping[str, Any], overrides: Sequence[str], t
     values["model"]["conv_width"] = theirs.get("conv_width", 0)
     values["data"]["segment_length"] = number(theirs, "segment_length", problems)
     values["memory"] = {ours: theirs[key] for key, ours in _MEMORY_KEYS.items() if theirs.get(key) is not None}
-    config = _config(path, values, overrides, problems)
+    config = _config(path, path / "config.json", values, overrides, problems)
     tensors, shapes = open_tensors(path, "model"), abstract_params(config)
     table = lm2(config.model.tie_embeddings)
     shares_bank, bank = build_model(config).kind.shares_one_bank, []
@@ -190,13 +212,15 @@ def _bank_name(config: Config) -> str:
     return "model.memory_bank" if build_model(config).kind.shares_one_bank else "model.initial_bank"
 
 
-def _config(path: Path, values: dict[str, Any], overrides: Sequence[str], problems: list[str]) -> Config:
-    tokenizer = [("tokenizers", path / "tokenizer.json"), ("sentencepiece", path / "tokenizer.model")]
+def _config(
+    files: Path, settings_path: Path, values: dict[str, Any], overrides: Sequence[str], problems: list[str]
+) -> Config:
+    tokenizer = [("tokenizers", files / "tokenizer.json"), ("sentencepiece", files / "tokenizer.model")]
     for kind, file in tokenizer:
         if file.is_file():
-            values["tokenizer"] = {"kind": kind, "path": str(resolve_inside(path, file.name))}
+            values["tokenizer"] = {"kind": kind, "path": str(resolve_inside(files, file.name))}
             values["data"] |= {"source": "text", "path": ["text/*.txt"]}
             break
     if problems:
-        raise UserError("\n".join(f"{path}/config.json: {problem}" for problem in problems))
-    return parse_config(json.dumps(values), overrides, where=f"{path}/config.json")
+        raise UserError("\n".join(f"{settings_path}: {problem}" for problem in problems))
+    return parse_config(json.dumps(values), overrides, where=str(settings_path))

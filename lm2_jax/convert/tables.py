@@ -47,8 +47,8 @@ def _linear(name: str) -> Rule:
     return Rule(f"{name}.weight", transposed=True)
 
 
-def _in_blocks(rules: Mapping[str, Rule], prefix: str = "") -> dict[str, Rule]:
-    return {path: rule.within("model.layers.{layer}." + prefix) for path, rule in rules.items()}
+def _in_blocks(rules: Mapping[str, Rule], within: str = "", blocks: str = "model.layers") -> dict[str, Rule]:
+    return {path: rule.within(f"{blocks}.{{layer}}.{within}") for path, rule in rules.items()}
 
 
 # --- Hugging Face's Llama ------------------------------------------------------------------------------------------
@@ -81,6 +81,28 @@ def _llama(tied: bool) -> dict[str, Rule]:
 def llama(tied: bool) -> Table:
     """`LlamaForCausalLM`; tied: the head is the embedding."""
     return Table(_llama(tied))
+
+
+# --- llama.cpp's Llama ---------------------------------------------------------------------------------------------
+
+_GGUF_BLOCK = {
+    "attention/query": _linear("attn_q"),
+    "attention/key": _linear("attn_k"),
+    "attention/value": _linear("attn_v"),
+    "attention/output": _linear("attn_output"),
+    "attention_norm/scale": Rule("attn_norm.weight"),
+    "mlp_norm/scale": Rule("ffn_norm.weight"),
+    "mlp/gate": _linear("ffn_gate"),
+    "mlp/up": _linear("ffn_up"),
+    "mlp/down": _linear("ffn_down"),
+}
+
+
+def gguf(tied: bool) -> Table:
+    """A GGUF file of architecture llama, in which a tied model has no `output.weight`."""
+    outside = {"embedding": Rule("token_embd.weight"), "final_norm/scale": Rule("output_norm.weight")}
+    head = {} if tied else {"head": Rule("output.weight")}
+    return Table({**outside, **head, **_in_blocks(_GGUF_BLOCK, blocks="blk")})
 
 
 # --- The official code ---------------------------------------------------------------------------------------------
