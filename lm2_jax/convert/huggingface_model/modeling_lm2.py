@@ -117,14 +117,14 @@ class LM2Cache(Cache):
         self.blocks = [Block(*map(taken, block)) for block in self.blocks]
         self.rows = len(index_R)
         if len(self.held) > 1:
-            self.held = [self.held[row] for row in index_R.tolist()]
-            self.fall_in_step()
+            self.fall_in_step([self.held[row] for row in index_R.tolist()])
 
-    def fall_in_step(self) -> None:
-        """Keeps one number for rows that hold equally many tokens, and no more entries than they fill."""
-        if len(self.held) == 1 or len(set(self.held)) > 1:
+    def fall_in_step(self, held: list[int]) -> None:
+        """Sets what ragged rows hold; if that is equally much, one number, and no more entries than they fill."""
+        self.held = held
+        if len(set(held)) > 1:
             return
-        self.held = self.held[:1]
+        self.held = held[:1]
         entries = self.held[0] + (0 if self.memory is None else self.memory.shape[1])
 
         def filled(x: Tensor | None) -> Tensor | None:
@@ -151,9 +151,8 @@ def rows_where(chosen: list[bool], device: torch.device) -> Rows | None:
     """The rows for which chosen is True, of which it has one for each or one for all; None if there is none."""
     if all(chosen):
         return ALL
-    return (
-        torch.tensor([row for row, is_chosen in enumerate(chosen) if is_chosen], device=device) if any(chosen) else None
-    )
+    numbers = [row for row, is_chosen in enumerate(chosen) if is_chosen]
+    return torch.tensor(numbers, device=device) if numbers else None
 
 
 def replace_rows(x: Tensor | None, rows: Rows, new: Tensor) -> Tensor:
@@ -803,8 +802,10 @@ class LM2Model(LM2PreTrainedModel):
         if back_BC is not None:  # zeros under padding
             hidden = [F.pad(x.flatten(0, 1), (0, 0, 0, 1))[back_BC.to(x.device)] for x in hidden]
 
-        cache.held = held
-        cache.fall_in_step()
+        if len(held) > 1:
+            cache.fall_in_step(held)
+        else:
+            cache.held = held
         if texts.row_R is not None:
             cache.batch_select_indices(texts.last_B)
         cache.seen += C
