@@ -176,8 +176,8 @@ class Layout:
       writes: those of them whose previous segment has now to be written to memory.
       linked: True if the entries follow each other in the text; rmt's memory tokens do not.
       cos_BQ1K, sin_BQ1K: rotation of each pair of features, float32, K/2 of them; [1,...] for rows in step.
-      seen_B1QL: which entries of the segment a new one attends to: itself and those before it; None if that is all
-        that a causal mask, or none, can tell.
+      is_causal: True if all entries are new and unpadded: each attends to itself and those before it.
+      seen_B1QL: otherwise, which entries a new one attends to; None: to all.
       take_B: ragged: number of the Q new entries that are the row's; the others are padding that no real entry sees.
       source_BL: ragged: the entries of the segment from now on, as indices into [held entries | new ones].
     """
@@ -187,7 +187,8 @@ class Layout:
     linked: bool
     cos_BQ1K: Tensor
     sin_BQ1K: Tensor
-    seen_B1QL: Tensor | None
+    is_causal: bool = False
+    seen_B1QL: Tensor | None = None
     take_B: Tensor | None = None
     source_BL: Tensor | None = None
 
@@ -408,9 +409,8 @@ class LM2Attention(nn.Module):
         q_BQHK, k_BQGK, v_BQGK = (project(x_BQD).unflatten(-1, (-1, self.head_dim)) for project in projections)
         keys, values = layout.append(keys, layout.rotate(k_BQGK)), layout.append(values, v_BQGK)
         q, k, v = (x.transpose(1, 2) for x in (layout.rotate(q_BQHK), keys, values))
-        is_causal = layout.seen_B1QL is None and q.shape[2] > 1
         attended_BHQK = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=layout.seen_B1QL, is_causal=is_causal, enable_gqa=True
+            q, k, v, attn_mask=layout.seen_B1QL, is_causal=layout.is_causal, enable_gqa=True
         )
         return self.o_proj(attended_BHQK.transpose(1, 2).flatten(2)), keys, values
 
@@ -895,11 +895,15 @@ class LM2Model(LM2PreTrainedModel):
 
         linked: tokens of the text; else rmt's memory tokens, at position 0, where RoPE does not rotate them.
         """
-        Q, device, seen_B1QL, take_B, source_BL = x_BQD.shape[1], x_BQD.device, None, None, None
+        Q, device = x_BQD.shape[1], x_BQD.device
         if len(entries) == 1:  # in step
+            options = {}
             entry_BQ = torch.arange(entries[0], entries[0] + Q, device=device)[None]
-            if entries[0] and Q > 1:
-                seen_B1QL = torch.ones(1, 1, Q, entries[0] + Q, dtype=torch.bool, device=device).tril(entries[0])
+            if Q > 1 and entries[0]:
+                seen_QL = torch.ones(Q, entries[0] + Q, dtype=torch.bool, device=device).tril(entries[0])
+                options["seen_B1QL"] = seen_QL[None, None]
+            elif Q > 1:
+                options["is_causal"] = True
         else:
             held_B, take_B = torch.tensor([entries, take], device=device)
             keys = cache.blocks[0].keys
@@ -907,13 +911,14 @@ class LM2Model(LM2PreTrainedModel):
             entry_BQ = held_B[:, None] + torch.arange(Q, device=device)
             entry_L = torch.arange(max(map(sum, zip(entries, take, strict=True))), device=device)
             new_BL = (old + entry_L - held_B[:, None]).clamp(max=old + Q - 1)
-            source_BL = torch.where(entry_L < held_B[:, None], entry_L, new_BL)
-            seen_B1QL = (entry_L <= entry_BQ[..., None])[:, None]
+            options = {
+                "take_B": take_B,
+                "source_BL": torch.where(entry_L < held_B[:, None], entry_L, new_BL),
+                "seen_B1QL": (entry_L <= entry_BQ[..., None])[:, None],
+            }
         position_BQ = (entry_BQ - self.num_memory_tokens) * linked
         angle_BQ1K = position_BQ[..., None, None] * rope_frequencies(self.config, device)
-        return Layout(
-            opens, writes, linked, angle_BQ1K.cos(), angle_BQ1K.sin(), seen_B1QL, take_B=take_B, source_BL=source_BL
-        )
+        return Layout(opens, writes, linked, angle_BQ1K.cos(), angle_BQ1K.sin(), **options)
 
 
 class LM2ForCausalLM(LM2PreTrainedModel, GenerationMixin):
