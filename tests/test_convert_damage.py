@@ -148,16 +148,16 @@ def test_damaged_huggingface(tmp_path, whole_llama, monkeypatch, capsys, case):
 LM2_DAMAGED = {
     "slots that the bank has not": (
         with_keys(memory_slots=64),
-        "model.initial_bank: found [5, 32]; expected [64, 32]",
+        "model.start_memory.bank: found [5, 32]; expected [64, 32]",
     ),
-    "slots beyond all reason": (with_keys(memory_slots=10**9), "model.initial_bank: found [5, 32]"),
+    "slots beyond all reason": (with_keys(memory_slots=10**9), "model.start_memory.bank: found [5, 32]"),
     "a width beyond all reason": (with_keys(memory_width=10**9), "expected [1000000000]"),
     "another kind": (with_keys(memory_kind="foo"), "memory.kind: found 'foo'"),
     "another convolution": (with_keys(conv_width=3), "model.conv_width: found 3"),
     "no segment length": (with_keys(segment_length=None), "segment_length: found None"),
     "another bank": (
-        _tensors(lambda t: t.update({"model.initial_bank": t["model.initial_bank"] + 1})),
-        "model.initial_bank: differs from the fixed initial bank",
+        _tensors(lambda t: t.update({"model.start_memory.bank": t["model.start_memory.bank"] + 1})),
+        "model.start_memory.bank: differs from the fixed initial bank",
     ),
     "a gate is missing": (
         _tensors(lambda t: t.pop("model.layers.1.memory.forget_gate.weight")),

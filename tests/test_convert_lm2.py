@@ -192,9 +192,9 @@ def test_segments_of_a_curriculum(tmp_path):
 def test_another_initial_bank_is_refused(tmp_path):
     ours = random_own(tmp_path / "ours")
     theirs = loaded(convert("lm2_jax", "huggingface", ours, tmp_path / "theirs"))
-    theirs.model.initial_bank += 0.1
+    theirs.model.start_memory.bank += 0.1
     theirs.save_pretrained(tmp_path / "changed")
-    with pytest.raises(UserError, match=r"model\.initial_bank: differs from the fixed initial bank"):
+    with pytest.raises(UserError, match=r"model\.start_memory\.bank: differs from the fixed initial bank"):
         convert("huggingface", "lm2_jax", tmp_path / "changed", tmp_path / "back")
 
 

@@ -32,7 +32,15 @@ from lm2_jax.convert.engine import (
 )
 from lm2_jax.convert.llama_config import from_llama, number, rope_parameters, to_llama
 from lm2_jax.convert.rotary import without_rope_tables
-from lm2_jax.convert.tables import CAN_BE_ADDED, STARTS_AT_ZERO, Table, llama, lm2
+from lm2_jax.convert.tables import (
+    CAN_BE_ADDED,
+    LM2_FORMER_NAMES,
+    LM2_START_BANK,
+    STARTS_AT_ZERO,
+    Table,
+    llama,
+    lm2,
+)
 from lm2_jax.convert.tensors import Tensor, open_tensors, write_tensors
 from lm2_jax.convert.tokenizer_files import special_ids, write_generation, write_tokenizer
 from lm2_jax.model import build_model
@@ -164,18 +172,20 @@ def _read_lm2(path: Path, theirs: Mapping[str, Any], overrides: Sequence[str], t
     values["memory"] = {ours: theirs[key] for key, ours in _MEMORY_KEYS.items() if theirs.get(key) is not None}
     config = _config(path, path / "config.json", values, overrides, problems)
     tensors, shapes = open_tensors(path, "model"), abstract_params(config)
+    tensors = {LM2_FORMER_NAMES.get(name, name): tensor for name, tensor in tensors.items()}
     table = lm2(config.model.tie_embeddings)
     shares_bank, bank = build_model(config).kind.shares_one_bank, []
     if config.spec.num_memory_layers:
-        name, N, M = _bank_name(config), config.memory.num_slots, config.spec.memory_width
-        lanes = tensors[name].shape[:1] if shares_bank and name in tensors else (1,) * shares_bank
-        bank = [Entry(name, None, name, (), (*lanes, N, M), False)]
+        N, M = config.memory.num_slots, config.spec.memory_width
+        lanes = tensors[LM2_START_BANK].shape[:1] if shares_bank and LM2_START_BANK in tensors else (1,) * shares_bank
+        bank = [Entry(LM2_START_BANK, None, LM2_START_BANK, (), (*lanes, N, M), False)]
     params = read_as_ours(table, tensors, shapes, config.spec.num_memory_layers, bank, path, track)
-    memory = tensors[bank[0].name].read().astype(np.float32) if shares_bank else None
+    memory = tensors[LM2_START_BANK].read().astype(np.float32) if bank else None
     if bank and not shares_bank:
         ((name, expected_NM),) = _start(Checkpoint(config, {}))
-        if not np.allclose(tensors[name].read().astype(np.float32), expected_NM, atol=4e-3):  # bfloat16 rounds it
+        if not np.allclose(memory, expected_NM, atol=4e-3):  # bfloat16 rounds it
             raise UserError(f"{path}: {name}: differs from the fixed initial bank of this model")
+        memory = None
     return Checkpoint(config, params, memory, Origin(path))
 
 
@@ -188,6 +198,7 @@ def _lm2_settings(checkpoint: Checkpoint) -> dict[str, Any]:
         "architectures": ["LM2ForCausalLM"],
         "auto_map": {
             "AutoConfig": "configuration_lm2.LM2Config",
+            "AutoModel": "modeling_lm2.LM2Model",
             "AutoModelForCausalLM": "modeling_lm2.LM2ForCausalLM",
         },
         "conv_width": config.model.conv_width,
@@ -203,13 +214,9 @@ def _start(checkpoint: Checkpoint) -> list[tuple[str, np.ndarray]]:
     if not model.kind.num_bank_layers:
         return []
     if checkpoint.memory is not None:
-        return [(_bank_name(checkpoint.config), checkpoint.memory)]
+        return [(LM2_START_BANK, checkpoint.memory)]
     start = np.asarray(model.init_memory(1))
-    return [(_bank_name(checkpoint.config), start if model.kind.shares_one_bank else start[0, 0])]
-
-
-def _bank_name(config: Config) -> str:
-    return "model.memory_bank" if build_model(config).kind.shares_one_bank else "model.initial_bank"
+    return [(LM2_START_BANK, start if model.kind.shares_one_bank else start[0, 0])]
 
 
 def _config(

@@ -187,6 +187,15 @@ def lm2(tied: bool) -> Table:
             **_in_blocks(_CONVOLUTION),
             **_in_blocks(_LM2_MEMORY, "memory."),
             **_in_blocks(official_memory, "memory."),
-            "memory_tokens": Rule("model.memory_tokens"),
+            "memory_tokens": Rule("model.start_memory.tokens"),
         }
     )
+
+
+LM2_START_BANK = "model.start_memory.bank"  # no parameter of ours: the bank at a text's start
+# Names in directories that an earlier version of modeling_lm2.py reads
+LM2_FORMER_NAMES = {
+    "model.initial_bank": LM2_START_BANK,
+    "model.memory_bank": LM2_START_BANK,
+    "model.memory_tokens": "model.start_memory.tokens",
+}

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import transformers
+
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 4):
+    raise ImportError(f"LM2 needs transformers >= 5.4, found {transformers.__version__}")
+
 from transformers import PreTrainedConfig
 
 KINDS = ("lm2", "rmt", "none", "official")

@@ -1,17 +1,19 @@
 """LM2 and its relatives in PyTorch, as lm2_jax trains them, for transformers >= 5.4.
 
-Text is cut into segments of T tokens; attention sees one segment, and memory is the only link between them.
+Text is cut into segments of T tokens; attention sees one segment, and memory is the only link between them. A block is
+a function of new entries and its state, `x, *state = layer(x, layout, *state)`, and the model a loop over segments.
 
 Axes: B rows, C columns of the input, Q new entries of a row, L entries of its unfinished segment, D hidden size,
-H heads, G kv heads, K head width, N memory slots, M slot width, V vocabulary, R some of the rows, W convolution width.
+H heads, G kv heads, K head width, N memory slots, M slot width, V vocabulary, W convolution width, R some of the rows,
+P columns in the order in which they are read.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
@@ -27,7 +30,24 @@ from .configuration_lm2 import LM2Config
 # ---------- State between calls --------------------------------------------------------------------------------------
 
 
-State = dict[str, Tensor]  # in every tensor the rows come first
+class Block(NamedTuple):
+    """State of one block between calls; None is nothing yet, or nothing that this block has. Rows come first.
+
+    Attributes:
+      keys, values: of the unfinished segment's entries [B,L,G,K].
+      tail: what the convolution looks back on [B,W-1,D].
+      inputs: the entries' normalised inputs [B,L,D], from which the bank will be written.
+      bank: as the segments before left it, float32 [B,N,M].
+      bank_keys, bank_values: its read projections [B,N,D], the same for a whole segment.
+    """
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    tail: Tensor | None = None
+    inputs: Tensor | None = None
+    bank: Tensor | None = None
+    bank_keys: Tensor | None = None
+    bank_values: Tensor | None = None
 
 
 class LM2Cache(Cache):
@@ -35,11 +55,12 @@ class LM2Cache(Cache):
 
     Attributes:
       seen: columns of input so far, padding included.
-      shared: "held" [B] entries of the unfinished segment (rmt: with its front memory tokens); rmt and official:
-        "memory" [B,N,D].
-      blocks: for each block the unfinished segment's "keys" and "values" [B,L,G,K], of which row b has filled the
-        first held[b]; the convolution's "tail" [B,W-1,D]; where there is a bank, "bank" [B,N,M] float32 as the
-        previous segments left it, and "inputs" [B,L,D], from which it will be written.
+      rows: B, or -1 before the first call.
+      held: tokens of the unfinished segment, 0 to T: one number while the rows are in step, else one for each row,
+        and row b has filled its first held[b] entries. 0 only before a text's first token: memory is written, and the
+        next segment begun, when the token after a full segment arrives.
+      memory: rmt's memory tokens [B,N,D], else None.
+      blocks: state of each block.
     """
 
     is_linear = (False,)  # transformers: generate() may be given tokens that the cache has seen
@@ -52,8 +73,13 @@ class LM2Cache(Cache):
     def reset(self) -> None:
         """Forgets everything."""
         self.seen: int = 0
-        self.shared: State = {}
-        self.blocks: list[State] = []
+        self.rows: int = -1
+        self.held: list[int] = [0]
+        self.memory: Tensor | None = None
+        self.blocks: list[Block] = []
+
+    def __len__(self) -> int:
+        return len(self.blocks)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of input so far, padding included."""
@@ -62,7 +88,7 @@ class LM2Cache(Cache):
     @property
     def batch_size(self) -> int:
         """B, or -1 before the first call."""
-        return len(self.shared["held"]) if self.shared else -1
+        return self.rows
 
     def crop(self, tokens_to_remove: int) -> None:
         """Not possible: a segment that has been written cannot be unwritten. Raises NotImplementedError."""
@@ -70,18 +96,43 @@ class LM2Cache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replaces row b by row beam_idx[b]."""
-        self._change(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        if self.blocks:
+            self._take_rows(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the rows that indices (numbers or a mask) select."""
-        self._change(lambda x: x[indices.to(x.device)])
+        if self.blocks:
+            self._take_rows(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each row `repeats` times."""
-        self._change(lambda x: x.repeat_interleave(repeats, dim=0))
+        if self.blocks:
+            self._take_rows(torch.arange(self.rows).repeat_interleave(repeats))
 
-    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
-        self.shared, *self.blocks = [{n: change(x) for n, x in s.items()} for s in (self.shared, *self.blocks)]
+    def _take_rows(self, index_R: Tensor) -> None:
+        def taken(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.index_select(0, index_R.to(x.device))
+
+        self.memory = taken(self.memory)
+        self.blocks = [Block(*map(taken, block)) for block in self.blocks]
+        self.rows = len(index_R)
+        if len(self.held) > 1:
+            self.fall_in_step([self.held[row] for row in index_R.tolist()])
+
+    def fall_in_step(self, held: list[int]) -> None:
+        """Sets what ragged rows hold; if that is equally much, one number, and no more entries than they fill."""
+        self.held = held
+        if len(set(held)) > 1:
+            return
+        self.held = held[:1]
+        entries = self.held[0] + (0 if self.memory is None else self.memory.shape[1])
+
+        def filled(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[:, :entries]
+
+        self.blocks = [
+            b._replace(keys=filled(b.keys), values=filled(b.values), inputs=filled(b.inputs)) for b in self.blocks
+        ]
 
 
 def given(cache: LM2Cache | None, past_key_values: LM2Cache | None) -> LM2Cache:
@@ -89,28 +140,74 @@ def given(cache: LM2Cache | None, past_key_values: LM2Cache | None) -> LM2Cache:
     return next((c for c in (cache, past_key_values) if c is not None), LM2Cache())
 
 
+# ---------- Rows -----------------------------------------------------------------------------------------------------
+
+
+Rows = slice | Tensor  # all rows, or the numbers of some
+ALL = slice(None)
+
+
+def rows_where(chosen: list[bool], device: torch.device) -> Rows | None:
+    """The rows for which chosen is True, of which it has one for each or one for all; None if there is none."""
+    if all(chosen):
+        return ALL
+    numbers = [row for row, is_chosen in enumerate(chosen) if is_chosen]
+    return torch.tensor(numbers, device=device) if numbers else None
+
+
+def replace_rows(x: Tensor | None, rows: Rows, new: Tensor) -> Tensor:
+    """x [B,...] with the given rows replaced by new ones [R,...]."""
+    return new if isinstance(rows, slice) else x.to(new).index_copy(0, rows.to(new.device), new)
+
+
+def take_entries(x: Tensor, index_BQ: Tensor) -> Tensor:
+    """Takes row b's entries index_BQ[b] of x [B,_,...], [B,Q,...]."""
+    return x[torch.arange(len(x), device=x.device)[:, None], index_BQ]
+
+
 @dataclass
 class Layout:
-    """Positions of new entries in each row's unfinished segment, the same for all blocks.
+    """Where new entries stand in their rows' unfinished segments, the same for all blocks.
+
+    Rows are in step until padding or documents part them; then they are ragged, and take_B and source_BL are set.
 
     Attributes:
-      take_B: number of the Q new entries that are the row's; the others are padding that no real entry sees.
-      source_BL: the entries of the segment from now on, as indices into [held entries | new ones].
-      seen_B1QL: which of them a new entry attends to: itself and those before it.
-      cos_BQ1K, sin_BQ1K: rotation of each pair of features, float32, K/2 of them.
+      opens: rows of which the new entries are a segment's first; None: of no row.
+      writes: those of them whose previous segment has now to be written to memory.
       linked: True if the entries follow each other in the text; rmt's memory tokens do not.
+      cos_BQ1K, sin_BQ1K: rotation of each pair of features, float32, K/2 of them; [1,...] for rows in step.
+      is_causal: True if all entries are new and unpadded: each attends to itself and those before it.
+      seen_B1QL: otherwise, which entries a new one attends to; None: to all.
+      take_B: ragged: number of the Q new entries that are the row's; the others are padding that no real entry sees.
+      source_BL: ragged: the entries of the segment from now on, as indices into [held entries | new ones].
     """
 
-    take_B: Tensor
-    source_BL: Tensor
-    seen_B1QL: Tensor
+    opens: Rows | None
+    writes: Rows | None
+    linked: bool
     cos_BQ1K: Tensor
     sin_BQ1K: Tensor
-    linked: bool
+    is_causal: bool = False
+    seen_B1QL: Tensor | None = None
+    take_B: Tensor | None = None
+    source_BL: Tensor | None = None
 
-    def append(self, held: Tensor, new: Tensor) -> Tensor:
+    def to(self, device: torch.device) -> Layout:
+        """The same on another device: accelerate moves what blocks are given by this name."""
+        moved = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return dataclasses.replace(self, **moved)
+
+    def append(self, held: Tensor | None, new: Tensor) -> Tensor:
         """held [B,_,...] and new [B,Q,...] entries to those of the segment from now on, [B,L,...]."""
-        return take_entries(torch.cat([held.to(new.dtype), new], dim=1), self.source_BL)
+        if held is not None and not isinstance(self.opens, slice):
+            new = torch.cat([held.to(new.dtype), new], dim=1)
+        return new if self.source_BL is None else take_entries(new, self.source_BL)
+
+    def last(self, x_BCD: Tensor, count: int) -> Tensor:
+        """The last `count` entries of each row of x, which ends with the Q new ones, [B,count,D]."""
+        if self.take_B is None:
+            return x_BCD[:, x_BCD.shape[1] - count :]
+        return take_entries(x_BCD, self.take_B[:, None] + torch.arange(count, device=x_BCD.device))
 
     def rotate(self, x_BQHK: Tensor) -> Tensor:
         """Rotary position embedding, rotate-half form: feature i pairs with feature i + K/2."""
@@ -119,9 +216,143 @@ class Layout:
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BQHK.dtype)
 
 
-def take_entries(x: Tensor, index_BQ: Tensor) -> Tensor:
-    """Takes row b's entries index_BQ[b] of x [B,_,...], [B,Q,...]."""
-    return x[torch.arange(len(x), device=x.device)[:, None], index_BQ]
+# ---------- Texts: padding and documents -----------------------------------------------------------------------------
+
+
+@dataclass
+class Texts:
+    """The texts that a call reads: one of each row, or several where position_ids say that documents begin.
+
+    Each is given a row of its own while it is read.
+
+    Attributes:
+      shape: (B, C) of the input.
+      total: tokens of each of the R texts; one number if all have as many.
+      token_P: flat columns b·C + c of all texts' tokens, text after text; None if no column is padding and each row
+        goes on with one text.
+      row_R: row of the input that a text is from; None if each row has one text.
+      last_B: number of each row's last text.
+      fresh: for each text, True if it does not go on with what the cache has of its row.
+    """
+
+    shape: tuple[int, int]
+    total: list[int]
+    token_P: Tensor | None = None
+    row_R: Tensor | None = None
+    last_B: Tensor | None = None
+    fresh: tuple[bool, ...] = (False,)
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return self.shape[0] if self.row_R is None else len(self.row_R)
+
+    def order(self, runs: list[Run]) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """The flat column that text r reads as its p-th [R,P], and where in [R·P] a column's token is read [B,C].
+
+        R·P stands for padding, which is not read. (None, None) if every row is read as it stands.
+        """
+        if self.token_P is None and (len(runs) < 2 or len(runs[0].held) == 1):
+            return None, None
+        (B, C), R = self.shape, self.rows
+        token_P = torch.arange(B * C) if self.token_P is None else self.token_P
+        total_R1 = torch.tensor(self.total).expand(R)[:, None]
+        next_R1 = total_R1.cumsum(dim=0) - total_R1  # index into token_P of each text's next token
+        read = [(next_R1[:, :0], torch.empty(R, 0, dtype=torch.bool))]
+        for run in runs:
+            entry_Q, take_R1 = torch.arange(run.width), torch.tensor(run.take)[:, None]
+            read.append((next_R1 + entry_Q, (entry_Q < take_R1).expand(R, -1)))
+            next_R1 = next_R1 + take_R1
+        index_RP, is_real_RP = (torch.cat(parts, dim=1) for parts in zip(*read, strict=True))
+        order_RP = token_P[index_RP.clamp(max=len(token_P) - 1)]
+        back_N = torch.full((B * C,), order_RP.numel())
+        back_N[order_RP[is_real_RP]] = is_real_RP.flatten().nonzero()[:, 0]
+        return order_RP, back_N.view(B, C)
+
+
+def read_texts(x_BCD: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, continues: bool) -> Texts:
+    """The texts of embeddings x. Raises ValueError for a mask or positions that the model cannot read.
+
+    continues: rows have texts that have begun in earlier calls.
+    """
+    B, C, _ = x_BCD.shape
+    real_BC, position_BC, checks = None, None, []
+    if attention_mask is not None:
+        shape = tuple(attention_mask.shape)
+        if len(shape) != 2 or shape[0] != B or shape[1] < C:
+            raise ValueError(f"attention_mask {shape} should be [{B}, {C}], or [{B}, columns seen so far + {C}]")
+        real_BC = attention_mask[:, shape[1] - C :] != 0
+        checks.append(real_BC.all())
+    if position_ids is not None:
+        if tuple(position_ids.shape) not in ((B, C), (1, C)):
+            raise ValueError(f"position_ids {tuple(position_ids.shape)} should be [{B}, {C}]")
+        position_BC = position_ids.expand(B, C)
+        checks.append((position_BC.diff(dim=1) == 1).all())
+        if continues:
+            checks.append((position_BC[:, :1] != 0).all())
+    rows_as_they_stand = Texts((B, C), [C])
+    if not checks:
+        return rows_as_they_stand
+    nothing_special = torch.stack([check.to(x_BCD.device) for check in checks]).all()
+    if torch.compiler.is_compiling():
+        torch._assert_async(nothing_special, "a compiled LM2 reads neither padding nor several documents in a row")
+        return rows_as_they_stand
+    return rows_as_they_stand if nothing_special else _parted_texts(real_BC, position_BC, (B, C))
+
+
+def _parted_texts(real_BC: Tensor | None, position_BC: Tensor | None, shape: tuple[int, int]) -> Texts:
+    B, C = shape
+    token_P = torch.arange(B * C) if real_BC is None else real_BC.flatten().nonzero()[:, 0].cpu()
+    row_P = token_P // C
+    is_first_P = row_P.diff(prepend=row_P.new_tensor([-1])) != 0
+    position_P = None if position_BC is None else position_BC.flatten().cpu()[token_P]
+    is_zero_P = torch.zeros_like(is_first_P) if position_P is None else position_P == 0
+    if position_P is not None and not (is_first_P | is_zero_P | (position_P == position_P.roll(1) + 1)).all():
+        raise ValueError("position_ids of tokens should be 0, where a document begins, or one more than the one before")
+    begins_P = is_zero_P & ~is_first_P
+    texts_B = 1 + row_P[begins_P].bincount(minlength=B)
+    R, last_B = B + int(begins_P.sum()), texts_B.cumsum(dim=0) - 1
+    total = (row_P + begins_P.cumsum(dim=0)).bincount(minlength=R).tolist()
+    fresh_B = torch.zeros(B, dtype=torch.bool).index_fill(0, row_P[is_zero_P & is_first_P], True)
+    fresh_R = torch.ones(R, dtype=torch.bool).index_copy(0, last_B - texts_B + 1, fresh_B)
+    return Texts(
+        shape,
+        total=total[:1] if len(set(total)) == 1 else total,
+        token_P=token_P,
+        row_R=torch.arange(B).repeat_interleave(texts_B) if R > B else None,
+        last_B=last_B,
+        fresh=tuple(fresh_R.tolist()),
+    )
+
+
+class Run(NamedTuple):
+    """New tokens that lie in one segment of each row; lists have one number for rows in step.
+
+    Attributes:
+      held: tokens of the unfinished segment before, 0 to T.
+      take: number of new ones, which begin the next segment if the unfinished one is full.
+    """
+
+    held: list[int]
+    take: list[int]
+
+    @property
+    def width(self) -> int:
+        """Q, the largest number of new tokens."""
+        return max(self.take)
+
+
+def cut_at_segment_ends(held: list[int], total: list[int], segment_length: int) -> tuple[list[Run], list[int]]:
+    """Cuts `total` new tokens of each row where its segments end. Returns the runs, and what is held after them."""
+    T, rows = segment_length, max(len(held), len(total))
+    held, total = (numbers * (rows // len(numbers)) for numbers in (held, total))
+    runs = []
+    while any(total):
+        take = [min(n, T - h % T) for h, n in zip(held, total, strict=True)]
+        runs.append(Run(held, take))
+        held = [h % T + n if n else h for h, n in zip(held, take, strict=True)]
+        total = [n - read for n, read in zip(total, take, strict=True)]
+    return runs, held
 
 
 # ---------- The parts of a Llama block -------------------------------------------------------------------------------
@@ -170,15 +401,18 @@ class LM2Attention(nn.Module):
         self.v_proj = linear(D, config.num_key_value_heads * self.head_dim)
         self.o_proj = linear(config.num_attention_heads * self.head_dim, D)
 
-    def forward(self, x_BQD: Tensor, layout: Layout, block: State) -> Tensor:
-        """x [B,Q,D], already normalised, to the same shape; its keys and values join the block's state."""
+    def forward(
+        self, x_BQD: Tensor, layout: Layout, keys: Tensor | None, values: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B,Q,D], already normalised, to the same shape; and the segment's keys and values with those of x."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q_BQHK, k_BQGK, v_BQGK = (project(x_BQD).unflatten(-1, (-1, self.head_dim)) for project in projections)
-        block["keys"] = layout.append(block["keys"], layout.rotate(k_BQGK))
-        block["values"] = layout.append(block["values"], v_BQGK)
-        q, k, v = (x.transpose(1, 2) for x in (layout.rotate(q_BQHK), block["keys"], block["values"]))
-        attended_BHQK = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.seen_B1QL, enable_gqa=True)
-        return self.o_proj(attended_BHQK.transpose(1, 2).flatten(2))
+        keys, values = layout.append(keys, layout.rotate(k_BQGK)), layout.append(values, v_BQGK)
+        q, k, v = (x.transpose(1, 2) for x in (layout.rotate(q_BQHK), keys, values))
+        attended_BHQK = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=layout.seen_B1QL, is_causal=layout.is_causal, enable_gqa=True
+        )
+        return self.o_proj(attended_BHQK.transpose(1, 2).flatten(2)), keys, values
 
 
 class LM2MLP(nn.Module):
@@ -201,15 +435,23 @@ class LM2Conv(nn.Module):
     def __init__(self, config: LM2Config) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.conv_width, config.hidden_size))
+        self.reset_parameters()
 
-    def forward(self, x_BQD: Tensor, layout: Layout, block: State) -> Tensor:
-        """x [B,Q,D], already normalised, to the same shape; the block's state keeps what later entries look back on."""
+    def reset_parameters(self) -> None:
+        """Initialises what belongs to no sub-module."""
+        init.normal_(self.weight, std=1 / len(self.weight))
+
+    def forward(self, x_BQD: Tensor, layout: Layout, tail: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x [B,Q,D], already normalised, to the same shape; and the tail that later entries look back on."""
+        B, Q, D = x_BQD.shape
+        reach = len(self.weight) - 1
+        if layout.opens is not None:
+            tail = replace_rows(tail, layout.opens, x_BQD.new_zeros(B, reach, D)[layout.opens])
         if not layout.linked:
-            return x_BQD * self.weight[0]
-        Q, reach = x_BQD.shape[1], len(self.weight) - 1
-        x_BCD = torch.cat([block["tail"].to(x_BQD.dtype), x_BQD], dim=1)
-        block["tail"] = take_entries(x_BCD, layout.take_B[:, None] + torch.arange(reach, device=x_BQD.device))
-        return sum(w_D * x_BCD[:, reach - back : reach - back + Q] for back, w_D in enumerate(self.weight))
+            return x_BQD * self.weight[0], tail
+        x_BCD = torch.cat([tail.to(x_BQD.dtype), x_BQD], dim=1)
+        y_BQD = sum(w_D * x_BCD[:, reach - back : reach - back + Q] for back, w_D in enumerate(self.weight))
+        return y_BQD, layout.last(x_BCD, reach)
 
 
 # ---------- Memory ---------------------------------------------------------------------------------------------------
@@ -221,11 +463,19 @@ def attend(q_BQM: Tensor, k_BKM: Tensor, v_BKM: Tensor, num_heads: int, **option
     return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2).flatten(2)
 
 
-def initial_bank(num_slots: int, width: int) -> Tensor:
-    """Rows of the identity, then random rows of norm 1, [N,M]. Exported models carry lm2_jax's own rows instead."""
-    generator = torch.Generator().manual_seed(0)
-    extra_NM = torch.randn(max(num_slots - width, 0), width, generator=generator)
-    return torch.cat([torch.eye(min(num_slots, width), width), F.normalize(extra_NM, dim=-1)])
+class ZeroGradients(torch.autograd.Function):
+    """x unchanged; in the backward pass, gradients of zero for parameters that took no part, which DDP waits for."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        """Returns x."""
+        ctx.save_for_backward(*parameters)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        """Returns x's gradient and a zero for each parameter."""
+        return gradient, *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
 
 
 class BankMemory(nn.Module):
@@ -237,7 +487,7 @@ class BankMemory(nn.Module):
     def __init__(self, config: LM2Config) -> None:
         super().__init__()
         D, M, eps = config.hidden_size, config.memory_width, config.rms_norm_eps
-        self.num_heads = config.memory_heads
+        self.num_heads, self.segment_length = config.memory_heads, config.segment_length
         self.bank_norm = LM2RMSNorm(M, eps)
 
         self.read_query, self.read_key, self.read_value = linear(D, D), linear(M, D), linear(M, D)
@@ -257,17 +507,45 @@ class BankMemory(nn.Module):
             self.register_module(f"{name}_gate", linear(M, M))
             self.register_parameter(f"{name}_gate_bias", nn.Parameter(torch.empty(M)))
             self.register_module(f"{name}_gate_bank", linear(M, M))
+        self.initial_bias = {"output": 0.0, "forget": config.forget_bias, "input": config.input_bias}
+        self.reset_parameters()
 
-    def forward(self, x_BQD: Tensor, attended_BQD: Tensor, layout: Layout, shared: State, block: State) -> Tensor:
+    def reset_parameters(self) -> None:
+        """Initialises what belongs to no sub-module."""
+        for name, bias in self._parameters.items():
+            init.constant_(bias, self.initial_bias[name.removesuffix("_gate_bias")])
+
+    def forward(
+        self,
+        x_BQD: Tensor,
+        attended_BQD: Tensor,
+        layout: Layout,
+        inputs: Tensor | None,
+        bank: Tensor,
+        bank_keys: Tensor | None,
+        bank_values: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        """Writes what a full segment left, and reads for new entries. Returns what is added to x, and the state."""
+        if layout.writes is not None:
+            rows, T = layout.writes, self.segment_length
+            bank = replace_rows(bank, rows, self.write(inputs[rows][:, :T], bank[rows]))
+        elif self.training:
+            x_BQD = ZeroGradients.apply(x_BQD, *(p for p in self.parameters() if p.requires_grad))
+        if layout.opens is not None:
+            rows = layout.opens
+            slots_RNM = self.bank_norm(bank[rows]).to(x_BQD.dtype)
+            bank_keys = replace_rows(bank_keys, rows, self.read_key(slots_RNM))
+            bank_values = replace_rows(bank_values, rows, self.read_value(slots_RNM))
+        inputs = layout.append(inputs, x_BQD)
+        return self.read(x_BQD, bank_keys, bank_values), inputs, bank, bank_keys, bank_values
+
+    def read(self, x_BQD: Tensor, k_BND: Tensor, v_BND: Tensor) -> Tensor:
         """Tokens attend to slots (paper 2.1). Returns what is added to x.
 
         E_mem = MHA(q = x' W_Q, k = Bank' W_K, v = Bank' W_V) W_O;  g_out = sigmoid(E_mem W_out + b_out)
         x <- x + g_out ⊙ E_mem
         """
-        block["inputs"] = layout.append(block["inputs"], x_BQD)
-        slots_BNM = self.bank_norm(block["bank"]).to(x_BQD.dtype)
-        e_mem_BQD = attend(self.read_query(x_BQD), self.read_key(slots_BNM), self.read_value(slots_BNM), self.num_heads)
-        e_mem_BQD = self.read_output(e_mem_BQD)
+        e_mem_BQD = self.read_output(attend(self.read_query(x_BQD), k_BND, v_BND, self.num_heads))
         g_out_BQD = torch.sigmoid(self.output_gate(e_mem_BQD) + self.output_gate_bias)
         return g_out_BQD * e_mem_BQD
 
@@ -302,6 +580,25 @@ class BankMemory(nn.Module):
         return g_in_RNM * torch.tanh(c_RNM.float()) + g_f_RNM * bank_RNM
 
 
+class OfficialGates(nn.Module):
+    """linear(x) for the input and the forget gate; with a scale w, linear of the mean over tokens of relu(w ⊙ x)."""
+
+    def __init__(self, width: int, pooled: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, 2 * width)
+        self.w = nn.Parameter(torch.empty(width)) if pooled else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialises what belongs to no sub-module."""
+        if self.w is not None:
+            init.normal_(self.w)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B,_,N] to [B,_ or 1,2N]."""
+        return self.linear(x if self.w is None else F.relu(self.w * x).mean(dim=1, keepdim=True))
+
+
 class OfficialMemory(nn.Module):
     """Kind `official`: the published code's memory. One bank [B,N,N] runs through all blocks; N = T = D.
 
@@ -315,19 +612,27 @@ class OfficialMemory(nn.Module):
         self.query_proj, self.key_proj, self.value_proj = nn.Linear(N, N), nn.Linear(N, N), nn.Linear(N, N)
         self.attention_mlp = nn.Linear(N, N)
         self.attended_memory_layernorm, self.attended_memory_layernorm2 = nn.LayerNorm(N), nn.LayerNorm(N)
-        self.input_gate_projector = nn.ModuleDict({"linear": nn.Linear(N, 2 * N)})
-        self.input_gate_projector.w = nn.Parameter(torch.empty(N))
-        self.memory_gate_projector = nn.ModuleDict({"linear": nn.Linear(N, 2 * N)})
+        self.input_gate_projector = OfficialGates(N, pooled=True)
+        self.memory_gate_projector = OfficialGates(N, pooled=False)
         self.forget_bias, self.input_bias = nn.Parameter(torch.empty(())), nn.Parameter(torch.empty(()))
+        self.initial_bias = {"forget_bias": config.forget_bias, "input_bias": config.input_bias}
+        self.reset_parameters()
 
-    def forward(self, x_BTD: Tensor, a_BTD: Tensor, layout: Layout, shared: State, block: State) -> Tensor:
-        """Rewrites the bank M from what attention gave, a. Returns the new bank, as what is added to x.
+    def reset_parameters(self) -> None:
+        """Initialises what belongs to no sub-module."""
+        for name, bias in self._parameters.items():
+            init.constant_(bias, self.initial_bias[name])
+
+    def forward(
+        self, x_BTD: Tensor, a_BTD: Tensor, layout: Layout, inputs: None, bank: Tensor, *unused: None
+    ) -> tuple[Tensor | None, ...]:
+        """Rewrites the bank M from what attention gave, a. Returns the new bank, as what is added to x, and the state.
 
         A = MHA(q = a W_Q, k = M W_K, v = M W_V), token t to slots j <= t;  Y = LN(M + A);  C = LN(Y + mlp(mlp(Y)))
         g_in, g_f = sigmoid(linear(mean over tokens of relu(w ⊙ a)) + linear(tanh(M)) + biases)
         M <- g_in ⊙ tanh(C) + g_f ⊙ M
         """
-        m_BND = shared["memory"].to(a_BTD.dtype)
+        m_BND = bank.to(a_BTD.dtype)
         q_BTD, k_BND, v_BND = self.query_proj(a_BTD), self.key_proj(m_BND), self.value_proj(m_BND)
         dropout = self.dropout if self.training else 0.0
         y_BND = m_BND + attend(q_BTD, k_BND, v_BND, self.num_heads, is_causal=True, dropout_p=dropout)
@@ -335,19 +640,57 @@ class OfficialMemory(nn.Module):
         mlp_BND = F.relu(self.attention_mlp(F.relu(self.attention_mlp(y_BND))))  # one matrix, twice
         c_BND = self.attended_memory_layernorm2(y_BND + mlp_BND)
 
-        pooled_B1D = F.relu(self.input_gate_projector.w * a_BTD).mean(dim=1, keepdim=True)
-        of_input = self.input_gate_projector["linear"](pooled_B1D)
-        g_in, g_f = (of_input + self.memory_gate_projector["linear"](torch.tanh(m_BND))).chunk(2, dim=-1)
+        gates = self.input_gate_projector(a_BTD) + self.memory_gate_projector(torch.tanh(m_BND))
+        g_in, g_f = gates.chunk(2, dim=-1)
         g_in, g_f = torch.sigmoid(g_in + self.input_bias), torch.sigmoid(g_f + self.forget_bias)
-        shared["memory"] = g_in.float() * torch.tanh(c_BND.float()) + g_f.float() * shared["memory"]
-        return shared["memory"].to(a_BTD.dtype)
+        bank = g_in.float() * torch.tanh(c_BND.float()) + g_f.float() * bank
+        return bank.to(a_BTD.dtype), inputs, bank, *unused
+
+
+class LM2StartMemory(nn.Module):
+    """Memory at a text's start: lm2's fixed bank [N,M], official's banks [rows,N,N], or rmt's learned tokens [N,D]."""
+
+    def __init__(self, config: LM2Config) -> None:
+        super().__init__()
+        self.config = config
+        N, M = config.memory_slots, config.memory_width
+        if config.memory_kind == "rmt":
+            self.tokens = nn.Parameter(torch.empty(N, config.hidden_size))
+        else:
+            shape = (config.memory_rows, N, N) if config.memory_kind == "official" else (N, M)
+            self.register_buffer("bank", torch.empty(shape))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws tokens, or fills the bank with rows of the identity, and random ones of norm 1 after the last.
+
+        Exported models carry lm2_jax's own rows instead.
+        """
+        if self.config.memory_kind == "rmt":
+            init.normal_(self.tokens, std=self.config.initializer_range)
+            return
+        N, M = self.bank.shape[-2:]
+        extra_NM = torch.randn(max(N - M, 0), M, generator=torch.Generator().manual_seed(0))
+        start_NM = torch.cat([torch.eye(min(N, M), M), F.normalize(extra_NM, dim=-1)])
+        init.copy_(self.bank, start_NM.expand_as(self.bank))
+
+    def forward(self, rows: int) -> Tensor:
+        """Memory of as many rows [B,N,_]; a bank in float32. Raises ValueError if it was kept for other rows."""
+        if self.config.memory_kind == "rmt":
+            return self.tokens.expand(rows, -1, -1)
+        if self.bank.dim() == 3 and len(self.bank) not in (1, rows):
+            raise ValueError(f"the start memory of this model has {len(self.bank)} rows, but the input has {rows}")
+        return self.bank.float().expand(rows, -1, -1)
 
 
 # ---------- The decoder ----------------------------------------------------------------------------------------------
 
 
-class LM2Layer(nn.Module):
-    """A Llama block: convolution and memory if it has them, attention, feed-forward."""
+class LM2Layer(GradientCheckpointingLayer):
+    """A Llama block: convolution and memory if it has them, attention, feed-forward.
+
+    A function of what it is given: hooks may copy its arguments, and checkpointing may call it again.
+    """
 
     def __init__(self, config: LM2Config, index: int) -> None:
         super().__init__()
@@ -364,16 +707,20 @@ class LM2Layer(nn.Module):
         self.post_attention_layernorm = LM2RMSNorm(D, eps)
         self.mlp = LM2MLP(config)
 
-    def forward(self, x_BQD: Tensor, layout: Layout, shared: State, block: State) -> Tensor:
-        """x [B,Q,D] to the same shape; the cache's states take in what later entries need."""
+    def forward(self, x_BQD: Tensor, layout: Layout, *state: Tensor | None) -> tuple[Tensor | None, ...]:
+        """New entries x [B,Q,D] to the same shape, and the state, in the order of `Block`, that later ones need."""
+        keys, values, tail, *memory = state
         if self.conv is not None:
-            x_BQD = x_BQD + self.conv(self.conv_norm(x_BQD), layout, block)
+            y_BQD, tail = self.conv(self.conv_norm(x_BQD), layout, tail)
+            x_BQD = x_BQD + y_BQD
         normed_BQD = self.input_layernorm(x_BQD)
-        attended_BQD = self.self_attn(normed_BQD, layout, block)
+        attended_BQD, keys, values = self.self_attn(normed_BQD, layout, keys, values)
         x_BQD = x_BQD + attended_BQD
         if self.memory is not None:
-            x_BQD = x_BQD + self.memory(normed_BQD, attended_BQD, layout, shared, block)
-        return x_BQD + self.mlp(self.post_attention_layernorm(x_BQD))
+            y_BQD, *memory = self.memory(normed_BQD, attended_BQD, layout, *memory)
+            x_BQD = x_BQD + y_BQD
+        x_BQD = x_BQD + self.mlp(self.post_attention_layernorm(x_BQD))
+        return x_BQD, keys, values, tail, *memory
 
 
 class LM2PreTrainedModel(PreTrainedModel):
@@ -381,32 +728,17 @@ class LM2PreTrainedModel(PreTrainedModel):
 
     config_class = LM2Config
     base_model_prefix = "model"
+    supports_gradient_checkpointing = True
     _no_split_modules = ["LM2Layer"]  # noqa: RUF012
     _supports_sdpa = True  # and nothing else
-    _keep_in_fp32_modules_strict = ["initial_bank", "memory_bank"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["start_memory.bank"]  # noqa: RUF012
     _is_stateful = True  # no assisted decoding: a bank cannot be unwritten
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # matrices and embeddings normal, norms 1, biases 0
-        c = self.config
-        if isinstance(module, LM2Conv):
-            init.normal_(module.weight, std=1 / c.conv_width)
-        elif isinstance(module, BankMemory):
-            init.zeros_(module.output_gate_bias)
-            init.constant_(module.forget_gate_bias, c.forget_bias)
-            if not module.convex:
-                init.constant_(module.input_gate_bias, c.input_bias)
-        elif isinstance(module, OfficialMemory):
-            init.normal_(module.input_gate_projector.w)
-            init.constant_(module.forget_bias, c.forget_bias)
-            init.constant_(module.input_bias, c.input_bias)
-        elif isinstance(module, LM2Model) and c.memory_kind == "lm2":
-            init.copy_(module.initial_bank, initial_bank(c.memory_slots, c.memory_width))
-        elif isinstance(module, LM2Model) and c.memory_kind == "rmt":
-            init.normal_(module.memory_tokens, std=c.initializer_range)
-        elif isinstance(module, LM2Model) and c.memory_kind == "official":
-            init.copy_(module.memory_bank, torch.eye(c.memory_slots).expand(c.memory_rows, -1, -1))
+        if isinstance(module, (LM2Conv, BankMemory, OfficialGates, OfficialMemory, LM2StartMemory)):
+            module.reset_parameters()
 
 
 class LM2Model(LM2PreTrainedModel):
@@ -414,17 +746,11 @@ class LM2Model(LM2PreTrainedModel):
 
     def __init__(self, config: LM2Config) -> None:
         super().__init__(config)
-        N, M, D = config.memory_slots, config.memory_width, config.hidden_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, D)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.start_memory = LM2StartMemory(config) if config.memory_kind != "none" else None
         self.layers = nn.ModuleList(LM2Layer(config, index) for index in range(config.num_hidden_layers))
-        self.norm = LM2RMSNorm(D, config.rms_norm_eps)
-        if config.memory_kind == "lm2":
-            self.register_buffer("initial_bank", torch.empty(N, M))
-        if config.memory_kind == "rmt":
-            self.memory_tokens = nn.Parameter(torch.empty(N, D))
-        if config.memory_kind == "official":
-            self.register_buffer("memory_bank", torch.empty(config.memory_rows, N, N))
-        self.num_memory_tokens = N if config.memory_kind == "rmt" else 0
+        self.norm = LM2RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.num_memory_tokens = config.memory_slots if config.memory_kind == "rmt" else 0
         self.post_init()
 
     @can_return_tuple
@@ -432,143 +758,167 @@ class LM2Model(LM2PreTrainedModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         cache: LM2Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         past_key_values: LM2Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Hidden states after the final norm [B,C,D] (zeros under padding), and the cache.
+        """Hidden states after the final norm [B,C,D], the cache, and the hidden states that were asked for.
 
         Args: see `LM2ForCausalLM.forward`.
         """
-        if kwargs.get("position_ids") is not None:
-            raise ValueError("LM2 takes no position_ids: positions restart at 0 in every segment of every row")
-        if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
-            raise ValueError("LM2 returns neither attentions nor hidden states of its layers")
+        c = self.config
+        if kwargs.get("output_attentions") or c.output_attentions:
+            raise ValueError("LM2 returns no attentions: output_attentions should be False")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        asked = kwargs.get("output_hidden_states")
+        every_layer = c.output_hidden_states if asked is None else asked is not False
         x_BCD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        real_BC = self._real_tokens(x_BCD, attention_mask)
-        cache = self._ready(given(cache, past_key_values), x_BCD)
-        full, device = self.config.segment_length + self.num_memory_tokens, x_BCD.device
-
-        column_BC = torch.argsort(~real_BC, dim=1, stable=True)  # where each row's real tokens are, in turn
-        rank_BC = real_BC.cumsum(dim=1) - 1  # and the other way round
-        total_B, done_B = real_BC.sum(dim=1), torch.zeros_like(column_BC[:, 0])
-        hidden, width, source_BC = [torch.zeros_like(x_BCD[:, :1])], 1, torch.zeros_like(column_BC)
-        while (more_B := done_B < total_B).any():
-            full_B = more_B & (cache.shared["held"] == full)
-            if full_B.any():
-                self._end_segment(cache, full_B)
-            take_B = torch.minimum(total_B - done_B, full - cache.shared["held"])
-            rank_BQ = done_B[:, None] + torch.arange(int(take_B.max()), device=device)
-            column_BQ = take_entries(column_BC, rank_BQ.clamp(max=x_BCD.shape[1] - 1))
-            hidden.append(self._run(take_entries(x_BCD, column_BQ), take_B, cache, linked=True))
-
-            index_BC = rank_BC - done_B[:, None]  # where a column's token is among the new hidden states
-            taken_BC = real_BC & (index_BC >= 0) & (index_BC < take_B[:, None])
-            source_BC = torch.where(taken_BC, width + index_BC, source_BC)
-            width, done_B = width + rank_BQ.shape[1], done_B + take_B
-
-        cache.seen += x_BCD.shape[1]
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        return BaseModelOutputWithPast(take_entries(torch.cat(hidden, 1), source_BC), cache if use_cache else None)
-
-    def _real_tokens(self, x_BCD: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """True for columns that are not padding, bool [B,C]. Raises ValueError for inputs the model cannot read."""
-        B, C, T = *x_BCD.shape[:2], self.config.segment_length
-        real_BC = torch.ones(B, C, dtype=torch.bool, device=x_BCD.device)
-        if attention_mask is not None:
-            shape = tuple(attention_mask.shape)
-            if len(shape) != 2 or shape[0] != B or shape[1] < C:
-                raise ValueError(f"attention_mask {shape} should be [{B}, {C}], or [{B}, columns seen so far + {C}]")
-            real_BC = attention_mask[:, shape[1] - C :].to(real_BC)
-        if self.config.memory_kind == "official" and (C % T or not real_BC.all()):
-            raise ValueError(
-                f"memory_kind official reads whole segments of {T} tokens without padding, not {C} columns: "
-                "its gates see all tokens of a segment, and its bank has one row for each"
-            )
-        return real_BC
-
-    def _ready(self, cache: LM2Cache, x_BCD: Tensor) -> LM2Cache:
-        """Returns the cache; an empty one is filled, with every row at a text's start."""
-        c, B, D = self.config, len(x_BCD), x_BCD.shape[-1]
-        if not isinstance(cache, LM2Cache) or cache.batch_size not in (-1, B):
+        B, C, _ = x_BCD.shape
+        cache = given(cache, past_key_values)
+        if not isinstance(cache, LM2Cache) or cache.rows not in (-1, B):
             raise ValueError(f"cache should be an LM2Cache of {B} rows, as an earlier forward returned it")
-        if cache.shared:
-            return cache
-        if c.memory_kind == "official" and c.memory_rows not in (1, B):
-            raise ValueError(f"the start memory of this model has {c.memory_rows} rows, but the input has {B}")
-        cache.shared["held"] = torch.zeros(B, dtype=torch.long, device=x_BCD.device)
-        if c.memory_kind in ("rmt", "official"):
-            start_BND = self.memory_tokens[None].to(x_BCD.dtype) if c.memory_kind == "rmt" else self.memory_bank.float()
-            cache.shared["memory"] = start_BND.expand(B, -1, -1)
-        for layer in self.layers:
-            no_entries = x_BCD.new_zeros(B, 0, c.num_key_value_heads, c.head_dim)
-            block = {"keys": no_entries, "values": no_entries}
-            if layer.conv is not None:
-                block["tail"] = x_BCD.new_zeros(B, c.conv_width - 1, D)
-            if isinstance(layer.memory, BankMemory):
-                block["inputs"], block["bank"] = x_BCD.new_zeros(B, 0, D), self.initial_bank.float().expand(B, -1, -1)
-            cache.blocks.append(block)
-        self._begin_segment(cache, torch.ones_like(cache.shared["held"], dtype=torch.bool))
-        return cache
 
-    def _begin_segment(self, cache: LM2Cache, begin_B: Tensor) -> None:
-        """Empties the segments of the rows begin_B; rmt: only the front memory tokens remain."""
-        cache.shared["held"] = cache.shared["held"].masked_fill(begin_B, 0)
-        for block in cache.blocks:
-            if "tail" in block:
-                block["tail"] = block["tail"].masked_fill(begin_B[:, None, None], 0)
+        texts = read_texts(x_BCD, attention_mask, position_ids, continues=bool(cache))
+        if c.memory_kind == "official" and (texts.token_P is not None or C % c.segment_length):
+            raise ValueError(
+                f"memory_kind official reads whole segments of {c.segment_length} tokens without padding, not {C} "
+                "columns: its gates see all tokens of a segment, and its bank has one row for each"
+            )
+        self._start_texts(cache, texts, x_BCD)
+        runs, held = cut_at_segment_ends(cache.held, texts.total, c.segment_length)
+        order_RP, back_BC = texts.order(runs)
+        x_RPD = x_BCD if order_RP is None else x_BCD.flatten(0, 1)[order_RP.to(x_BCD.device)]
+
+        widths, layers = [run.width for run in runs], c.num_hidden_layers if every_layer else 0
+        hidden = [
+            self._read_run(x_RQD, run, cache, bool(layers))
+            for x_RQD, run in zip(x_RPD.split(widths, dim=1), runs, strict=True)
+        ]
+        hidden = [torch.cat(states, dim=1) for states in zip(*hidden, strict=True)] or [x_RPD] * (layers + 1)
+        if back_BC is not None:  # zeros under padding
+            hidden = [F.pad(x.flatten(0, 1), (0, 0, 0, 1))[back_BC.to(x.device)] for x in hidden]
+
+        if len(held) > 1:
+            cache.fall_in_step(held)
+        else:
+            cache.held = held
+        if texts.row_R is not None:
+            cache.batch_select_indices(texts.last_B)
+        cache.seen += C
+        use_cache = c.use_cache if use_cache is None else use_cache
+        return BaseModelOutputWithPast(hidden[-1], cache if use_cache else None, tuple(hidden) if layers else None)
+
+    def _start_texts(self, cache: LM2Cache, texts: Texts, x_BCD: Tensor) -> None:
+        """Gives each text its row of the cache, and to those that begin here memory as it is at a text's start."""
+        fresh = rows_where(texts.fresh, x_BCD.device) if cache else ALL
+        if not cache:
+            cache.blocks, cache.rows = [Block()] * len(self.layers), texts.rows
+        elif texts.row_R is not None:
+            cache.batch_select_indices(texts.row_R)
+        if fresh is None:
+            return
+        if isinstance(fresh, slice):
+            cache.held = [0]
+        else:
+            held = cache.held * (texts.rows // len(cache.held))
+            cache.held = [0 if is_fresh else h for is_fresh, h in zip(texts.fresh, held, strict=True)]
+        if self.start_memory is None:
+            return
+        start_RNM = self.start_memory(texts.rows)[fresh]
         if self.num_memory_tokens:
-            self._run(cache.shared["memory"], begin_B * self.num_memory_tokens, cache, linked=False)
+            cache.memory = replace_rows(cache.memory, fresh, start_RNM.to(x_BCD.dtype))
+            return
+        for index in range(self.config.memory_layers if self.config.memory_kind == "lm2" else 1):
+            block = cache.blocks[index]
+            cache.blocks[index] = block._replace(bank=replace_rows(block.bank, fresh, start_RNM))
 
-    def _end_segment(self, cache: LM2Cache, full_B: Tensor) -> None:
-        """Writes the memory of the rows full_B and begins their next segments, when their next token arrives."""
-        rows_R = full_B.nonzero()[:, 0]
-        for layer, block in zip(self.layers, cache.blocks, strict=True):
-            if "bank" in block:
-                inputs_RTD = block["inputs"][rows_R, : self.config.segment_length]
-                written_RNM = layer.memory.write(inputs_RTD, block["bank"][rows_R])
-                block["bank"] = block["bank"].index_copy(0, rows_R, written_RNM)
-        if self.config.memory_kind == "rmt":  # what the last layer makes of the back memory tokens
-            memory_BmD = cache.shared["memory"]
-            after_BmD = self._run(memory_BmD, full_B * self.num_memory_tokens, cache, linked=False)
-            cache.shared["memory"] = torch.where(full_B[:, None, None], after_BmD, memory_BmD)
-        if self.config.memory_kind == "official":
-            cache.shared["memory"] = cache.shared["memory"].detach()
-        self._begin_segment(cache, full_B)
+    def _read_run(self, x_BQD: Tensor, run: Run, cache: LM2Cache, every_layer: bool) -> list[Tensor]:
+        """Reads embeddings x, of which the first run.take[b] are row b's: the recurrence over segments.
 
-    def _run(self, x_BQD: Tensor, take_B: Tensor, cache: LM2Cache, linked: bool) -> Tensor:
-        """Runs all layers over new entries of the rows' unfinished segments, which have room for them.
-
-        Args:
-          x_BQD: embeddings, of which the first take_B[b] are row b's.
-          linked: tokens of the text; else rmt's memory tokens, at position 0, where RoPE does not rotate them.
+        Rows whose segment is full write it to memory first, and begin the next one.
 
         Returns:
-          hidden states after the final norm [B,Q,D].
+          hidden states after the final norm [B,Q,D]; with every_layer before them those that enter each block.
         """
-        held_B, device = cache.shared["held"], x_BQD.device
-        old, Q = cache.blocks[0]["keys"].shape[1], x_BQD.shape[1]
-        entry_BQ = held_B[:, None] + torch.arange(Q, device=device)
-        entry_L = torch.arange(int((held_B + take_B).max()), device=device)
-        new_BL = (old + entry_L - held_B[:, None]).clamp(max=old + Q - 1)
+        T, m, device = self.config.segment_length, self.num_memory_tokens, x_BQD.device
+        is_full = [h == T and n > 0 for h, n in zip(*run, strict=True)]
+        is_new = [full or h == 0 for h, full in zip(run.held, is_full, strict=True)]
+        writes, opens = rows_where(is_full, device), rows_where(is_new, device)
+        entries = [h + m for h in run.held]
+
+        if m and writes is not None:  # rmt's next memory is what the last block makes of its back memory tokens
+            layout = self._layout(cache.memory, cache, entries, [m * full for full in is_full], linked=False)
+            (after_BmD,) = self._run_layers(cache.memory, layout, cache)
+            cache.memory = replace_rows(cache.memory, writes, after_BmD[writes])
+        if isinstance(opens, slice):  # nothing else of a block outlives its segment
+            cache.blocks = [Block(inputs=block.inputs, bank=block.bank) for block in cache.blocks]
+        entries = [0 if new else n for n, new in zip(entries, is_new, strict=True)]
+        if m and opens is not None:  # front memory tokens
+            layout = self._layout(cache.memory, cache, entries, [m * new for new in is_new], opens, linked=False)
+            self._run_layers(cache.memory, layout, cache)
+            entries, opens = [m if new else n for n, new in zip(entries, is_new, strict=True)], None
+
+        layout = self._layout(x_BQD, cache, entries, run.take, opens, writes)
+        return self._run_layers(x_BQD, layout, cache, every_layer)
+
+    def _run_layers(self, x_BQD: Tensor, layout: Layout, cache: LM2Cache, every_layer: bool = False) -> list[Tensor]:
+        """Runs all blocks over new entries, which change their states. Returns hidden states as `_read_run`."""
+        blocks, shares_bank = cache.blocks, self.config.memory_kind == "official"
+        if shares_bank:
+            blocks[0] = blocks[0]._replace(bank=blocks[0].bank.detach())
+        entering = []
+        for index, layer in enumerate(self.layers):
+            entering.append(x_BQD)
+            x_BQD, *state = layer(x_BQD, layout, *blocks[index])
+            blocks[index] = Block(*state)
+            if shares_bank:  # which goes from block to block, and from the last one to the first of the next segment
+                bank, blocks[index] = blocks[index].bank, blocks[index]._replace(bank=None)
+                following = (index + 1) % len(blocks)
+                blocks[following] = blocks[following]._replace(bank=bank)
+        return [*(entering if every_layer else ()), self.norm(x_BQD)]
+
+    def _layout(
+        self,
+        x_BQD: Tensor,
+        cache: LM2Cache,
+        entries: list[int],
+        take: list[int],
+        opens: Rows | None = None,
+        writes: Rows | None = None,
+        linked: bool = True,
+    ) -> Layout:
+        """Layout of new entries x, of which the first take[b] are row b's, after `entries` of its segment.
+
+        linked: tokens of the text; else rmt's memory tokens, at position 0, where RoPE does not rotate them.
+        """
+        Q, device = x_BQD.shape[1], x_BQD.device
+        if len(entries) == 1:  # in step
+            options = {}
+            entry_BQ = torch.arange(entries[0], entries[0] + Q, device=device)[None]
+            if Q > 1 and entries[0]:
+                seen_QL = torch.ones(Q, entries[0] + Q, dtype=torch.bool, device=device).tril(entries[0])
+                options["seen_B1QL"] = seen_QL[None, None]
+            elif Q > 1:
+                options["is_causal"] = True
+        else:
+            held_B, take_B = torch.tensor([entries, take], device=device)
+            keys = cache.blocks[0].keys
+            old = 0 if keys is None else keys.shape[1]
+            entry_BQ = held_B[:, None] + torch.arange(Q, device=device)
+            entry_L = torch.arange(max(map(sum, zip(entries, take, strict=True))), device=device)
+            new_BL = (old + entry_L - held_B[:, None]).clamp(max=old + Q - 1)
+            options = {
+                "take_B": take_B,
+                "source_BL": torch.where(entry_L < held_B[:, None], entry_L, new_BL),
+                "seen_B1QL": (entry_L <= entry_BQ[..., None])[:, None],
+            }
         position_BQ = (entry_BQ - self.num_memory_tokens) * linked
         angle_BQ1K = position_BQ[..., None, None] * rope_frequencies(self.config, device)
-        layout = Layout(
-            take_B=take_B,
-            source_BL=torch.where(entry_L < held_B[:, None], entry_L, new_BL),
-            seen_B1QL=(entry_L <= entry_BQ[..., None])[:, None],
-            cos_BQ1K=angle_BQ1K.cos(),
-            sin_BQ1K=angle_BQ1K.sin(),
-            linked=linked,
-        )
-        for layer, block in zip(self.layers, cache.blocks, strict=True):
-            x_BQD = layer(x_BQD, layout, cache.shared, block)
-        cache.shared["held"] = held_B + take_B
-        return self.norm(x_BQD)
+        return Layout(opens, writes, linked, angle_BQ1K.cos(), angle_BQ1K.sin(), **options)
 
 
 class LM2ForCausalLM(LM2PreTrainedModel, GenerationMixin):
@@ -600,6 +950,7 @@ class LM2ForCausalLM(LM2PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         cache: LM2Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
@@ -608,30 +959,36 @@ class LM2ForCausalLM(LM2PreTrainedModel, GenerationMixin):
         past_key_values: LM2Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits of every column, as if each row stood alone and began at its first real token.
+        """Logits of every column, as if each text stood alone and began at its first token.
 
         Args:
           input_ids: token ids [B,C]; or pass inputs_embeds [B,C,D] instead.
           attention_mask: [B,C], or [B, columns seen so far + C]: 0 where there is padding, on whichever side. It is
             not seen, not written, and does not count towards a segment.
+          position_ids: [B,C] or [1,C]. A token with position 0 begins a document, with memory as at a text's start; the
+            cache goes on with each row's last one. Other positions follow the one before, or an earlier call.
           cache: what the previous call returned; it is changed. None: the text starts here. Gradients flow through it.
             Before transformers 5.24 arguments and outputs call it past_key_values.
           labels: [B,C]; shifted here, -100 is left out of the loss.
           use_cache: whether to return the cache. Logits do not depend on it.
           logits_to_keep: number of last columns to return logits for, or their indices; 0: all columns.
 
+        With output_hidden_states (here or in the config) the hidden states [B,C,D] that enter each block are returned,
+        and those after the final norm; zeros under padding.
+
         Returns:
-          loss (with labels), logits [B,C,V] and cache. Raises ValueError for inputs that the model cannot read.
+          loss (with labels), logits [B,C,V], cache and hidden states. Raises ValueError for inputs that the model
+          cannot read.
         """
         cache = given(cache, past_key_values)
-        hidden_BCD, *_ = self.model(input_ids, attention_mask, cache, inputs_embeds, return_dict=False, **kwargs)
+        outputs = self.model(input_ids, attention_mask, position_ids, cache, inputs_embeds, return_dict=True, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits_BCV = self.lm_head(hidden_BCD[:, kept])
+        logits_BCV = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits_BCV, labels, vocab_size=self.config.vocab_size, **kwargs)
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        return CausalLMOutputWithPast(loss, logits_BCV, cache if use_cache else None)
+        return CausalLMOutputWithPast(loss, logits_BCV, cache if use_cache else None, outputs.hidden_states)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Does what transformers' generate() does. Raises NotImplementedError for kind `official`."""
