@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from lm2_jax.common.errors import UserError
 from lm2_jax.common.untrusted import short_repr
+from lm2_jax.convert.sentencepiece_model import merges_of
 
 _KEYS = "tokenizer.ggml."
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type; others: unused, byte
@@ -186,13 +187,7 @@ def _merges(vocabulary: _Vocabulary, ids: Mapping[str, int]) -> list[tuple[str, 
     normal = {token for token, type in zip(vocabulary.tokens, vocabulary.types, strict=True) if type == _NORMAL}
     if longest := [token for token in normal if len(token) > _LONGEST]:
         raise UserError(f"{_KEYS}tokens: {short_repr(longest[0])} has over {_LONGEST} characters")
-    pairs = [
-        (vocabulary.scores[ids[token]], cut, token)
-        for token in normal
-        for cut in range(1, len(token))
-        if token[:cut] in normal and token[cut:] in normal
-    ]
-    return [(token[:cut], token[cut:]) for _, cut, token in sorted(pairs, reverse=True)]
+    return merges_of({token: vocabulary.scores[ids[token]] for token in normal})
 
 
 def _chat_template(settings: Mapping[str, Any]) -> str | list[dict[str, str]] | None:

@@ -10,7 +10,9 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from lm2_jax.common.errors import warn_once
 from lm2_jax.config import Config
+from lm2_jax.convert.sentencepiece_model import convert_sentencepiece
 from lm2_jax.tokenizer import (
     Origin,
     StoriesTokenizer,
@@ -44,9 +46,9 @@ def write_generation(ids: Mapping[str, Any], origin: Origin | None, directory: P
 
 
 def write_tokenizer(config: Config, origin: Origin | None, directory: Path) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and the chat template.
+    """Writes tokenizer.json, tokenizer_config.json and the chat template; beside them a sentencepiece tokenizer.model.
 
-    For sentencepiece, which tokenizer.json cannot express, tokenizer.model instead.
+    A sentencepiece model that tokenizer.json cannot express is all there is of it, with a warning.
     """
     if origin is not None:
         origin.copy_file("chat_template.jinja", directory)
@@ -55,10 +57,11 @@ def write_tokenizer(config: Config, origin: Origin | None, directory: Path) -> N
     kind, path = config.tokenizer.kind, config.tokenizer.path
     if kind == "sentencepiece":
         shutil.copyfile(path, directory / "tokenizer.model")
-        return
     ours = load_tokenizer(config.tokenizer, origin)
-    make = {"bytes": _bytes, "stories": _stories, "llama3": _llama3, "tokenizers": _tokenizers}
-    tokenizer = make[kind](path)
+    tokenizer = _MAKE[kind](path)
+    if tokenizer is None:
+        warn_once(f"{path}: tokenizer.json cannot express this sentencepiece model; use sentencepiece to read text")
+        return
     if _puts_around(tokenizer, ours.special.prefix_ids) or kind != "tokenizers":
         tokenizer.save(str(directory / "tokenizer.json"))
     else:
@@ -100,6 +103,10 @@ def _tokenizers(path: str) -> Tokenizer:
     return Tokenizer.from_file(path)
 
 
+def _sentencepiece(path: str) -> Tokenizer | None:
+    return convert_sentencepiece(Path(path).read_bytes())
+
+
 def _llama3(path: str) -> Tokenizer:
     return convert_llama3(Path(path).read_bytes())
 
@@ -128,3 +135,12 @@ def _stories(_: None) -> Tokenizer:
 
 def _control(name: str) -> AddedToken:
     return AddedToken(name, normalized=False, special=True)
+
+
+_MAKE = {
+    "bytes": _bytes,
+    "stories": _stories,
+    "llama3": _llama3,
+    "tokenizers": _tokenizers,
+    "sentencepiece": _sentencepiece,
+}

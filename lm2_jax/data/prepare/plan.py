@@ -24,7 +24,7 @@ from lm2_jax.data.prepared import (
     make_manifest,
     read_manifest,
 )
-from lm2_jax.tokenizer import Tokenizer
+from lm2_jax.tokenizer import Tokenizer, origin_beside
 
 _PLAN = "plan.json"
 _DIFFERENCES_SHOWN = 5
@@ -170,4 +170,6 @@ def _keep_tokenizer(settings: Settings, tokenizer: Tokenizer) -> TokenizerRecord
     if path is not None:
         file = "tokenizer.json" if kind == "tokenizers" else "tokenizer.model"
         shutil.copyfile(path, settings.output / file)
+        if (origin := origin_beside(path)) is not None:
+            origin.copy_to(settings.output)
     return TokenizerRecord(kind=kind, file=file, fingerprint=tokenizer.fingerprint(), vocab_size=tokenizer.vocab_size)
