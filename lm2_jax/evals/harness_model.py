@@ -22,6 +22,7 @@ from lm2_jax.evals import generation, scoring
 from lm2_jax.evals.model import EvalModel
 from lm2_jax.evals.results import ResultLog
 from lm2_jax.tokenizer import encode_long, prompt_ids
+from lm2_jax.tokenizer.chat import chat_ids, render_chat
 
 _NEW_TOKENS = 256  # for tasks that do not say; the default of the harness's own models
 _REPORT_SECONDS = 5.0
@@ -36,11 +37,12 @@ class HarnessModel(TemplateLM):
     Args:
       results: keeps the answers, by the key ("request",).
       log: receives progress lines.
+      chat: True if requests are rendered chats, in which names of control tokens are those tokens.
     """
 
-    def __init__(self, loaded: EvalModel, results: ResultLog, log: Callable[[str], None]) -> None:
+    def __init__(self, loaded: EvalModel, results: ResultLog, log: Callable[[str], None], chat: bool = False) -> None:
         super().__init__()
-        self._loaded, self._results, self._log = loaded, results, log
+        self._loaded, self._results, self._log, self._chat = loaded, results, log, chat
 
     @property
     def eot_token_id(self) -> int | None:
@@ -64,8 +66,32 @@ class HarnessModel(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids of a text; add_special_tokens False leaves out what begins every text."""
+        tokenizer = self._loaded.tokenizer
+        if self._chat:  # whose template may write what begins a text
+            ids, prefix = chat_ids(tokenizer, string).tolist(), list(tokenizer.special.prefix_ids)
+            return ids if add_special_tokens is False or ids[: len(prefix)] == prefix else [*prefix, *ids]
         encode = encode_long if add_special_tokens is False else prompt_ids
-        return encode(self._loaded.tokenizer, string).tolist()
+        return encode(tokenizer, string).tolist()
+
+    @property
+    def tokenizer_name(self) -> str:
+        """A name that changes with the tokenizer and its chat template."""
+        return f"{self._loaded.tokenizer.fingerprint()} {self.chat_template()}"
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """The model's chat template, empty if it has none; lm_eval keeps it with its results."""
+        origin = self._loaded.origin
+        return (origin.chat_template if origin else None) or ""
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of a chat by the model's template; without a system message, if the template refuses it."""
+        spoken = [message for message in chat_history if message["role"] != "system"]
+        try:
+            return render_chat(self._loaded.origin, chat_history, add_generation_prompt)
+        except UserError:
+            if len(spoken) == len(chat_history):
+                raise
+        return render_chat(self._loaded.origin, spoken, add_generation_prompt)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Implements `LM.loglikelihood`; contexts and continuations may be of any length."""

@@ -19,7 +19,7 @@ from lm2_jax.loading import load_run
 from lm2_jax.model import build_model
 from lm2_jax.model.decoder import Decoder
 from lm2_jax.parallel.mesh import batch_sharding, boxed_shardings, make_mesh, memory_shardings, replicated
-from lm2_jax.tokenizer import Tokenizer, load_text_tokenizer
+from lm2_jax.tokenizer import Origin, Tokenizer, load_text_tokenizer, origin_of_model
 
 # (memory, inputs) -> (results, memory)
 Step = Callable[[Any, Any], tuple[Any, Any]]
@@ -47,6 +47,11 @@ class EvalModel:
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises UserError if it has none for text."""
         return load_text_tokenizer(self.config, self.checkpoint)
+
+    @property
+    def origin(self) -> Origin | None:
+        """The small files of the pretrained model that this one began as, such as its chat template."""
+        return origin_of_model(self.config.tokenizer, self.checkpoint)
 
     def fresh_memory(self) -> Any:
         """The memory of data.batch_size lanes that have read nothing."""
