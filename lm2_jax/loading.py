@@ -111,8 +111,8 @@ def load_weights(path: str, model: Decoder) -> Any:
 
 
 def differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Dotted key, old and new value of everything in which two nested dictionaries of the same keys differ."""
-    if isinstance(before, dict) and isinstance(now, dict):
+    """Dotted key, old and new value of everything in which two nested dictionaries differ."""
+    if isinstance(before, dict) and isinstance(now, dict) and before.keys() == now.keys():
         for name in before:
             yield from differences(before[name], now[name], f"{key}.{name}" if key else name)
     elif before != now:

@@ -88,6 +88,8 @@ def words(hint, sections) -> str:
         return ", ".join(options) if len(options) < 8 else f"{options[0]} to {options[-1]}"
     if origin in (typing.Union, types.UnionType):
         return " or ".join("null" if part is type(None) else words(part, sections) for part in arguments)
+    if origin is dict:
+        return "mapping"
     if origin is tuple:
         inside = [words(part, sections) for part in arguments if part is not Ellipsis]
         many = f"list of {inside[0]}".replace("list of section ", "list of sections ")
@@ -103,7 +105,7 @@ def default_of(value) -> str:
     """A default as YAML writes it."""
     if isinstance(value, float):
         return f"{value:g}"
-    written = list(value) if isinstance(value, tuple) else value
+    written = list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, dict) else value
     return yaml.safe_dump(written, default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...")
 
 

@@ -314,6 +314,13 @@ def test_tokenizers_of_exported_directories(tmp_path):
             assert theirs(TEXTS[0]).input_ids == [ours.special.bos_id, *ours.encode(TEXTS[0])]
 
 
+def test_length_that_tools_read(tmp_path):
+    """lm_eval's `--batch_size auto` allocates 64 texts of it, and cuts longer ones: neither too long nor too short."""
+    path = convert("lm2_jax", "huggingface", random_own(tmp_path / "ours"), tmp_path / "theirs")
+    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=True)
+    assert config.max_position_embeddings == 32_768
+
+
 def test_exported_directory_has_its_tokenizer(tmp_path):
     """Also where the run read token shards, if its config names one."""
     ours = random_own(tmp_path / "ours", "tokenizer.kind=bytes", "model.vocab_size=258")

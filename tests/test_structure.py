@@ -80,7 +80,7 @@ MAY_IMPORT = {
     "decoding": BASE | {"model", "tokenizer", "checkpoint"},
     "plots": BASE,
     "training": BASE | RUNNING | {"batch", "tokenizer", "data", "checkpoint", "loading", "plots"},
-    "evals": BASE | RUNNING | {"batch", "tokenizer", "data", "checkpoint", "loading", "decoding", "plots"},
+    "evals": BASE | RUNNING | {"batch", "tokenizer", "data", "convert", "checkpoint", "loading", "decoding", "plots"},
     "inspection": BASE | RUNNING | {"batch", "tokenizer", "data", "loading", "decoding", "plots", "evals"},
     "compiled": BASE | RUNNING | {"batch", "tokenizer", "decoding", "training"},
 }

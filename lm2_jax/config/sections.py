@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 LARGEST = 2**31 - 1  # of integers: array sizes are int32
@@ -338,11 +349,19 @@ class MmluConfig(Section):
     limit: PositiveInt | None = None  # questions per subject; null: all
 
 
+class Mapping(dict[str, Any]):
+    """A mapping of JSON values that, like every setting, can be hashed."""
+
+    def __hash__(self) -> int:
+        return hash(json.dumps(self, sort_keys=True))
+
+
 class HarnessConfig(Section):
     """Tasks of lm-evaluation-harness (evaluate --task harness)."""
 
     tasks: Texts = ()  # names of tasks, groups or tags, or YAML files of tasks
     include: NonEmptyStr | None = None  # directory with task files of your own
+    metadata: Annotated[dict[str, JsonValue], AfterValidator(Mapping)] = Mapping()  # settings of tasks, as lm-eval's
     shots: NonNegativeInt | None = None  # solved examples in front of each question; null: the task's own number
     limit: PositiveInt | None = None  # samples per task; null: all
 

@@ -6,26 +6,34 @@ task files name other data.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib.metadata
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Sequence
+import random
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from traceback import walk_tb
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from lm2_jax.common.errors import UserError
 from lm2_jax.config import HarnessConfig, MmluConfig
+from lm2_jax.convert.tokenizer_files import write_tokenizer
 from lm2_jax.evals import plots
 from lm2_jax.evals.model import EvalModel
 from lm2_jax.evals.results import ResultLog, finished_path
+from lm2_jax.evals.ruler import refuse_endless
 
 Result = dict[str, Any]
 _BOOTSTRAPS = 1000  # samples for the standard errors of metrics that are not means
-_FEWSHOT_SEED = 1234  # the harness's own
+_SEED, _NUMPY_SEED, _FEWSHOT_SEED = 0, 1234, 1234  # the harness's own
 
 
 def evaluate(loaded: EvalModel, output: Path | None, log: Callable[[str], None]) -> Result:
@@ -42,7 +50,9 @@ def evaluate(loaded: EvalModel, output: Path | None, log: Callable[[str], None])
         )
     if settings.include is not None and not Path(settings.include).is_dir():
         raise UserError(f"eval.harness.include: {settings.include} is no directory; name one with task files (.yaml)")
-    return run(loaded, output, log, settings, "harness", settings.tasks, settings.include)
+    with _metadata(loaded, settings.metadata) as metadata:
+        options = {"include_path": settings.include, "metadata": metadata}
+        return run(loaded, output, log, settings, "harness", settings.tasks, options)
 
 
 def run(
@@ -52,11 +62,11 @@ def run(
     settings: HarnessConfig | MmluConfig,
     name: str,
     wanted: Sequence[Any],
-    include: str | None = None,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Result:
     """Runs the tasks `wanted` for `--task name` with its settings; returns what `evaluate` does.
 
-    wanted: names, or the harness's own task and group objects.
+    wanted: names, or the harness's own task and group objects. options: of its `TaskManager`.
     """
     require_harness()
     if loaded.config.has_tokenizer and loaded.config.tokenizer.kind == "stories":
@@ -68,12 +78,22 @@ def run(
 
     from lm2_jax.evals.harness_model import HarnessModel
 
-    tasks = _load(name, wanted, include)
+    tasks = _load(name, wanted, options)
     for task in tasks["tasks"].values():
         _set_shots(task, settings.shots)
     results = ResultLog(finished_path(output), _identity(loaded), key=("request",))
     model = HarnessModel(loaded, results, log)
-    found = lm_eval.evaluate(model, tasks, limit=settings.limit, bootstrap_iters=_BOOTSTRAPS, log_samples=False)
+    try:
+        found = lm_eval.evaluate(model, tasks, limit=settings.limit, bootstrap_iters=_BOOTSTRAPS, log_samples=False)
+    except UserError:
+        raise
+    except Exception as error:  # of the harness and of task files, but not of the model
+        if any(frame.f_globals["__name__"] == HarnessModel.__module__ for frame, _ in walk_tb(error.__traceback__)):
+            raise
+        raise UserError(
+            f"eval.{name}: lm-evaluation-harness cannot run {', '.join(tasks['tasks'])} "
+            f"({type(error).__name__}: {error}); change eval.{name}"
+        ) from error
     return {
         "task": name,
         "checkpoint": loaded.checkpoint,
@@ -95,18 +115,31 @@ def require_harness() -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
-def _load(name: str, wanted: Sequence[Any], include: str | None) -> Any:
+@contextlib.contextmanager
+def _metadata(loaded: EvalModel, given: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Metadata of tasks. Where none is given, the tokenizer by which RULER's measure their texts is the model's."""
+    with tempfile.TemporaryDirectory() as directory:
+        if not given.keys() & {"tokenizer", "pretrained", "model"}:
+            write_tokenizer(loaded.config, Path(directory))
+            given = {"tokenizer": directory, **given}
+        yield dict(given)
+
+
+def _load(name: str, wanted: Sequence[Any], options: Mapping[str, Any]) -> Any:
     """Loads tasks and groups, as `TaskManager.load` returns them."""
     from lm_eval.tasks import TaskManager
 
     names = [task for task in wanted if isinstance(task, str)]
-    manager = TaskManager(include_path=include, include_defaults=bool(names))
+    manager = TaskManager(include_defaults=bool(names), **options)
     for task in names:
         if task not in manager.task_index and not Path(task).is_file():
             close = difflib.get_close_matches(task, manager.all_tasks, n=3)
             hint = f"did you mean {' or '.join(close)}?" if close else "`lm-eval ls tasks` lists those that it knows"
             raise UserError(f"eval.{name}: lm-evaluation-harness has no task {task!r}; {hint}")
     try:
+        refuse_endless(names, options.get("metadata", {}))
+        random.seed(_SEED)  # some tasks draw their questions; the seeds are the harness's own
+        np.random.seed(_NUMPY_SEED)
         loaded = manager.load(list(wanted))
     except UserError:
         raise
@@ -146,6 +179,8 @@ def _scores(found: dict[str, Any]) -> list[Result]:
         for key, value in figures.items():
             metric, _, kept = key.partition(",")  # "acc,none": the metric, and a filter of the answers
             if not kept or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            if metric.isdigit() and value == -1:  # RULER's word for a length without samples
                 continue
             stderr = figures.get(f"{metric}_stderr,{kept}")
             scores.append(

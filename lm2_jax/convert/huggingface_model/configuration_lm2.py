@@ -42,7 +42,7 @@ class LM2Config(PreTrainedConfig):
     rope_parameters: dict[str, Any] | None = None  # {"rope_type": "default" | "llama3", "rope_theta": ..., ...}
     conv_width: int = 0  # kernel of the residual causal convolution: 0 (none), 4 or 8
     segment_length: int = 32  # T: attention sees one segment, in which positions start at 0
-    max_position_embeddings: int = 1 << 20  # for tools that ask; memory carries text of any length
+    max_position_embeddings: int = 1 << 15  # for tools that cut or allocate; memory carries text of any length
 
     # The memory
     memory_kind: str = "lm2"
