@@ -12,7 +12,7 @@ import optax
 import pytest
 from convert_helpers import V, convert, random_llama, random_own, random_tokens, torch_logits
 from helpers import quick_training
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import lm2_jax
 from lm2_jax.common.errors import UserError
@@ -154,6 +154,31 @@ def test_there_and_back(pair, tmp_path):
     assert before.memory.kind == after.memory.kind
     assert before.model.model_copy(update={"head_dim": 8}) == after.model
     assert before.spec.memory_width == after.spec.memory_width
+
+
+def test_features(pair):
+    """AutoModel is the decoder without its head."""
+    ours, _, _, theirs = pair
+    path, tokens = ours.parent / "theirs", torch.tensor(random_tokens((2, T + 5)))
+    assert "AutoModel" in json.loads((path / "config.json").read_text())["auto_map"]
+    decoder = transformers.AutoModel.from_pretrained(path, trust_remote_code=True)
+    with torch.no_grad():
+        features = decoder(tokens).last_hidden_state
+        assert torch.equal(theirs.lm_head(features), theirs(tokens).logits)
+
+
+def test_former_names_are_read(pair, tmp_path):
+    """A directory written when the start memory's tensors belonged to the decoder itself."""
+    ours, _, _, _ = pair
+    former = {"model.start_memory.bank": "model.initial_bank", "model.start_memory.tokens": "model.memory_tokens"}
+    shutil.copytree(ours.parent / "theirs", tmp_path / "former")
+    tensors = load_file(tmp_path / "former" / "model.safetensors")
+    renamed = {former.get(name, name): x for name, x in tensors.items()}
+    save_file(renamed, tmp_path / "former" / "model.safetensors")
+    convert("huggingface", "lm2_jax", tmp_path / "former", tmp_path / "back")
+    expected, found = (load_file(path / "params.safetensors") for path in (ours, tmp_path / "back"))
+    assert expected.keys() == found.keys()
+    assert all(np.array_equal(found[name], x) for name, x in expected.items())
 
 
 def test_official_in_transformers(tmp_path):
