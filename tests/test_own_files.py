@@ -23,6 +23,7 @@ from lm2_jax.data.documents import TextSource
 from lm2_jax.data.prepared import PreparedSource
 from lm2_jax.generate import main
 from lm2_jax.loading import load_run
+from lm2_jax.parallel.mesh import use_mesh
 from lm2_jax.tokenizer import load_tokenizer
 from lm2_jax.training.loop import train
 
@@ -337,3 +338,52 @@ def test_prepared_data_keep_what_the_model_says(tmp_path, monkeypatch):
     assert kept.special == whole.special and kept.fingerprint() == whole.fingerprint()
     (document,) = PreparedSource([tmp_path / "prepared"], whole.fingerprint())
     assert document.tokens.tolist() == [BEGIN, *whole.encode("the whale"), EOT]
+
+
+@needs_harness
+def test_evaluation_asks_in_the_models_chat_template(tmp_path, monkeypatch):
+    """The log-likelihoods of lm-eval's own model of the same weights, with its --apply_chat_template."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    from lm2_jax.evals import harness, scoring
+
+    llama = instruct_model(tmp_path / "llama")
+    rows = ["question,a,b,answer", "where is the whale,here,there,0", "what swam,ship,whale,1", "who saw,nobody,all,0"]
+    (tmp_path / "q.csv").write_text("\n".join(rows))
+    task = {
+        "task": "whales",
+        "dataset_path": "csv",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "q.csv")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "description": "Whales.",
+        "doc_to_text": "{{question}}?",
+        "doc_to_choice": ["a", "b"],
+        "doc_to_target": "answer",
+        "num_fewshot": 1,
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (tmp_path / "whales.yaml").write_text(json.dumps(task))
+    asked = (f"eval.harness.tasks=[{tmp_path}/whales.yaml]", "eval.harness.chat=true", "data.segment_length=256")
+    loaded, found = load(convert("huggingface", "lm2_jax", llama, tmp_path / "ours"), *asked), []
+    score = scoring.loglikelihood
+
+    def watched(model, pairs):
+        for batch in score(model, pairs):
+            found.extend((len(pairs[number][0]), log) for number, log, _ in batch)
+            yield batch
+
+    monkeypatch.setattr(scoring, "loglikelihood", watched)
+    with use_mesh(loaded.mesh):
+        harness.evaluate(loaded, None, lambda _: None)
+    theirs = lm_eval.simple_evaluate(
+        HFLM(pretrained=str(llama), device="cpu", dtype="float32"),
+        tasks=[str(tmp_path / "whales.yaml")],
+        apply_chat_template=True,
+        fewshot_as_multiturn=True,
+        log_samples=True,
+    )
+    expected = [answer[0] for sample in theirs["samples"]["whales"] for answer in sample["filtered_resps"]]
+    assert len(expected) == len(found) == 6
+    np.testing.assert_allclose(sorted(log for _, log in found), sorted(expected), atol=1e-4)

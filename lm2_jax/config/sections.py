@@ -347,6 +347,7 @@ class MmluConfig(Section):
     subjects: Texts | None = None  # subjects, such as astronomy; null: all
     shots: NonNegativeInt = 5  # solved questions in front of each question
     limit: PositiveInt | None = None  # questions per subject; null: all
+    chat: bool = False  # ask in the model's chat template, shots as turns of the conversation
 
 
 class Mapping(dict[str, Any]):
@@ -364,6 +365,7 @@ class HarnessConfig(Section):
     metadata: Annotated[dict[str, JsonValue], AfterValidator(Mapping)] = Mapping()  # settings of tasks, as lm-eval's
     shots: NonNegativeInt | None = None  # solved examples in front of each question; null: the task's own number
     limit: PositiveInt | None = None  # samples per task; null: all
+    chat: bool = False  # ask in the model's chat template, shots as turns of the conversation
 
 
 class EvalConfig(Section):

@@ -81,10 +81,11 @@ def run(
     tasks = _load(name, wanted, options)
     for task in tasks["tasks"].values():
         _set_shots(task, settings.shots)
-    results = ResultLog(finished_path(output), _identity(loaded), key=("request",))
-    model = HarnessModel(loaded, results, log)
+    results = ResultLog(finished_path(output), _identity(loaded, settings.chat), key=("request",))
+    model = HarnessModel(loaded, results, log, settings.chat)
+    asked = {"limit": settings.limit, "apply_chat_template": settings.chat, "fewshot_as_multiturn": settings.chat}
     try:
-        found = lm_eval.evaluate(model, tasks, limit=settings.limit, bootstrap_iters=_BOOTSTRAPS, log_samples=False)
+        found = lm_eval.evaluate(model, tasks, bootstrap_iters=_BOOTSTRAPS, log_samples=False, **asked)
     except UserError:
         raise
     except Exception as error:  # of the harness and of task files, but not of the model
@@ -120,7 +121,7 @@ def _metadata(loaded: EvalModel, given: Mapping[str, Any]) -> Iterator[dict[str,
     """Metadata of tasks. Where none is given, the tokenizer by which RULER's measure their texts is the model's."""
     with tempfile.TemporaryDirectory() as directory:
         if not given.keys() & {"tokenizer", "pretrained", "model"}:
-            write_tokenizer(loaded.config, Path(directory))
+            write_tokenizer(loaded.config, loaded.origin, Path(directory))
             given = {"tokenizer": directory, **given}
         yield dict(given)
 
@@ -161,12 +162,16 @@ def _set_shots(task: Any, shots: int | None) -> None:
     task.set_fewshot_seed(seed=_FEWSHOT_SEED)
 
 
-def _identity(loaded: EvalModel) -> dict[str, Any]:
+def _identity(loaded: EvalModel, chat: bool) -> dict[str, Any]:
     """Everything that an answer depends on, besides the request."""
+    special = loaded.tokenizer.special
+    several_ends = special.stop_ids if special.stop_ids != (special.eos_id,) else ()
     return {
         "evaluation": "harness",
         "parameters": loaded.fingerprint,
         "tokenizer": loaded.tokenizer.fingerprint(),
+        **({"stop_ids": several_ends} if several_ends else {}),
+        **({"chat": True} if chat else {}),
         "segment_length": loaded.config.trained_segment_length,
         "dtype": loaded.config.train.dtype,
     }
