@@ -16,7 +16,7 @@ from lm2_jax.inspection.pictures import pictures, render, render_together
 from lm2_jax.inspection.reading import MemoryTrace, check_memory, read_text
 from lm2_jax.inspection.survival import Answers, Survival, answer_contexts, answers_by_age, make_contexts, probe
 from lm2_jax.loading import LoadedRun, load_run
-from lm2_jax.tokenizer import Tokenizer, encode_long, load_text_tokenizer
+from lm2_jax.tokenizer import Tokenizer, load_text_tokenizer, prompt_ids
 
 
 def inspect(
@@ -69,7 +69,7 @@ class _Inspected(NamedTuple):
 
 def _read_file(run: LoadedRun, tokenizer: Tokenizer, path: str, segments: int | None, tokens: int) -> _Inspected:
     T = run.model.spec.segment_length
-    ids_n = encode_long(tokenizer, _text(path))[: None if segments is None else segments * T]
+    ids_n = prompt_ids(tokenizer, _text(path))[: None if segments is None else segments * T]
     trace = read_text(run.model, run.params, ids_n, tokens)
     return _Inspected(trace, f"{Path(path).name}, {len(ids_n):,} tokens", probe(trace.traces_SF, ids_n, T))
 
