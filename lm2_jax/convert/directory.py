@@ -28,7 +28,7 @@ from lm2_jax.tokenizer import load_tokenizer
 
 _MEMORY = "memory.safetensors"
 _ORIGIN = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
-_ORIGIN += ("chat_template.jinja",)
+_ORIGIN += ("chat_template.jinja", "README.md")
 
 
 def is_converted(path: Path) -> bool:

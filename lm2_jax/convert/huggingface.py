@@ -31,6 +31,7 @@ from lm2_jax.convert.engine import (
     table_key,
 )
 from lm2_jax.convert.llama_config import from_llama, number, rope_parameters, to_llama
+from lm2_jax.convert.model_card import write_card
 from lm2_jax.convert.rotary import without_rope_tables
 from lm2_jax.convert.tables import CAN_BE_ADDED, STARTS_AT_ZERO, llama, lm2
 from lm2_jax.convert.tensors import Tensor, open_tensors, read_json, write_tensors
@@ -39,6 +40,7 @@ from lm2_jax.model import build_model
 
 _CODE = Path(__file__).parent / "huggingface_model"
 _OURS = "lm2"  # the model_type of configuration_lm2.py, for every kind of memory
+_TRANSFORMERS = "5.4.0"  # the version whose form our files have
 _LONGEST_SEGMENT = 2048  # of a Llama, unless --set data.segment_length says otherwise
 _CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
 _FILES = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -85,12 +87,14 @@ def write(checkpoint: Checkpoint, directory: Path, dtype: str, track: Track) -> 
         tensors = as_theirs(lm2(config.model.tie_embeddings), checkpoint, dtype, track)
         for file in sorted(_CODE.glob("*.py")):
             shutil.copyfile(file, directory / file.name)
+    settings["transformers_version"] = _TRANSFORMERS
     write_tensors(directory, "model", (item for part in (tensors, _start(checkpoint)) for item in part))
     text = json.dumps(settings, indent=2)
     (directory / "config.json").write_text(text + "\n", encoding="utf-8")
     generation = {"_from_model_config": True, **ids}
     (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     write_tokenizer(config, directory)
+    write_card(checkpoint, directory, with_code=settings["model_type"] == _OURS)
     for name in _FILES:
         if checkpoint.origin is not None and (checkpoint.origin / name).is_file():
             shutil.copyfile(resolve_inside(checkpoint.origin, name), directory / name)
