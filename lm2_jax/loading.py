@@ -52,16 +52,9 @@ def load_run(path: str | Path) -> LoadedRun:
         found = converted.read(path)
         params = unflatten_dict({p: jnp.asarray(t.read()) for p, t in found.params.items()}, sep="/")
         return LoadedRun(found.config, build_model(found.config), params)
-    if (path / "config.yaml").is_file():
-        steps = sorted((int(p.name) for p in (path / "checkpoints").glob("*") if p.name.isdigit()), reverse=True)
-        if not steps:
-            raise UserError(f"{path}: a run directory without a checkpoint")
-        config = load_config(path / "config.yaml")
-        path = path / "checkpoints" / str(steps[0])
-    else:
-        if not (path / "config" / "metadata").is_file():
-            raise UserError(f"{path}: neither a run directory (no config.yaml) nor a checkpoint (no config)")
-        config = load_config(path / "config" / "metadata")
+    checkpoint = _checkpoint_of(path)
+    config = load_config(path / "config.yaml" if checkpoint != path else path / "config" / "metadata")
+    path = checkpoint
     model = build_model(config)
     on_one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_one), model.abstract_params())
@@ -74,6 +67,25 @@ def load_run(path: str | Path) -> LoadedRun:
     except Exception as error:  # whatever Orbax or TensorStore make of damaged files
         raise UserError(f"{path}: the checkpoint cannot be read ({first_line(error)}); take an older one") from error
     return LoadedRun(config, model, params)
+
+
+def read_progress(path: str | Path) -> dict[str, int]:
+    """`step` and `tokens` of a run directory's newest checkpoint, or of one checkpoint, that `load_run` has read."""
+    text = (_checkpoint_of(Path(path).absolute()) / "progress" / "metadata").read_text(encoding="utf-8")
+    progress = json.loads(text)
+    return {key: progress[key] for key in ("step", "tokens")}
+
+
+def _checkpoint_of(path: Path) -> Path:
+    """The newest checkpoint of a run directory; a checkpoint itself. Raises UserError if it is neither."""
+    if (path / "config.yaml").is_file():
+        steps = [int(p.name) for p in (path / "checkpoints").glob("*") if p.name.isdigit()]
+        if not steps:
+            raise UserError(f"{path}: a run directory without a checkpoint")
+        return path / "checkpoints" / str(max(steps))
+    if not (path / "config" / "metadata").is_file():
+        raise UserError(f"{path}: neither a run directory (no config.yaml) nor a checkpoint (no config)")
+    return path
 
 
 def load_memory(path: str | Path) -> Any:

@@ -90,12 +90,12 @@ def read_own(path: Path, overrides: list[str]) -> Checkpoint:
         raise UserError("--set: an lm2_jax checkpoint has its settings; they cannot be changed by converting it")
     if directory.is_converted(path):
         return directory.read(path, _track)
-    from lm2_jax.loading import load_run
+    from lm2_jax.loading import load_run, read_progress
     from lm2_jax.tokenizer import origin_of_model
 
     config, _, params = load_run(path)
     origin = origin_of_model(config.tokenizer, path)
-    return engine.Checkpoint(config, engine.from_arrays(params, path), origin=origin)
+    return engine.Checkpoint(config, engine.from_arrays(params, path), origin=origin, trained=read_progress(path))
 
 
 def _track(items: Iterable, title: str) -> Iterable:

@@ -37,12 +37,14 @@ class Checkpoint:
       memory: the start memory that it carries (official: [B,N,N]); None: the usual one.
       origin: the small files that came with the weights (settings that we have no place for, generation settings,
         chat templates), to be written again where they belong.
+      trained: `step` and `tokens` of the run that it comes from; None where they are not known.
     """
 
     config: Config
     params: Mapping[str, Tensor]
     memory: np.ndarray | None = None
     origin: Origin | None = None
+    trained: Mapping[str, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

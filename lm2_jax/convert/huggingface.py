@@ -31,6 +31,7 @@ from lm2_jax.convert.engine import (
     table_key,
 )
 from lm2_jax.convert.llama_config import from_llama, number, rope_parameters, to_llama
+from lm2_jax.convert.model_card import write_card
 from lm2_jax.convert.rotary import without_rope_tables
 from lm2_jax.convert.tables import (
     CAN_BE_ADDED,
@@ -48,6 +49,7 @@ from lm2_jax.tokenizer import Origin
 
 _CODE = Path(__file__).parent / "huggingface_model"
 _OURS = "lm2"  # the model_type of configuration_lm2.py, for every kind of memory
+_TRANSFORMERS = "5.4.0"  # the version whose form our files have
 _LONGEST_SEGMENT = 2048  # of a Llama, unless --set data.segment_length says otherwise
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _LONGEST = ("max_position_embeddings",)
@@ -115,12 +117,14 @@ def write(checkpoint: Checkpoint, directory: Path, dtype: str, track: Track) -> 
         table = lm2(config.model.tie_embeddings)
         for file in sorted(_CODE.glob("*.py")):
             shutil.copyfile(file, directory / file.name)
+    settings["transformers_version"] = _TRANSFORMERS
     tensors = as_theirs(table, checkpoint, dtype, track)
     write_tensors(directory, "model", (item for part in (tensors, _start(checkpoint)) for item in part))
     text = json.dumps(settings, indent=2)
     (directory / "config.json").write_text(text + "\n", encoding="utf-8")
     write_generation(ids, checkpoint.origin, directory)
     write_tokenizer(config, checkpoint.origin, directory)
+    write_card(checkpoint, directory, with_code=settings["model_type"] == _OURS)
 
 
 # --- Llama ---------------------------------------------------------------------------------------------------------

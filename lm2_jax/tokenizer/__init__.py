@@ -13,5 +13,5 @@ from lm2_jax.tokenizer.loading import (
     load_tokenizer,
     with_vocabulary,
 )
-from lm2_jax.tokenizer.origin import Origin, origin_beside, origin_in, origin_of_model
+from lm2_jax.tokenizer.origin import CARD, Origin, origin_beside, origin_in, origin_of_model
 from lm2_jax.tokenizer.special_tokens import SpecialTokens, surrounding_ids

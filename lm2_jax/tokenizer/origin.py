@@ -17,13 +17,14 @@ from lm2_jax.config import TokenizerConfig
 DIRECTORY = "origin"
 _TEMPLATE = "chat_template.jinja"
 FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", _TEMPLATE)
+CARD = "README.md"  # the model card, which states the licence
 _TOP_K = 50  # of transformers, where do_sample is on and top_k not given
 _NEUTRAL = {"repetition_penalty": 1.0, "min_p": 0.0, "typical_p": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1}
 
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """A directory with some of `FILES`. Its methods raise UserError for a damaged file."""
+    """A directory with some of `FILES`, and perhaps a model card. Its methods raise UserError for a damaged file."""
 
     directory: Path
 
@@ -91,7 +92,7 @@ class Origin:
         partial = directory / f".{DIRECTORY}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        for name in FILES:
+        for name in (*FILES, CARD):
             self.copy_file(name, partial)
         partial.rename(target)
 

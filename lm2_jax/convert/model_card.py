@@ -1,0 +1,98 @@
+"""The model card (README.md) of an exported Hugging Face directory: licence, origin, what it is, how to load it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lm2_jax.common.untrusted import resolve_inside
+from lm2_jax.convert.engine import Checkpoint
+from lm2_jax.tokenizer import CARD, Origin
+
+_LONGEST_HEAD = 1 << 16  # bytes of another card that are read for its front matter
+_LICENCE_KEYS = ("license", "license_name", "license_link")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def write_card(checkpoint: Checkpoint, directory: Path, with_code: bool) -> None:
+    """Writes README.md. A licence is stated only where the card of the weights it came from states one.
+
+    with_code: the directory holds our modelling code; otherwise a plain Llama.
+    """
+    origin = checkpoint.origin
+    theirs = {} if origin is None else _front_matter(origin)
+    licence = {key: theirs[key] for key in _LICENCE_KEYS if isinstance(theirs.get(key), str)}
+    base = _base_model(origin, theirs)
+    front = {"library_name": "transformers", **licence, "pipeline_tag": "text-generation", "tags": ["lm2"]}
+    if base is not None:
+        front["base_model"] = base
+    lines = ["---", yaml.safe_dump(front, sort_keys=False).rstrip(), "---", "", *_body(checkpoint, with_code)]
+    lines += ["", "## Licence", "", _licence(licence, base), ""]
+    (directory / CARD).write_text("\n".join(lines), encoding="utf-8")
+
+
+def _body(checkpoint: Checkpoint, with_code: bool) -> list[str]:
+    config, memory = checkpoint.config, checkpoint.config.memory
+    count = sum(tensor.size for tensor in checkpoint.params.values())
+    slots = f", {memory.num_slots:,} slots" if any("memory" in path for path in checkpoint.params) else ""
+    facts = [f"{count:,} parameters", f"segments of {config.trained_segment_length:,} tokens"]
+    facts += [f"memory: {memory.kind}{slots}"]
+    if checkpoint.trained is not None:
+        facts.append("trained for {step:,} steps on {tokens:,} tokens".format(**checkpoint.trained))
+    if with_code:
+        what = "A Llama that reads text in segments, linked by a memory"
+        needs = "transformers>=5.4`, and `trust_remote_code=True` for the modelling code in this directory"
+    else:
+        what, needs = "A plain Llama", "transformers>=4.43`"
+    return [
+        "# LM2" if with_code else "# Llama",
+        "",
+        f"{what}, exported from lm2_jax.",
+        "",
+        *(f"- {fact}" for fact in facts),
+        "",
+        f"Needs `{needs}:",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        'path = "path/to/this/directory"',
+        f"model = AutoModelForCausalLM.from_pretrained(path{', trust_remote_code=True' if with_code else ''})",
+        "```",
+    ]
+
+
+def _licence(licence: Mapping[str, str], base: str | None) -> str:
+    if licence:
+        stated = licence.get("license_name", licence.get("license", ""))
+        where = f" ({base})" if base else ""
+        return f"`{stated}`, as stated by the card of the weights that this model was made from{where}."
+    return (
+        "**No licence is stated.** The licences of the weights and of the data that this model was made from apply; "
+        "find them out, and name them here, before you pass it on."
+    )
+
+
+def _front_matter(origin: Origin) -> dict[str, Any]:
+    """The YAML at the beginning of the card that came with the weights; empty if there is none that can be read."""
+    if not origin.has(CARD):
+        return {}
+    with resolve_inside(origin.directory, CARD).open("rb") as file:
+        head = file.read(_LONGEST_HEAD).decode(errors="replace")
+    found = re.match(r"---\r?\n(.*?)\r?\n---\s", head, re.DOTALL)
+    try:
+        values = yaml.safe_load(found[1]) if found else {}
+    except Exception:  # whatever PyYAML raises for another program's file
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _base_model(origin: Origin | None, theirs: Mapping[str, Any]) -> str | None:
+    """The hub's name of the weights, if their config.json tells it; or else of those that they were made from."""
+    config = origin.json("config.json") if origin else {}
+    names = [config.get("_name_or_path"), theirs.get("base_model")]
+    return next((name for name in names if isinstance(name, str) and _HUB_ID.fullmatch(name)), None)
