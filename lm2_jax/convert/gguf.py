@@ -193,10 +193,12 @@ def _fitted(divisors_K: np.ndarray, wavelengths_K: np.ndarray) -> list[tuple[flo
     """Whole low, high and length that fit divisors between 1 and the largest, up to a common factor: low is 1."""
     factor = divisors_K[-1]
     between_K = (divisors_K > 1) & (divisors_K < factor)
-    if between_K.sum() < 2:
+    frequencies = 1 / wavelengths_K[between_K]
+    smooth = (1 / divisors_K[between_K] - 1 / factor) / (1 - 1 / factor)  # a line of the frequencies
+    if len(frequencies) < 2 or frequencies[0] == frequencies[-1]:
         return []
-    smooth = (1 / divisors_K[between_K] - 1 / factor) / (1 - 1 / factor)
-    slope, offset = np.polyfit(1 / wavelengths_K[between_K], smooth, 1)
+    slope = (smooth[0] - smooth[-1]) / (frequencies[0] - frequencies[-1])
+    offset = smooth[0] - slope * frequencies[0]
     if not -2 < offset < -1e-9:  # low would not be below high
         return []
     return [(1.0, float(round(1 - 1 / offset)), round(-slope / offset))]
