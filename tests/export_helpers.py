@@ -39,6 +39,14 @@ def exported(kind, **settings):
     return model.eval()
 
 
+def works(function, *args, **kwargs):
+    """Asserts that a call raises nothing, and returns what it returns."""
+    try:
+        return function(*args, **kwargs)
+    except Exception as error:
+        raise AssertionError(f"{type(error).__name__}: {error}") from error
+
+
 def random_ids(*shape, seed=0):
     return torch.randint(0, V, shape, generator=torch.Generator().manual_seed(seed))
 

@@ -1,7 +1,7 @@
 """An exported model under accelerate: its hooks copy, move and unload what a model with state must not lose."""
 
 import pytest
-from export_helpers import KINDS, T, exported, greedy, logits_in_pieces, random_ids, torch
+from export_helpers import KINDS, T, exported, greedy, logits_in_pieces, random_ids, torch, works
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed (requirements-dev.txt)")
 
@@ -35,7 +35,7 @@ def offloaded(model):
 @pytest.mark.parametrize("kind", KINDS)
 def test_hooks_change_nothing(kind, placed):
     expected = results(exported(kind))
-    assert_same(results(placed(exported(kind))), expected)
+    assert_same(works(results, placed(exported(kind))), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -44,16 +44,17 @@ def test_half_of_the_model_on_disk(kind, tmp_path):
     model.save_pretrained(tmp_path / "model")
     half = sum(x.nbytes for x in model.state_dict().values()) // 2
     options = {"device_map": "auto", "max_memory": {"cpu": half}, "offload_folder": tmp_path / "disk"}
-    split = type(model).from_pretrained(tmp_path / "model", **options).eval()
+    split = works(type(model).from_pretrained, tmp_path / "model", **options).eval()
     assert {"cpu", "disk"} == set(split.hf_device_map.values())
-    assert_same(results(split), results(model))
+    assert_same(works(results, split), results(model))
 
 
 def test_official_with_its_weights_unloaded():
     ids = random_ids(2, 64)
     with torch.no_grad():
         expected = exported("official")(ids).logits
-        torch.testing.assert_close(offloaded(exported("official"))(ids).logits, expected, atol=1e-4, rtol=0)
+        found = works(offloaded(exported("official")), ids).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "official"])
@@ -79,7 +80,7 @@ def test_state_follows_the_blocks_device(kind, padded):
         accelerate.hooks.add_hook_to_module(layer, accelerate.hooks.AlignDevicesHook("meta"))
     model.model.norm.to("meta")
     with torch.no_grad():
-        first = model.model(IDS[:, :T], attention_mask=MASK[:, :T] if padded else None)
+        first = works(model.model, IDS[:, :T], attention_mask=MASK[:, :T] if padded else None)
         if kind == "lm2":  # in rmt what the last block says on meta is the next memory
             second = model.model(IDS[:, T:], past_key_values=first[1])
             assert second[0].device.type == "meta"

@@ -1,7 +1,7 @@
 """Documents packed into a row of an exported model: a token with position 0 begins one."""
 
 import pytest
-from export_helpers import KINDS, V, exported, greedy, random_ids, torch
+from export_helpers import KINDS, V, exported, greedy, random_ids, torch, works
 
 BEGINS = "0, where a document begins, or one more than the one before"
 
@@ -26,7 +26,7 @@ def test_documents_stand_alone(kind, left):
     rows = [[random_ids(n, seed=10 * row + i) for i, n in enumerate(ns)] for row, ns in enumerate(lengths)]
     ids, positions, mask = map(torch.stack, zip(*(packed(row, 33, left) for row in rows), strict=True))
     with torch.no_grad():
-        outputs = model(ids, attention_mask=mask, position_ids=positions)
+        outputs = works(model, ids, attention_mask=mask, position_ids=positions)
         expected = torch.cat([model(document[None]).logits[0] for row in rows for document in row])
         torch.testing.assert_close(outputs.logits[mask == 1], expected, atol=1e-4, rtol=0)
 
@@ -49,7 +49,7 @@ def test_usual_positions_change_nothing(kind):
     mask = torch.ones_like(ids)
     mask[1, :9] = 0
     with torch.no_grad():
-        first = model(ids[:, :12], position_ids=torch.arange(12)[None])
+        first = works(model, ids[:, :12], position_ids=torch.arange(12)[None])
         second = model(ids[:, 12:], position_ids=torch.arange(12, 30).expand(2, -1), past_key_values=first[1])
         found = torch.cat([first.logits, second.logits], dim=1)
         torch.testing.assert_close(found, model(ids).logits, atol=1e-4, rtol=0)
@@ -62,7 +62,7 @@ def test_gradients_of_packed_documents():
     documents = [random_ids(1, n, seed=n) for n in (20, 11, 1)]
     labels = torch.cat([torch.cat([torch.tensor([[-100]]), ids[:, 1:]], dim=1) for ids in documents], dim=1)
     positions = torch.cat([torch.arange(ids.shape[1])[None] for ids in documents], dim=1)
-    loss = model(torch.cat(documents, dim=1), position_ids=positions, labels=labels).loss
+    loss = works(model, torch.cat(documents, dim=1), position_ids=positions, labels=labels).loss
     found = torch.autograd.grad(loss, list(model.parameters()))
     apart = sum(model(ids, labels=ids).loss * (ids.shape[1] - 1) for ids in documents[:2]) / 29
     expected = torch.autograd.grad(apart, list(model.parameters()))

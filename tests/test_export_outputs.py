@@ -3,7 +3,7 @@
 import copy
 
 import pytest
-from export_helpers import KINDS, OFFICIAL, SIZES, T, exported, greedy, random_ids, torch
+from export_helpers import KINDS, OFFICIAL, SIZES, T, exported, greedy, random_ids, torch, works
 
 from lm2_jax.convert.huggingface_model.configuration_lm2 import LM2Config
 from lm2_jax.convert.huggingface_model.modeling_lm2 import LM2ForCausalLM, LM2PreTrainedModel
@@ -23,7 +23,7 @@ def taken_through_layers(model, ids):
 @torch.no_grad()
 def test_hidden_states_are_those_of_the_layers():
     ids = random_ids(2, T)
-    states = exported("lm2")(ids, output_hidden_states=True).hidden_states
+    states = works(exported("lm2"), ids, output_hidden_states=True).hidden_states
     expected = taken_through_layers(exported("lm2"), ids)
     assert len(states) == len(expected) == 4
     assert all(torch.equal(one, other) for one, other in zip(states, expected, strict=True))
@@ -37,7 +37,7 @@ def test_hidden_states_over_segments(kind):
     mask = torch.ones_like(ids)
     if kind != "official":
         mask[1, 40:] = 0
-    outputs = model(ids, attention_mask=mask, output_hidden_states=True)
+    outputs = works(model, ids, attention_mask=mask, output_hidden_states=True)
     assert [state.shape for state in outputs.hidden_states] == [(2, 64, 32)] * 4
     assert all(torch.all(state[mask == 0] == 0) for state in outputs.hidden_states)
     assert torch.equal(outputs.hidden_states[0][mask == 1], model.model.embed_tokens(ids)[mask == 1])
@@ -94,14 +94,15 @@ def test_torch_exports_and_compiles_it(kind):
     """As one graph, over several segments; and what is not compiled in is refused, not read wrongly."""
     model, ids = exported(kind, num_hidden_layers=2), random_ids(2, 64 if kind == "official" else 2 * T + 3)
     expected, mask = model(ids).logits, torch.ones_like(ids)
-    program = torch.export.export(model, (ids,), {"attention_mask": mask, "use_cache": False}).module()
+    options = {"attention_mask": mask, "use_cache": False}
+    program = works(torch.export.export, model, (ids,), options).module()
     assert torch.equal(program(ids, attention_mask=mask, use_cache=False).logits, expected)
     mask[1, 0] = 0
     with pytest.raises(RuntimeError, match="reads neither padding nor several documents"):
         program(ids, attention_mask=mask, use_cache=False)
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    assert torch.equal(compiled(ids).logits, expected)
+    assert torch.equal(works(compiled, ids).logits, expected)
 
 
 # --- Work that is done once ----------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Training an exported model with other people's loops: checkpointing, DDP, adapters, and trl."""
 
 import pytest
-from export_helpers import KINDS, T, exported, gradients, random_ids, torch
+from export_helpers import KINDS, T, exported, gradients, random_ids, torch, works
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "official"])
@@ -11,8 +11,7 @@ def test_checkpointing_changes_no_gradient(kind, use_reentrant):
     model, ids = exported(kind).train(), random_ids(3, 64)
     masks = [None] if kind == "official" else [None, (torch.arange(64) >= torch.tensor([[0], [9], [3]])).long()]
     expected = [gradients(model, ids, attention_mask=mask) for mask in masks]
-    assert model.supports_gradient_checkpointing
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    works(model.gradient_checkpointing_enable, {"use_reentrant": use_reentrant})
     found = [gradients(model, ids, attention_mask=mask) for mask in masks]
     assert all(layer.gradient_checkpointing for layer in model.model.layers)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
@@ -37,12 +36,7 @@ def test_ddp_reads_short_texts(kind, tmp_path):
         parallel = torch.nn.parallel.DistributedDataParallel(model)
         for step in range(2):
             ids = random_ids(2, 5, seed=step)
-            problem = None
-            try:
-                parallel(ids, labels=ids).loss.backward()
-            except RuntimeError as error:
-                problem = str(error)
-            assert problem is None
+            works(parallel, ids, labels=ids).loss.backward()
     finally:
         torch.distributed.destroy_process_group()
 
@@ -58,7 +52,7 @@ def test_adapters_of_the_memory_train_on_short_texts(tmp_path):
     model = peft.get_peft_model(exported("lm2"), peft.LoraConfig(**settings)).train()
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     assert frozen
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    works(model.gradient_checkpointing_enable, {"use_reentrant": False})
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     for length in (5, 30):
         _, found = gradients(model, random_ids(2, length))
@@ -94,6 +88,6 @@ def test_trl_trains_with_its_defaults(packing, tmp_path):
         losses = [model(torch.tensor([ids]), labels=torch.tensor([ids])).loss.item() for ids in documents]
     expected = sum(n * loss for n, loss in zip(counts, losses, strict=True)) / sum(counts)
     trainer = trl.SFTTrainer(model, args=settings, train_dataset=dataset, processing_class=tokenizer)
-    trainer.train()
+    works(trainer.train)
     assert model.is_gradient_checkpointing
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-4)
