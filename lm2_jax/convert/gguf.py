@@ -24,6 +24,7 @@ from lm2_jax.convert.huggingface import ForeignLlama, read_llama
 from lm2_jax.convert.llama_config import number
 from lm2_jax.convert.tables import gguf
 from lm2_jax.convert.tensors import Tensor
+from lm2_jax.tokenizer import CARD
 
 _ARCHITECTURE = "llama"
 _THETA = 10_000.0  # of RoPE, where a file gives none
@@ -78,11 +79,18 @@ def read(path: Path, files: Path, overrides: Sequence[str], track: Track) -> Che
     theirs = _settings(settings, tensors, path)
     tokenizer_ids = write_tokenizer(settings, files, path)
     (files / "config.json").write_text(json.dumps(theirs | tokenizer_ids, indent=2) + "\n", encoding="utf-8")
+    _write_card(settings.get("general.license"), files)
     queries, keys = theirs["num_attention_heads"], theirs.get("num_key_value_heads", theirs["num_attention_heads"])
     for name, tensor in tensors.items():
         if found := re.fullmatch(r"blk\.\d+\.attn_([qk])\.weight", name):
             tensors[name] = _with_halves_apart(tensor, queries if found[1] == "q" else keys)
     return read_llama(ForeignLlama(path, path, theirs, tensors, gguf, files), overrides, track)
+
+
+def _write_card(licence: Any, files: Path) -> None:
+    """Writes the licence that a file states where a model card would state it."""
+    if isinstance(licence, str):
+        (files / CARD).write_text(f"---\n{json.dumps({'license': licence})}\n---\n", encoding="utf-8")
 
 
 def _with_halves_apart(tensor: Tensor, heads: int) -> Tensor:

@@ -18,21 +18,18 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from lm2_jax.common.errors import UserError
 from lm2_jax.common.untrusted import short_repr
 from lm2_jax.convert.sentencepiece_model import merges_of
+from lm2_jax.tokenizer.llama3 import LLAMA3_WORDS
 
 _KEYS = "tokenizer.ggml."
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type; others: unused, byte
 _LONGEST = 256  # characters of a token that is merged: its merges take quadratic time
 _GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
-_LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
 # Patterns that cut the text one after another, by tokenizer.ggml.pre
 _WORDS = {
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2_WORDS, r"\p{N}+", r"[0-9][0-9][0-9]"),
     "gpt-2": (_GPT2_WORDS,),
     "smollm": (r"\p{N}", _GPT2_WORDS),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), (_LLAMA3_WORDS,)),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), (LLAMA3_WORDS,)),
 }
 # Control tokens that end a text by their names
 _ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>")
@@ -108,7 +105,7 @@ class _Vocabulary:
             raise UserError(f"{_KEYS}tokens: found {len(tokens)}, {len(set(tokens))} of them different")
         types = _list(settings, "token_type", int, len(tokens), default=[_NORMAL] * len(tokens))
         pre = "default" if is_llama else _one_of(settings, "pre", tuple(_WORDS))
-        is_llama3 = _WORDS[pre] == (_LLAMA3_WORDS,)
+        is_llama3 = _WORDS[pre] == (LLAMA3_WORDS,)
         ids = {name: id for name, id in _LLAMA_IDS.items() if is_llama and id < len(tokens)}
         named = {name: _id(settings, f"{theirs}_token_id", tokens) for name, theirs in _SPECIAL.items()}
         ids |= {name: id for name, id in named.items() if id is not None}
