@@ -167,7 +167,7 @@ def take_entries(x: Tensor, index_BQ: Tensor) -> Tensor:
 
 @dataclass
 class Layout:
-    """Where new entries stand in their rows' unfinished segments, the same for all blocks.
+    """Positions of new entries in their rows' unfinished segments, the same for all blocks.
 
     Rows are in step until padding or documents part them; then they are ragged, and take_B and source_BL are set.
 
