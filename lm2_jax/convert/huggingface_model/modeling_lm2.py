@@ -659,7 +659,7 @@ class LM2StartMemory(nn.Module):
             self.tokens = nn.Parameter(torch.empty(N, config.hidden_size))
         else:
             shape = (config.memory_rows, N, N) if config.memory_kind == "official" else (N, M)
-            self.register_buffer("bank", torch.empty(shape))
+            self.register_buffer("bank", torch.empty(shape, dtype=torch.float32))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
