@@ -732,7 +732,6 @@ class LM2PreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["LM2Layer"]  # noqa: RUF012
     _supports_sdpa = True  # and nothing else
-    _keep_in_fp32_modules_strict = ["start_memory.bank"]  # noqa: RUF012
     _is_stateful = True  # no assisted decoding: a bank cannot be unwritten
 
     @torch.no_grad()
@@ -749,6 +748,8 @@ class LM2Model(LM2PreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.start_memory = LM2StartMemory(config) if config.memory_kind != "none" else None
+        if config.memory_kind in ("lm2", "official"):
+            self._keep_in_fp32_modules_strict = ["start_memory.bank"]
         self.layers = nn.ModuleList(LM2Layer(config, index) for index in range(config.num_hidden_layers))
         self.norm = LM2RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.num_memory_tokens = config.memory_slots if config.memory_kind == "rmt" else 0
@@ -792,15 +793,20 @@ class LM2Model(LM2PreTrainedModel):
         self._start_texts(cache, texts, x_BCD)
         runs, held = cut_at_segment_ends(cache.held, texts.total, c.segment_length)
         order_RP, back_BC = texts.order(runs)
-        x_RPD = x_BCD if order_RP is None else x_BCD.flatten(0, 1)[order_RP.to(x_BCD.device)]
+        x_RPD = x_BCD
+        if order_RP is not None:
+            x_BCD = x_BCD.masked_fill((back_BC == order_RP.numel())[..., None].to(x_BCD.device), 0)
+            x_RPD = x_BCD.flatten(0, 1)[order_RP.to(x_BCD.device)]
 
         pieces = zip(x_RPD.split([run.width for run in runs], dim=1), runs, strict=True)
         hidden = [self._read_run(x_RQD, run, cache, every_layer) for x_RQD, run in pieces]
-        hidden = [torch.cat(states, dim=1) for states in zip(*hidden, strict=True)]
+        hidden = [torch.cat(states, dim=1) if len(runs) > 1 else states[0] for states in zip(*hidden, strict=True)]
         if not runs:  # all is padding
             hidden = [x_RPD] * (1 + c.num_hidden_layers * every_layer)
         if back_BC is not None:  # zeros under padding
             hidden = [F.pad(x.flatten(0, 1), (0, 0, 0, 1))[back_BC.to(x.device)] for x in hidden]
+        if every_layer:
+            hidden[0] = x_BCD  # through which gradients flow
 
         cache.held = held
         if len(held) > 1:
