@@ -219,7 +219,7 @@ def _start(checkpoint: Checkpoint) -> list[tuple[str, np.ndarray]]:
         return []
     if checkpoint.memory is not None:
         return [(LM2_START_BANK, checkpoint.memory)]
-    start = np.asarray(model.init_memory(1))
+    start = np.asarray(model.kind.init_memory(1, None))
     return [(LM2_START_BANK, start if model.kind.shares_one_bank else start[0, 0])]
 
 

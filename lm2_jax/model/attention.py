@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,11 +41,80 @@ def attention(
     """
     with jax.named_scope("causal_attention" if causal else "full_attention"):
         if _on_tpu() and _has_tiles(q_BTHK.shape[1], k_BUGK.shape[1], q_BTHK.shape[3]):
-            return _splash(q_BTHK, k_BUGK, v_BUGK, causal, q_document_ids_BT, kv_document_ids_BU)
+            mask = (masks.CausalMask if causal else masks.FullMask)((q_BTHK.shape[1], k_BUGK.shape[1]))
+            return _splash(q_BTHK, k_BUGK, v_BUGK, mask, q_document_ids_BT, kv_document_ids_BU)
         mask = None
         if q_document_ids_BT is not None:
             mask = (q_document_ids_BT[:, :, None] == kv_document_ids_BU[:, None, :])[:, None]
         return jax.nn.dot_product_attention(q_BTHK, k_BUGK, v_BUGK, mask=mask, is_causal=causal)
+
+
+class Sinks(NamedTuple):
+    """Keys beyond the window of `window_attention`, J of them.
+
+    Attributes:
+      scores_BHTJ: float32, of `scores`.
+      visible_BTJ: bool, sinks that a query attends to.
+      values_BJGK: their values.
+    """
+
+    scores_BHTJ: jax.Array
+    visible_BTJ: jax.Array
+    values_BJGK: jax.Array
+
+
+def window_attention(
+    q_BTHK: jax.Array,
+    k_BUGK: jax.Array,
+    v_BUGK: jax.Array,
+    window: int,
+    q_document_ids_BT: jax.Array,
+    kv_document_ids_BU: jax.Array,
+    sinks: Sinks | None = None,
+) -> jax.Array:
+    """Does what causal `attention` does, to the last `window` keys of a query's document, and to sinks; [B,T,H,K].
+
+    The T queries stand at the last T of the U keys. One softmax goes over keys and sinks.
+    """
+    (T, U), K = (q_BTHK.shape[1], k_BUGK.shape[1]), q_BTHK.shape[3]
+    padding = -U % _REGISTER_WIDTH
+    with jax.named_scope("window_attention"):
+        if sinks is None and _on_tpu() and _has_tiles(T, U + padding, K):
+            k_BUGK, v_BUGK = (jnp.pad(x, ((0, 0), (padding, 0), (0, 0), (0, 0))) for x in (k_BUGK, v_BUGK))
+            kv_document_ids_BU = jnp.pad(kv_document_ids_BU, ((0, 0), (padding, 0)), constant_values=-1)
+            mask = masks.LocalMask((T, U + padding), (window - 1, 0), U + padding - T)
+            return _splash(q_BTHK, k_BUGK, v_BUGK, mask, q_document_ids_BT, kv_document_ids_BU)
+        back_TU = jnp.arange(T)[:, None] + U - T - jnp.arange(U)
+        visible_BTU = q_document_ids_BT[:, :, None] == kv_document_ids_BU[:, None]
+        visible_BTU &= (back_TU >= 0) & (back_TU < window)
+        return masked_attention(q_BTHK, k_BUGK, v_BUGK, visible_BTU, sinks)
+
+
+def masked_attention(
+    q_BTHK: jax.Array, k_BUGK: jax.Array, v_BUGK: jax.Array, visible_BTU: jax.Array, sinks: Sinks | None
+) -> jax.Array:
+    """Attention to the keys of visible_BTU and to sinks, under one softmax; [B,T,H,K].
+
+    It holds all weights, on any device. A query without a key gets a finite value without meaning.
+    """
+    if sinks is None:
+        return jax.nn.dot_product_attention(q_BTHK, k_BUGK, v_BUGK, mask=visible_BTU[:, None])
+    scores_BHTU = jnp.concatenate([sinks.scores_BHTJ, scores(q_BTHK, k_BUGK)], axis=-1)
+    visible_BTU = jnp.concatenate([sinks.visible_BTJ, visible_BTU], axis=-1)
+    v_BUGK = jnp.concatenate([sinks.values_BJGK, v_BUGK], axis=1)
+    scores_BHTU = jnp.where(visible_BTU[:, None], scores_BHTU, jnp.finfo(jnp.float32).min)
+    weights_BHTU = jax.nn.softmax(scores_BHTU, axis=-1).astype(v_BUGK.dtype)
+    (B, T, H, K), G = q_BTHK.shape, v_BUGK.shape[2]
+    weights_BGRTU = weights_BHTU.reshape(B, G, H // G, T, -1)
+    return jnp.einsum("bgrtu,bugk->btgrk", weights_BGRTU, v_BUGK).reshape(B, T, H, K)
+
+
+def scores(q_BTHK: jax.Array, k_BUGK: jax.Array) -> jax.Array:
+    """q kᵀ / √K, float32 [B,H,T,U]."""
+    (B, T, H, K), (U, G) = q_BTHK.shape, k_BUGK.shape[1:3]
+    q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K)
+    scores_BGRTU = jnp.einsum("btgrk,bugk->bgrtu", q_BTGRK, k_BUGK, preferred_element_type=jnp.float32)
+    return scores_BGRTU.reshape(B, H, T, U) / math.sqrt(K)
 
 
 def attention_weights(q_BTHK: jax.Array, k_BUGK: jax.Array, visible_BTU: jax.Array) -> jax.Array:
@@ -74,14 +144,14 @@ def _splash(
     q_BTHK: jax.Array,
     k_BUGK: jax.Array,
     v_BUGK: jax.Array,
-    causal: bool,
+    mask: masks.Mask,
     q_document_ids_BT: jax.Array | None,
     kv_document_ids_BU: jax.Array | None,
 ) -> jax.Array:
     """Runs the kernel on every device for its rows and heads: XLA cannot partition a kernel by itself."""
     B, _, H, _ = q_BTHK.shape
     G = k_BUGK.shape[2]
-    local = functools.partial(_local_splash, causal=causal)
+    local = functools.partial(_local_splash, mask=mask)
     segment_ids = None if q_document_ids_BT is None else splash.SegmentIds(q_document_ids_BT, kv_document_ids_BU)
     mesh = jax.sharding.get_abstract_mesh()
     free = {axis: size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes}
@@ -96,11 +166,10 @@ def _splash(
 
 
 def _local_splash(
-    q_BTHK: jax.Array, k_BUGK: jax.Array, v_BUGK: jax.Array, segment_ids: splash.SegmentIds | None, *, causal: bool
+    q_BTHK: jax.Array, k_BUGK: jax.Array, v_BUGK: jax.Array, segment_ids: splash.SegmentIds | None, *, mask: masks.Mask
 ) -> jax.Array:
     B, T, H, K = q_BTHK.shape
     U, G = k_BUGK.shape[1:3]
-    mask = (masks.CausalMask if causal else masks.FullMask)((T, U))
     kernel = splash.make_splash_mqa_single_device(masks.MultiHeadMask([mask] * (H // G)), block_sizes=_tiles(T, U))
     q_BGHTK = (q_BTHK / math.sqrt(K)).astype(q_BTHK.dtype).reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
     k_BGUK, v_BGUK = k_BUGK.transpose(0, 2, 1, 3), v_BUGK.transpose(0, 2, 1, 3)
