@@ -129,7 +129,8 @@ def _sinks(
     if not c.sinks:
         return None
     N, n = edge.sink_keys_BnGK.shape[:2]
-    document_Nn, position_Nn = jnp.ones((N, n), jnp.int32), jnp.broadcast_to(jnp.arange(n), (N, n))
+    position_Nn = jnp.broadcast_to(jnp.arange(n), (N, n))
+    document_Nn = jnp.where(position_Nn < edge.length_B[:, None], 1, -1)  # -1: nobody's
     index_NJ, document_NJ = _own_sinks(c, own)
 
     def join(carried_NnGK: jax.Array, own_NTGK: jax.Array) -> jax.Array:
