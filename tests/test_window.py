@@ -50,12 +50,13 @@ def program(model, schedule="auto", packed=True):
 
 
 # Documents of a lane: where each begins and ends. Alone; packed, with sinks that a segment's end splits; one to a
-# segment, with padding; with padding and an empty segment inside a document
+# segment, with padding; with padding and an empty segment inside a document; two to a segment
 LANES = (
     [range(32)],
     [range(6), range(6, 23), range(23, 32)],
     [range(13), range(16, 27)],
     [[*range(5), *range(8, 16), *range(24, 32)]],
+    [range(4), range(4, 8), range(8, 12), range(12, 32)],
 )
 
 
@@ -81,6 +82,7 @@ WINDOWS = [
     *({"window": window, "sinks": sinks} for window in (T, 5) for sinks in (0, 1, 4)),
     {"window": T, "sinks": 4, "max_distance": 9},  # cut for some sinks of a query, for others not
     {"window": 5, "sinks": 2, "max_distance": 4},  # every sink beyond the window
+    {"window": 3, "sinks": 2},  # two documents of a segment have sinks beyond the window
 ]
 
 
@@ -142,7 +144,7 @@ def test_a_reset_lane_is_a_fresh_lane(kind):
     tokens, document, reset = layout()
     fresh, run = model.init_memory(len(LANES), params), program(model)
     _, used = run(params, tokens, document, reset, fresh)
-    reset[:, 0] = np.array([True, False, True, False])
+    reset[:, 0] = np.array([True, False, True, False, True])
     after_used, after_fresh = (run(params, tokens, document, reset, memory) for memory in (used, fresh))
     np.testing.assert_array_equal(after_used[0][::2], after_fresh[0][::2])
     assert np.abs(after_used[0][1::2] - after_fresh[0][1::2])[:, 0].max() > 0.1

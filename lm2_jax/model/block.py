@@ -106,9 +106,8 @@ class Block(nn.Module):
             block: Block, carried: tuple[Memory, Edge | None], inputs: tuple[jax.Array, Layout]
         ) -> tuple[tuple[Memory, Edge | None], jax.Array]:
             bank, edge = carried
-            x_BTD, layout = inputs
-            layout = jax.tree.map(lambda a: a[:, None], layout)
-            x_B1TD, bank, _, edge = block._window(x_BTD[:, None], bank, layout, None, edge)
+            x_B1TD, layout = jax.tree.map(lambda a: a[:, None], inputs)
+            x_B1TD, bank, _, edge = block._window(x_B1TD, bank, layout, None, edge)
             return (bank, edge), x_B1TD[:, 0]
 
         over_segments = nn.scan(
