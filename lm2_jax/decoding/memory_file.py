@@ -24,6 +24,7 @@ from lm2_jax.config import MemoryConfig, ModelConfig
 from lm2_jax.decoding import sampling
 from lm2_jax.model.decode import DecodeState
 from lm2_jax.model.decoder import Decoder
+from lm2_jax.model.edge import MOST_TOKENS
 
 _KEY = "lm2_jax.memory"  # key of the metadata
 _LONGEST_OWNER = 1 << 20  # characters
@@ -83,7 +84,7 @@ def load_state(path: str | Path, model: Decoder, params: Any) -> DecodeState:
     if not problems and not (saved["read_B"] >= saved["count_B"]).all():
         problems.append(f"  read_B: found {saved['read_B'].tolist()}; should be at least count_B")
     for name in () if problems else sorted(name for name in saved if name.endswith(".length_B")):
-        before_B = saved["read_B"] - saved["count_B"]
+        before_B = jnp.minimum(saved["read_B"] - saved["count_B"], MOST_TOKENS)
         if (saved[name] != before_B).any():
             problems.append(f"  {name}: found {saved[name].tolist()}; should be {before_B.tolist()} in every layer")
     problems += [f"  {name}: holds NaN or infinite numbers" for name, x in saved.items() if not jnp.isfinite(x).all()]
