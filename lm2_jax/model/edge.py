@@ -36,7 +36,7 @@ MOST_TOKENS = 2**30  # counted of a document; a stream longer than this stays th
 
 @struct.dataclass
 class Edge:
-    """What one layer carries of the document that a lane is in.
+    """Keys and values that one layer carries of the document that a lane is in.
 
     Attributes:
       keys_BEGK, values_BEGK: float32, of the document's last E tokens, the newest at the end.

@@ -24,7 +24,7 @@ from lm2_jax.model.layers import KVCache, Layout, SelfAttention, dense, rope_fre
 
 
 class Places(NamedTuple):
-    """Where tokens stand.
+    """Places of tokens in their segment and in their document.
 
     Attributes:
       index_NT: int32, in the segment.
@@ -92,7 +92,7 @@ def attend_cache(c: ModelConfig, q_BQHK: jax.Array, cache: KVCache, index_BQ: ja
 
 
 def _places(document_NT: jax.Array, length_N: jax.Array) -> Places:
-    """Where a segment's tokens stand; document 1 had length_N tokens before."""
+    """Places of a segment's tokens; document 1 had length_N tokens before."""
     index_NT = jnp.broadcast_to(jnp.arange(document_NT.shape[1]), document_NT.shape)
     begins_NT = jnp.pad(document_NT[:, 1:] != document_NT[:, :-1], ((0, 0), (1, 0)))
     first_NT = jax.lax.cummax(jnp.where(begins_NT, index_NT, 0), axis=1)
@@ -103,7 +103,7 @@ def _places(document_NT: jax.Array, length_N: jax.Array) -> Places:
 def _near(
     c: ModelConfig, k_NTGK: jax.Array, v_NTGK: jax.Array, own: Places, edge: Edge
 ) -> tuple[jax.Array, jax.Array, Places]:
-    """Keys (rotated) and values of the carried and the own tokens, and where they stand."""
+    """Keys (rotated), values and places of the carried and the own tokens."""
     N, E = edge.keys_BEGK.shape[:2]
     back_NE = jnp.broadcast_to(jnp.arange(-E, 0), (N, E))
     document_NE = jnp.where(-back_NE <= edge.length_B[:, None], 1, -1)  # -1: nobody's
@@ -148,7 +148,7 @@ def _sinks(
         farthest_NQ = jnp.full_like(queries.position_NT, c.max_distance)
         cut_NHQJ = scores(_rotate(c, q_NQHK, farthest_NQ), k_NJGK)
         scores_NHQJ = jnp.where((distance_NQJ > c.max_distance)[:, None], cut_NHQJ, scores_NHQJ)
-    return Sinks(scores_NHQJ, visible_NQJ, join(edge.sink_values_BnGK, v_NTGK))
+    return Sinks(scores_NHQJ, visible_NQJ, document_NJ, join(edge.sink_values_BnGK, v_NTGK))
 
 
 def _own_sinks(c: ModelConfig, own: Places) -> tuple[jax.Array, jax.Array]:
