@@ -221,6 +221,7 @@ def test_memory_files_are_read_strictly(tmp_path):
     ("overrides", "said"),
     [
         (("model.sinks=4",), "model.sinks 4 needs model.window"),
+        (("model.window=1",), "found 1; should be greater than or equal to 2"),
         (("model.max_distance=9",), "model.max_distance 9 needs model.window"),
         (("model.window=33",), "model.window 33 is above the segment length 32; it reaches one segment back at most"),
         (
@@ -246,7 +247,8 @@ def test_memory_files_are_read_strictly(tmp_path):
 def test_windows_that_cannot_be(overrides, said):
     with pytest.raises(UserError) as error:
         parse_config("", overrides, where="my.yaml")
-    assert [line.split(": ", 1)[1] for line in str(error.value).splitlines()] == [said]
+    (line,) = str(error.value).splitlines()
+    assert line.endswith(f": {said}") and "model." in line
 
 
 @pytest.mark.parametrize("kind", ["lm2", "none"])

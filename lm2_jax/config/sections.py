@@ -95,7 +95,9 @@ class ModelConfig(Section):
     tie_embeddings: bool = True  # use the embedding table as output layer too
     embedding_std: PositiveFloat = 0.02  # standard deviation of initial embeddings and of rmt's initial memory tokens
     conv_width: Literal[0, 4, 8] = 0  # kernel of the residual causal depthwise convolution; 0: none (Llama-compatible)
-    window: PositiveInt | None = None  # a token attends to the last W, over segment edges; null: its segment alone
+    window: Annotated[int, Field(ge=2, le=LARGEST)] | None = (
+        None  # a token attends to the last W, over segment edges; null: its segment alone
+    )
     sinks: NonNegativeInt = 0  # with window: the first tokens of its document that every token attends to, too
     max_distance: PositiveInt | None = None  # with window: RoPE's largest; farther sinks stand there; null: never cut
 

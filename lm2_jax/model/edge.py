@@ -40,14 +40,14 @@ class Edge:
 
     Attributes:
       keys_BEGK, values_BEGK: float32, of the document's last E tokens, the newest at the end.
-      sink_keys_BnGK, sink_values_BnGK: float32, of its first n tokens.
+      sink_keys_BnGK, sink_values_BnGK: float32, of its first n tokens; None without sinks.
       length_B: int32, its tokens so far.
     """
 
     keys_BEGK: jax.Array
     values_BEGK: jax.Array
-    sink_keys_BnGK: jax.Array
-    sink_values_BnGK: jax.Array
+    sink_keys_BnGK: jax.Array | None
+    sink_values_BnGK: jax.Array | None
     length_B: jax.Array
 
 
@@ -83,8 +83,8 @@ def initial_edge(config: ModelConfig, layers: int, batch_size: int) -> Edge:
     return Edge(
         keys_BEGK=zeros(config.window - 1),
         values_BEGK=zeros(config.window - 1),
-        sink_keys_BnGK=zeros(config.sinks),
-        sink_values_BnGK=zeros(config.sinks),
+        sink_keys_BnGK=zeros(config.sinks) if config.sinks else None,
+        sink_values_BnGK=zeros(config.sinks) if config.sinks else None,
         length_B=jnp.zeros((layers, batch_size), jnp.int32),
     )
 
@@ -103,18 +103,20 @@ def next_edge(edge: Edge, k_BTGK: jax.Array, v_BTGK: jax.Array, document_BT: jax
     before_B = jnp.where(last_B > 1, 0, edge.length_B)
     length_B = jnp.minimum(before_B + own_B, MOST_TOKENS)
 
-    E, n = edge.keys_BEGK.shape[1], edge.sink_keys_BnGK.shape[1]
+    E = edge.keys_BEGK.shape[1]
     newest_BE = tokens_B[:, None] + jnp.arange(E)
     filled_BE = jnp.arange(E) >= E - length_B[:, None]
-    sink_n = jnp.arange(n)
-    first_Bn = jnp.clip((tokens_B - own_B - before_B)[:, None] + sink_n, 0, k_BTGK.shape[1] - 1)
-    carried_Bn, filled_Bn = sink_n < before_B[:, None], sink_n < length_B[:, None]
 
     def newest(carried_BEGK: jax.Array, own_BTGK: jax.Array) -> jax.Array:
         joined = jnp.concatenate([carried_BEGK, own_BTGK.astype(carried_BEGK.dtype)], axis=1)
         return _where(filled_BE, jnp.take_along_axis(joined, newest_BE[..., None, None], axis=1), 0.0)
 
-    def first(carried_BnGK: jax.Array, own_BTGK: jax.Array) -> jax.Array:
+    def first(carried_BnGK: jax.Array | None, own_BTGK: jax.Array) -> jax.Array | None:
+        if carried_BnGK is None:
+            return None
+        sink_n = jnp.arange(carried_BnGK.shape[1])
+        first_Bn = jnp.clip((tokens_B - own_B - before_B)[:, None] + sink_n, 0, own_BTGK.shape[1] - 1)
+        carried_Bn, filled_Bn = sink_n < before_B[:, None], sink_n < length_B[:, None]
         own_BnGK = jnp.take_along_axis(own_BTGK, first_Bn[..., None, None], axis=1).astype(carried_BnGK.dtype)
         return _where(filled_Bn, _where(carried_Bn, carried_BnGK, own_BnGK), 0.0)
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from lm2_jax.config.spec import ModelSpec
 from lm2_jax.model.layers import Initializer, Layout, linear_init
 
-Memory = Any  # a pytree of float32 arrays
+Memory = Any  # a pytree of float32 arrays; with a window it has edges, too (model/edge.py)
 Parameters = Mapping[str, jax.Array]
 
 
