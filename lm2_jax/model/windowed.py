@@ -73,21 +73,21 @@ def attend_segments(
 ) -> jax.Array:
     """Attention of whole segments, [N,T,H,K]; q and k are not rotated, and `edge` is what each segment finds."""
     places = _places(document_NT, edge.length_B)
-    keys, values, near = _near(c, k_NTGK, v_NTGK, places, edge)
+    keys, values, _, document_NU = _near(c, k_NTGK, v_NTGK, places, edge)
     sinks = _sinks(c, q_NTHK, places, k_NTGK, v_NTGK, places, edge)
     queries = _rotate(c, q_NTHK, places.index_NT)
-    return window_attention(queries, keys, values, c.window, document_NT, near.document_NT, sinks)
+    return window_attention(queries, keys, values, c.window, document_NT, document_NU, sinks)
 
 
 def attend_cache(c: ModelConfig, q_BQHK: jax.Array, cache: KVCache, index_BQ: jax.Array, edge: Edge) -> jax.Array:
     """Attention of tokens at index_BQ of an unfinished segment, [B,Q,H,K]; the cached keys are not rotated."""
     one_BT = jnp.ones(cache.keys_BCGK.shape[:2], jnp.int32)
     cached = _places(one_BT, edge.length_B)
-    keys, values, near = _near(c, cache.keys_BCGK, cache.values_BCGK, cached, edge)
+    keys, values, index_BU, document_BU = _near(c, cache.keys_BCGK, cache.values_BCGK, cached, edge)
     queries = Places(index_BQ, jnp.ones_like(index_BQ), edge.length_B[:, None] + index_BQ)
     sinks = _sinks(c, q_BQHK, queries, cache.keys_BCGK, cache.values_BCGK, cached, edge)
-    back_BQU = index_BQ[:, :, None] - near.index_NT[:, None]
-    visible_BQU = (back_BQU >= 0) & (back_BQU < c.window) & (near.document_NT == 1)[:, None]
+    back_BQU = index_BQ[:, :, None] - index_BU[:, None]
+    visible_BQU = (back_BQU >= 0) & (back_BQU < c.window) & (document_BU == 1)[:, None]
     return masked_attention(_rotate(c, q_BQHK, index_BQ), keys, values, visible_BQU, sinks)
 
 
@@ -102,18 +102,18 @@ def _places(document_NT: jax.Array, length_N: jax.Array) -> Places:
 
 def _near(
     c: ModelConfig, k_NTGK: jax.Array, v_NTGK: jax.Array, own: Places, edge: Edge
-) -> tuple[jax.Array, jax.Array, Places]:
-    """Keys (rotated), values and places of the carried and the own tokens."""
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Keys (rotated), values, index in the segment and document id of the carried tokens and the own ones."""
     N, E = edge.keys_BEGK.shape[:2]
-    back_NE = jnp.broadcast_to(jnp.arange(-E, 0), (N, E))
-    document_NE = jnp.where(-back_NE <= edge.length_B[:, None], 1, -1)  # -1: nobody's
+    index_NE = jnp.broadcast_to(jnp.arange(-E, 0), (N, E))
+    document_NE = jnp.where(-index_NE <= edge.length_B[:, None], 1, -1)  # -1: nobody's
 
     def join(carried: jax.Array, own: jax.Array) -> jax.Array:
         return jnp.concatenate([carried.astype(own.dtype), own], axis=1)
 
-    carried = Places(back_NE, document_NE, edge.length_B[:, None] + back_NE)
-    near = Places(*(join(*pair) for pair in zip(carried, own, strict=True)))
-    return _rotate(c, join(edge.keys_BEGK, k_NTGK), near.index_NT), join(edge.values_BEGK, v_NTGK), near
+    index_NU, document_NU = join(index_NE, own.index_NT), join(document_NE, own.document_NT)
+    k_NUGK, v_NUGK = join(edge.keys_BEGK, k_NTGK), join(edge.values_BEGK, v_NTGK)
+    return _rotate(c, k_NUGK, index_NU), v_NUGK, index_NU, document_NU
 
 
 def _sinks(
