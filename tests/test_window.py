@@ -13,8 +13,10 @@ from lm2_jax.common.errors import UserError
 from lm2_jax.config import parse_config
 from lm2_jax.decoding import sampling
 from lm2_jax.decoding.memory_file import load_state, save_state
+from lm2_jax.inspection.reading import read_text
 from lm2_jax.model import build_model
 from lm2_jax.segments import run_segments
+from lm2_jax.training.step import memory_norms
 
 T, S, V = 8, 4, 50
 BASE = "{d_model: 32, d_ff: 48, num_layers: 2, num_heads: 4, num_kv_heads: 2, embedding_std: 0.5}"
@@ -102,20 +104,21 @@ def test_segments_are_the_whole_document(kind, window, schedule):
             assert_close(logits[lane, places], logits_of(config, params, text, cuts))
 
 
-@pytest.mark.parametrize("remat", ["block", "full"])
-def test_recomputing_changes_nothing(remat):
+@pytest.mark.parametrize(("remat", "schedule"), [("block", "layer"), ("full", "layer"), ("none", "segment")])
+def test_recomputing_and_schedules_change_nothing(remat, schedule):
     """Outputs, and gradients, which pass the edges of a window's segments."""
     rest = {"window": 5, "sinks": 4, "max_distance": 9}
     _, model, params = make("lm2", **rest)
     _, other, _ = make("lm2", f"train.remat={remat}", **rest)
     tokens, document, reset = layout()
 
-    def loss(model, params):
-        logits, memory = program(model)(params, tokens, document, reset, model.init_memory(len(LANES), params))
+    def loss(params, model, schedule):
+        run, memory = program(model, schedule), model.init_memory(len(LANES), params)
+        logits, memory = run(params, tokens, document, reset, memory)
         return jnp.mean(jax.nn.logsumexp(logits, -1) - logits[..., 3]), memory
 
-    (one, other) = (jax.jit(jax.grad(functools.partial(loss, m), has_aux=True))(params) for m in (model, other))
-    jax.tree.map(functools.partial(assert_close, tolerance=1e-4), one, other)
+    differentiate = jax.jit(jax.grad(loss, has_aux=True), static_argnums=(1, 2))
+    jax.tree.map(assert_close, differentiate(params, model, "layer"), differentiate(params, other, schedule))
 
 
 @pytest.mark.parametrize("kind", ["lm2", "none"])
@@ -165,6 +168,27 @@ def test_no_token_hears_a_later_one(sinks, end):
     apart = np.abs(logits[0] - logits[1]).reshape(S * T, V).max(-1)
     assert apart[:place].max(initial=0) == 0 and apart[end:].max(initial=0) == 0
     assert apart[place:end].min() > 1e-3
+
+
+def test_no_angle_grows_with_the_document():
+    """After a thousand tokens or a hundred million, the same text gives the same logits, to the bit."""
+    _, model, params = make("none", window=5, sinks=2, max_distance=9)
+    tokens = np.random.default_rng(4).integers(0, V, (2, 1, S, T)).astype(np.int32)
+    run = program(model, packed=False)
+    _, memory = run(params, tokens[0], None, None, model.init_memory(1))
+    logits = []
+    for length in (1000, 10**8):
+        memory.edges["blocks"] = memory.edges["blocks"].replace(length_B=jnp.full((2, 1), length, jnp.int32))
+        logits.append(run(params, tokens[1], None, None, memory)[0])
+    np.testing.assert_array_equal(*logits)
+
+
+def test_the_memory_is_looked_into_without_the_edges():
+    _, model, params = make("lm2", sinks=2)
+    trace = read_text(model, params, np.arange(20))
+    assert trace.slots_LNM.shape == (1, 5, 32) and trace.read_LKN.shape == (1, 20, 5)
+    norms = memory_norms(model.init_memory(3))
+    assert norms == memory_norms(model.kind.init_memory(3, None))
 
 
 # --- Decoding and files --------------------------------------------------------------------------------------------
