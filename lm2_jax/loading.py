@@ -132,8 +132,14 @@ def differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any
 
 
 def _meaning_of_weights(model: Decoder) -> dict[str, Any]:
-    """The settings that give weights a meaning besides their shapes; the number of slots is not one of them."""
+    """The settings that give weights a meaning besides their shapes.
+
+    The number of slots is not one of them, nor is how far attention reaches: a window may be set on any weights.
+    """
     spec = model.spec
     settings = spec.model.model_copy(update={"head_dim": spec.model.attention_head_dim})
     memory = spec.memory.model_dump(include={"kind", "num_heads", "gates"}) if spec.num_memory_layers else None
-    return {"model": settings.model_dump(exclude={"embedding_std"}), "memory": memory}
+    return {
+        "model": settings.model_dump(exclude={"embedding_std", "window", "sinks", "max_distance"}),
+        "memory": memory,
+    }

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
 from lm2_jax.model import attention as module
-from lm2_jax.model.attention import attention, attention_weights
+from lm2_jax.model.attention import Sinks, attention, attention_weights, window_attention
 
 B, T, U, K = 2, 256, 128, 64
 
@@ -54,6 +54,36 @@ def test_the_kernel_is_plain_attention(on_tpu, causal, H, G, keys, grouped):
         results.append((out, *gradients))
     for plain, kernel in zip(*results, strict=True):
         np.testing.assert_allclose(kernel, plain, atol=2e-4)
+
+
+@pytest.mark.parametrize("with_sinks", [False, True], ids=["near", "sinks"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_kernel_has_a_window(on_tpu, dtype, with_sinks):
+    """Row 0: one document; row 1: a document that ends and one that has sinks of its own."""
+    window, H, G, J = 100, 4, 2, 3
+    q, k, v = (x.astype(dtype) for x in arrays(H, G, window - 1 + T))
+    begins = jnp.array([[T], [50]])
+    of_queries = 1 + (jnp.arange(T) >= begins)
+    of_keys = jnp.concatenate([jnp.ones((B, window - 1), jnp.int32), of_queries], axis=1)
+    rng = np.random.default_rng(1)
+    ids = jnp.array([[1, 1, -1], [1, 2, 2]])
+    seen = (of_queries[..., None] == ids[:, None]) & jnp.array(rng.random((B, T, J)) < 0.6)
+    scores, values = (jnp.array(rng.normal(size=shape), jnp.float32) for shape in ((B, H, T, J), (B, J, G, K)))
+
+    def run(q, k, v, scores, values):
+        sinks = Sinks(9 * scores, seen, ids, values.astype(dtype)) if with_sinks else None
+        out = window_attention(q, k, v, window, of_queries, of_keys, sinks)
+        return jnp.sum(out * jnp.cos(jnp.arange(K))), out
+
+    results = []
+    for yes in (False, True):
+        on_tpu(yes)
+        (_, out), grads = jax.value_and_grad(run, argnums=range(5), has_aux=True)(q, k, v, scores, values)
+        results.append((out, *grads))
+    for plain, kernel in zip(*results, strict=True):
+        plain, kernel = (np.asarray(x, np.float32) for x in (plain, kernel))
+        tolerance = 2e-4 if dtype == "float32" else 0.03 * np.abs(plain).max()
+        np.testing.assert_allclose(kernel, plain, atol=tolerance)
 
 
 @pytest.mark.parametrize(("queries", "keys", "width"), [(96, 128, 64), (128, 24, 64), (128, 128, 24)])

@@ -86,8 +86,12 @@ def crash():
 
 @pytest.mark.parametrize(
     ("kind", "overrides"),
-    [("rmt stories", ()), ("lm2 packed text", ("train.curriculum=[]", "optim.kind=muon"))],
-    ids=("rmt", "packed"),
+    [
+        ("rmt stories", ()),
+        ("lm2 packed text", ("train.curriculum=[]", "optim.kind=muon")),
+        ("lm2 packed text", ("train.curriculum=[]", "model.window=12", "model.sinks=2", "model.max_distance=20")),
+    ],
+    ids=("rmt", "packed", "window"),
 )
 def test_crashed_run_equals_whole_run(kind, overrides, tmp_path, monkeypatch, quick):
     train(config_of(kind, tmp_path / "whole", *overrides))

@@ -22,6 +22,7 @@ from lm2_jax.training.state import StepConfig, create_state
 from lm2_jax.training.step import make_eval_step, make_train_step
 
 V, B, S, T = 64, 8, 3, 8
+EDGES = ("model.window=6", "model.sinks=2", "model.max_distance=9")
 
 
 def config_of(*overrides):
@@ -84,6 +85,17 @@ def test_eight_devices_are_one(kind, remat, schedule, optimizer):
     assert query.sharding.shard_shape(query.shape) == (query.shape[0], query.shape[1] // 2, query.shape[2] // 2)
     for leaf in jax.tree.leaves(eight[2].memory):
         assert leaf.sharding.shard_shape(leaf.shape)[0 if kind == "rmt" else 1] == B // 4
+
+
+@pytest.mark.parametrize(("kind", "schedule"), [("lm2", "layer"), ("none", "segment")])
+def test_edges_on_eight_devices_and_in_microbatches(kind, schedule):
+    run = (f"memory.kind={kind}", f"train.schedule={schedule}", *EDGES)
+    one = trained(1, *run)
+    eight = trained(8, *run, "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
+    assert_same_run(one, eight)
+    for leaf in jax.tree.leaves(eight[2].memory.edges):
+        assert leaf.sharding.shard_shape(leaf.shape)[1] == B // 4
+    assert_same_run(one, trained(1, *run, "optim.accumulation_steps=4"))
 
 
 def test_constraints_reach_the_compiler():

@@ -54,7 +54,7 @@ class Programs:
         with use_mesh(self.mesh):
             state = jax.eval_shape(lambda params: sampling.start(self.model, params, rows, T), self.state.params)
             state = jax.tree.map(lambda x: lanes(x, 1 if x.ndim > 1 else 0), state)
-            if self.model.kind.lane_axis == 0:
+            if self.model.lane_axis == 0:
                 state = state.replace(memory=jax.tree.map(lambda x: lanes(x, 0), state.memory))
             rows_sharding = batch_sharding(self.mesh)
             tokens_BQ = jax.ShapeDtypeStruct((rows, 1), jnp.int32, sharding=rows_sharding)

@@ -22,6 +22,7 @@ from pydantic_core import PydanticCustomError
 
 LARGEST = 2**31 - 1  # of integers: array sizes are int32
 PositiveInt = Annotated[int, Field(gt=0, le=LARGEST)]
+TwoOrMore = Annotated[int, Field(ge=2, le=LARGEST)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
@@ -95,6 +96,9 @@ class ModelConfig(Section):
     tie_embeddings: bool = True  # use the embedding table as output layer too
     embedding_std: PositiveFloat = 0.02  # standard deviation of initial embeddings and of rmt's initial memory tokens
     conv_width: Literal[0, 4, 8] = 0  # kernel of the residual causal depthwise convolution; 0: none (Llama-compatible)
+    window: TwoOrMore | None = None  # a token attends to the last W, over segment edges; null: its segment alone
+    sinks: NonNegativeInt = 0  # with window: the first tokens of its document that every token attends to, too
+    max_distance: PositiveInt | None = None  # with window: RoPE's largest; farther sinks stand there; null: never cut
 
     @property
     def attention_head_dim(self) -> int:

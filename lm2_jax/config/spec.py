@@ -103,6 +103,7 @@ class Config(Section):
             _bank_problems,
             _state_problems,
             _official_problems,
+            _window_problems,
             _step_problems,
             _source_problems,
             _order_problems,
@@ -158,6 +159,26 @@ def _official_problems(config: Config) -> Iterator[str]:
         yield f"memory.num_heads {memory.num_heads} does not divide memory.num_slots {N}"
     if memory.num_layers not in (None, model.num_layers):
         yield f"memory.num_layers {memory.num_layers}: kind official has its memory in all blocks"
+
+
+def _window_problems(config: Config) -> Iterator[str]:
+    """Problems of attention over the edges of segments."""
+    model, kind = config.model, config.memory.kind
+    if model.window is None:
+        if model.sinks:
+            yield f"model.sinks {model.sinks} needs model.window"
+        if model.max_distance is not None:
+            yield f"model.max_distance {model.max_distance} needs model.window"
+        return
+    if kind not in ("lm2", "none"):
+        yield f"model.window {model.window}: memory.kind {kind} attends to one segment alone; use lm2 or none, or null"
+    shortest = min(stage.segment_length for stage in config.stages)
+    if model.window > shortest:
+        yield f"model.window {model.window} is above the segment length {shortest}; it reaches one segment back at most"
+    if model.sinks >= model.window:
+        yield f"model.sinks {model.sinks} must be below model.window {model.window}"
+    if model.max_distance is not None and model.max_distance < model.window - 1:
+        yield f"model.max_distance {model.max_distance} is below {model.window - 1}, the farthest in model.window"
 
 
 def _step_problems(config: Config) -> Iterator[str]:

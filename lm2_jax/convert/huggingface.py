@@ -1,7 +1,8 @@
-"""Hugging Face directories: `LlamaForCausalLM`, or `modeling_lm2.py` of ours, with the tokenizer's files.
+"""Hugging Face directories: Llama or Mistral, or `modeling_lm2.py` of ours, with the tokenizer's files.
 
 A Llama becomes kind `none`, or by `--set memory.kind=lm2` the start of one with a memory: what a Llama lacks is drawn
-anew, and what joins it to the Llama starts at zero, so that the logits are the Llama's before any training.
+anew, and what joins it to the Llama starts at zero, so that the logits are the Llama's before any training. A Mistral
+is a Llama with a window (model.window).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from flax.traverse_util import flatten_dict
 
 from lm2_jax.common.errors import UserError
 from lm2_jax.common.untrusted import read_json, resolve_inside, short_repr
-from lm2_jax.config import Config, parse_config
+from lm2_jax.config import Config, parse_config, replace
 from lm2_jax.convert.engine import (
     Checkpoint,
     Entry,
@@ -48,6 +49,7 @@ from lm2_jax.model import build_model
 from lm2_jax.tokenizer import Origin
 
 _CODE = Path(__file__).parent / "huggingface_model"
+_LLAMAS = ("llama", "mistral")  # values of model_type
 _OURS = "lm2"  # the model_type of configuration_lm2.py, for every kind of memory
 _TRANSFORMERS = "5.4.0"  # the version whose form our files have
 _LONGEST_SEGMENT = 2048  # of a Llama, unless --set data.segment_length says otherwise
@@ -86,29 +88,35 @@ class ForeignLlama(NamedTuple):
 
 
 def read(path: Path, overrides: Sequence[str], track: Track) -> Checkpoint:
-    """Opens a directory of `LlamaForCausalLM` (safetensors, sharded or not) or of our `LM2ForCausalLM`.
+    """Opens a directory of a Llama or a Mistral (safetensors, sharded or not) or of our `LM2ForCausalLM`.
 
     Raises UserError with all that is missing, unknown, mis-shaped or not finite.
     """
     theirs = read_json(path / "config.json")
-    if theirs.get("model_type") == "llama":
+    if theirs.get("model_type") in _LLAMAS:
         found = ForeignLlama(path, path / "config.json", theirs, open_tensors(path, "model"), llama, path)
         return read_llama(found, overrides, track)
     if theirs.get("model_type") == _OURS:
         return _read_lm2(path, theirs, overrides, track)
     found = short_repr(theirs.get("model_type"))
-    raise UserError(f"{path}/config.json: model_type: found {found}; expected llama or {_OURS}")
+    raise UserError(f"{path}/config.json: model_type: found {found}; expected llama, mistral or {_OURS}")
 
 
 def write(checkpoint: Checkpoint, directory: Path, dtype: str, track: Track) -> None:
-    """Writes a Llama where the model is one, otherwise a directory with our modelling code."""
+    """Writes a Llama or a Mistral where the model is one, otherwise a directory with our modelling code.
+
+    Raises UserError for a window that neither can have.
+    """
     config = checkpoint.config
     ids = carried(checkpoint, _SPECIAL_IDS) | special_ids(config, checkpoint.origin)
     settings = to_llama(config) | {"dtype": dtype, **ids}
     settings["rope_parameters"] = rope_parameters(settings)
     table = llama(config.model.tie_embeddings)
-    if all(table_key(path) in table.rules for path in checkpoint.params):
-        settings |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    is_llama = all(table_key(path) in table.rules for path in checkpoint.params)
+    settings |= _window(config, is_llama)
+    if is_llama:
+        name = "llama" if config.model.window is None else "mistral"
+        settings |= {"model_type": name, "architectures": [f"{name.capitalize()}ForCausalLM"]}
         settings |= {"max_position_embeddings": config.trained_segment_length, **carried(checkpoint, _LONGEST)}
     else:
         settings |= _lm2_settings(checkpoint)
@@ -137,7 +145,12 @@ def read_llama(found: ForeignLlama, overrides: Sequence[str], track: Track) -> C
     values["memory"] = {"kind": "none"}
     longest = number(found.settings, "max_position_embeddings", problems, default=_LONGEST_SEGMENT)
     values["data"]["segment_length"] = min(longest, _LONGEST_SEGMENT)
+    if found.settings.get("model_type") == "mistral" and found.settings.get("sliding_window") is not None:
+        window = values["model"]["window"] = number(found.settings, "sliding_window", problems)
+        values["data"]["segment_length"] = max(window, values["data"]["segment_length"])
     config = _config(found.files, found.settings_path, values, overrides, problems)
+    if config.model.window is not None and config.model.max_distance is None:
+        config = replace(config, model={"max_distance": max(longest, config.model.window) - 1})
     table, shapes = found.table(config.model.tie_embeddings), abstract_params(config)
     tensors = without_rope_tables(found.tensors, config.model, found.path)
     strange = sorted({table_key(name) for name in shapes} - table.rules.keys() - CAN_BE_ADDED)
@@ -193,6 +206,19 @@ def _read_lm2(path: Path, theirs: Mapping[str, Any], overrides: Sequence[str], t
     return Checkpoint(config, params, memory, Origin(path))
 
 
+def _window(config: Config, is_llama: bool) -> dict[str, Any]:
+    """The setting of a Mistral's window; nothing without one. Raises UserError for a window that it cannot have."""
+    c = config.model
+    if c.window is None:
+        return {}
+    if c.sinks or not is_llama:
+        raise UserError(
+            f"--to huggingface: model.window {c.window} with model.sinks {c.sinks} and memory.kind "
+            f"{config.memory.kind}: only a window without sinks, memory or convolution can be exported, as a Mistral"
+        )
+    return {"sliding_window": c.window}
+
+
 def _lm2_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     config, rows = checkpoint.config, 1 if checkpoint.memory is None else len(checkpoint.memory)
     layers = config.spec.num_memory_layers or None
@@ -219,7 +245,7 @@ def _start(checkpoint: Checkpoint) -> list[tuple[str, np.ndarray]]:
         return []
     if checkpoint.memory is not None:
         return [(LM2_START_BANK, checkpoint.memory)]
-    start = np.asarray(model.init_memory(1))
+    start = np.asarray(model.kind.init_memory(1, None))
     return [(LM2_START_BANK, start if model.kind.shares_one_bank else start[0, 0])]
 
 

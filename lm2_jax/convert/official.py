@@ -54,6 +54,10 @@ def read(path: Path, overrides: Sequence[str], track: Track) -> Checkpoint:
 def write(checkpoint: Checkpoint, directory: Path, dtype: str, track: Track) -> None:
     """Writes an official directory. Raises UserError for a model that the official code has no place for."""
     config, with_memory = checkpoint.config, _has_memory(checkpoint.params)
+    if config.model.window is not None:
+        raise UserError(
+            f"--to official: model.window {config.model.window}: attention of the official code sees one segment alone"
+        )
     table = official(config.model.tie_embeddings, with_memory)
     named = dict(as_theirs(table, checkpoint, dtype, track))
     if with_memory:

@@ -20,12 +20,15 @@ import safetensors.flax
 from lm2_jax.checkpoint.manager import array_checksums
 from lm2_jax.common.errors import UserError
 from lm2_jax.common.untrusted import short_repr
+from lm2_jax.config import MemoryConfig, ModelConfig
 from lm2_jax.decoding import sampling
 from lm2_jax.model.decode import DecodeState
 from lm2_jax.model.decoder import Decoder
+from lm2_jax.model.edge import MOST_TOKENS
 
 _KEY = "lm2_jax.memory"  # key of the metadata
 _LONGEST_OWNER = 1 << 20  # characters
+_DEFAULTS = {"model": ModelConfig().model_dump(mode="json"), "memory": MemoryConfig().model_dump(mode="json")}
 
 
 def save_state(path: str | Path, model: Decoder, params: Any, state: DecodeState) -> None:
@@ -80,6 +83,10 @@ def load_state(path: str | Path, model: Decoder, params: Any) -> DecodeState:
         problems.append(f"  count_B: found {saved['count_B'].tolist()}; should be within 0 and {segment_length}")
     if not problems and not (saved["read_B"] >= saved["count_B"]).all():
         problems.append(f"  read_B: found {saved['read_B'].tolist()}; should be at least count_B")
+    for name in () if problems else sorted(name for name in saved if name.endswith(".length_B")):
+        before_B = jnp.minimum(saved["read_B"] - saved["count_B"], MOST_TOKENS)
+        if (saved[name] != before_B).any():
+            problems.append(f"  {name}: found {saved[name].tolist()}; should be {before_B.tolist()} in every layer")
     problems += [f"  {name}: holds NaN or infinite numbers" for name, x in saved.items() if not jnp.isfinite(x).all()]
     if problems:
         raise UserError(f"{path}: does not hold the arrays of this model's memory:\n" + "\n".join(sorted(problems)))
@@ -103,6 +110,7 @@ def _differences(saved: dict[str, Any], own: dict[str, Any]) -> list[str]:
     lines = []
     for section in ("model", "memory"):
         found, right = saved.get(section, {}), own[section]
+        found = {**_DEFAULTS[section], **found}  # of settings that are newer than the file
         keys = [key for key in sorted({*found, *right}) if found.get(key) != right.get(key)]
         for key in keys:
             lines.append(

@@ -76,7 +76,7 @@ class EvalModel:
     @functools.cached_property
     def _memory_shardings(self) -> Any:
         memory = jax.eval_shape(self._init_memory, self.params)
-        return memory_shardings(self.mesh, memory, self.model.kind.lane_axis)
+        return memory_shardings(self.mesh, memory, self.model.lane_axis)
 
 
 def load_for_evaluation(checkpoint: str | Path, overrides: Sequence[str] = ()) -> EvalModel:

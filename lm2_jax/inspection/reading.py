@@ -83,7 +83,7 @@ class SegmentTrace:
 
 def check_memory(model: Decoder) -> None:
     """Raises UserError if the model has no memory."""
-    if model.kind.as_slots(model.init_memory(1)) is None:
+    if model.as_slots(model.init_memory(1)) is None:
         raise UserError(
             f"memory.kind {model.spec.memory.kind}: there is no memory to look into; give a run of another kind"
         )
@@ -114,7 +114,7 @@ def read_text(model: Decoder, params: Any, ids_n: np.ndarray, last: int = 48) ->
         by_segment["read"].append(read_LtN.mean(1))
         by_segment["change"].append(here.change_LBN[:, 0])
         by_segment["norm"].append(here.norm_LBN[:, 0])
-        by_segment["trace"].append(sketch(np.asarray(model.kind.as_slots(memory))))
+        by_segment["trace"].append(sketch(np.asarray(model.as_slots(memory))))
         for name, gate_L in here.gates.items():
             by_segment[f"{name} gate"].append(gate_L)
         if s * T + count > len(ids_n) - K:
@@ -135,7 +135,7 @@ def read_text(model: Decoder, params: Any, ids_n: np.ndarray, last: int = 48) ->
             for name, gates in by_segment.items()
             if name.endswith(" gate")
         },
-        slots_LNM=np.asarray(model.kind.as_slots(memory)[:, 0]),
+        slots_LNM=np.asarray(model.as_slots(memory)[:, 0]),
         traces_SF=np.stack(by_segment["trace"]),
     )
 
@@ -149,7 +149,7 @@ def trace_segment(
         {"params": params}, tokens_BT, memory, document_BT=document_BT, mutable=["gates", "intermediates"]
     )
     read_LBTN, write_LBNT = model.kind.attention_to_slots(sown["intermediates"])
-    before_LBNM, slots_LBNM = model.kind.as_slots(memory), model.kind.as_slots(after)
+    before_LBNM, slots_LBNM = model.as_slots(memory), model.as_slots(after)
     before_LBN = jnp.linalg.norm(before_LBNM, axis=-1)
     trace = SegmentTrace(
         read_LBTN=read_LBTN,

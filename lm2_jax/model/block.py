@@ -13,8 +13,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lm2_jax.config.spec import ModelSpec
+from lm2_jax.model.edge import Edge
 from lm2_jax.model.layers import CausalConv, KVCache, Layout, RMSNorm, SelfAttention, SwiGLU, write_at
 from lm2_jax.model.memory.base import Memory, MemoryKind
+from lm2_jax.model.windowed import WindowedAttention
 from lm2_jax.parallel.fsdp import all_gather_params, can_shard_batch, per_device, with_logical_constraint
 
 
@@ -27,25 +29,32 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: tuple[jax.Array, Memory], own_bank: Memory, layout: Layout, cache: KVCache | None = None
-    ) -> tuple[tuple[jax.Array, Memory], tuple[Memory, KVCache | None]]:
+        self,
+        carry: tuple[jax.Array, Memory],
+        own_bank: Memory,
+        layout: Layout,
+        cache: KVCache | None = None,
+        edge: Edge | None = None,
+    ) -> tuple[tuple[jax.Array, Memory], tuple[Memory, KVCache | None, Edge | None]]:
         """Runs the block: (x [B,S,T,D], a shared bank or None) and the block's own bank, before the window to after.
 
         Decoding: with a cache, x [B,1,T,D] continues an unfinished segment. Its keys and values are appended, and
         `own_bank` holds the bank's cached key and value projections instead of the bank.
+
+        edge: what is carried over the segment's edge, before the window to after; None without model.window.
         """
         x_BSTD, shared_bank = carry
         x_BSTD = checkpoint_name(x_BSTD, "block_input")
         carry = x_BSTD, shared_bank
         # Dropout (kind official alone has any) needs rngs, which the sharded call below is not given.
         if can_shard_batch(x_BSTD.shape[0]) and layout.deterministic and not self.is_initializing():
-            return self._on_each_device(carry, own_bank, layout, cache)
+            return self._on_each_device(carry, own_bank, layout, cache, edge)
         bank = own_bank if shared_bank is None else shared_bank
         if self.spec.recomputes_segments and x_BSTD.shape[1] > 1:
-            x_BSTD, bank = self._segment_by_segment(x_BSTD, bank, layout)
+            x_BSTD, bank, edge = self._segment_by_segment(x_BSTD, bank, layout, edge)
         else:
-            x_BSTD, bank, cache = self._window(x_BSTD, bank, layout, cache)
-        return ((x_BSTD, None), (bank, cache)) if shared_bank is None else ((x_BSTD, bank), (None, cache))
+            x_BSTD, bank, cache, edge = self._window(x_BSTD, bank, layout, cache, edge)
+        return ((x_BSTD, None), (bank, cache, edge)) if shared_bank is None else ((x_BSTD, bank), (None, cache, edge))
 
     def _on_each_device(self, *arrays: Any) -> Any:
         """Runs the block on every device, for the device's own lanes; there `can_shard_batch` is false."""
@@ -63,16 +72,20 @@ class Block(nn.Module):
         return outputs
 
     def _window(
-        self, x_BSTD: jax.Array, bank: Memory, layout: Layout, cache: KVCache | None
-    ) -> tuple[jax.Array, Memory, KVCache | None]:
+        self, x_BSTD: jax.Array, bank: Memory, layout: Layout, cache: KVCache | None, edge: Edge | None
+    ) -> tuple[jax.Array, Memory, KVCache | None, Edge | None]:
         c = self.spec.model
         if c.conv_width:
             normed_BSTD = RMSNorm(c.norm_eps, name="conv_norm")(x_BSTD)
             conv_BSTD, cache = CausalConv(c.conv_width, name="conv")(normed_BSTD, layout, cache)
             x_BSTD += conv_BSTD
         normed_BSTD = RMSNorm(c.norm_eps, name="attention_norm")(x_BSTD)
-        attention = SelfAttention(c, self.kind.linear_init, name="attention")
-        attended_BSTD, cache = attention(normed_BSTD, layout, cache)
+        if edge is None:
+            attention = SelfAttention(c, self.kind.linear_init, name="attention")
+            attended_BSTD, cache = attention(normed_BSTD, layout, cache)
+        else:
+            attention = WindowedAttention(c, self.kind.linear_init, name="attention")
+            attended_BSTD, edge, cache = attention(normed_BSTD, layout, edge, cache)
         x_BSTD += attended_BSTD
         if self.with_bank:
             if cache is not None:
@@ -82,15 +95,20 @@ class Block(nn.Module):
             x_BSTD += added_BSTD
         normed_BSTD = RMSNorm(c.norm_eps, name="mlp_norm")(x_BSTD)
         x_BSTD += SwiGLU(c, self.kind.linear_init, name="mlp")(normed_BSTD)
-        return with_logical_constraint(x_BSTD, "batch", None, None, "activation"), bank, cache
+        return with_logical_constraint(x_BSTD, "batch", None, None, "activation"), bank, cache, edge
 
-    def _segment_by_segment(self, x_BSTD: jax.Array, bank: Memory, layout: Layout) -> tuple[jax.Array, Memory]:
-        """Does the same, holding the activations of one segment at a time: only x and the bank of each are kept."""
+    def _segment_by_segment(
+        self, x_BSTD: jax.Array, bank: Memory, layout: Layout, edge: Edge | None
+    ) -> tuple[jax.Array, Memory, Edge | None]:
+        """Does the same, holding the activations of one segment at a time: only x, bank and edge of each are kept."""
 
-        def segment(block: Block, bank: Memory, inputs: tuple[jax.Array, Layout]) -> tuple[Memory, jax.Array]:
-            x_BTD, layout = inputs
-            x_B1TD, bank, _ = block._window(x_BTD[:, None], bank, jax.tree.map(lambda a: a[:, None], layout), None)
-            return bank, x_B1TD[:, 0]
+        def segment(
+            block: Block, carried: tuple[Memory, Edge | None], inputs: tuple[jax.Array, Layout]
+        ) -> tuple[tuple[Memory, Edge | None], jax.Array]:
+            bank, edge = carried
+            x_B1TD, layout = jax.tree.map(lambda a: a[:, None], inputs)
+            x_B1TD, bank, _, edge = block._window(x_B1TD, bank, layout, None, edge)
+            return (bank, edge), x_B1TD[:, 0]
 
         over_segments = nn.scan(
             nn.remat(segment, prevent_cse=False),
@@ -100,8 +118,8 @@ class Block(nn.Module):
             in_axes=1,
             out_axes=1,
         )
-        bank, x_BSTD = over_segments(self, bank, (x_BSTD, layout))
-        return x_BSTD, bank
+        (bank, edge), x_BSTD = over_segments(self, (bank, edge), (x_BSTD, layout))
+        return x_BSTD, bank, edge
 
 
 def gate_name(path: tuple[Any, ...]) -> str:

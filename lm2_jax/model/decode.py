@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from lm2_jax.model.decoder import Decoder
+from lm2_jax.model.edge import join_edges, next_edge, split_edges
 from lm2_jax.model.layers import KVCache, Layout
 from lm2_jax.model.memory.base import Memory
 
@@ -46,7 +47,7 @@ class DecodeState:
 
 def init_decode_state(decoder: Decoder, memory: Memory, batch_size: int, segment_length: int) -> DecodeState:
     """The state of `batch_size` rows at a document's start, about to read segments of `segment_length` tokens."""
-    c, dtype, banks = decoder.spec.model, decoder.spec.dtype, decoder.kind.num_bank_layers
+    c, dtype = decoder.spec.model, decoder.spec.dtype
     cache_size = segment_length + 2 * decoder.kind.num_memory_tokens
 
     def empty_cache(layers: int, with_bank: bool) -> KVCache:
@@ -60,12 +61,11 @@ def init_decode_state(decoder: Decoder, memory: Memory, batch_size: int, segment
             tail_BWD=zeros(c.conv_width - 1, c.d_model) if c.conv_width else None,
         )
 
-    stacks = {"bank_blocks": (banks, True), "blocks": (c.num_layers - banks, False)}
     zeros_B = jnp.zeros(batch_size, jnp.int32)
     state = DecodeState(
         memory=memory,
         memory_cache=None,
-        caches={name: empty_cache(*stack) for name, stack in stacks.items() if stack[0]},
+        caches={name: empty_cache(layers, name == "bank_blocks") for name, layers in decoder.stacks.items()},
         count_B=zeros_B,
         read_B=zeros_B,
         segment_length=segment_length,
@@ -104,9 +104,14 @@ def finish_segment(decoder: Decoder, rows_B: jax.Array, state: DecodeState) -> D
     if decoder.bank_blocks is not None:
         inputs_LBTD = state.caches["bank_blocks"].inputs_BCD[:, :, m : m + T]
     token_BT = jnp.arange(T) < state.count_B[:, None]
-    written = kind.finish_segment(state.memory, _bank_parameters(decoder), inputs_LBTD, token_BT, ends_BmD)
+    memory, edges = split_edges(state.memory)
+    written = kind.finish_segment(memory, _bank_parameters(decoder), inputs_LBTD, token_BT, ends_BmD)
+    for name, edge in edges.items():
+        cache, next_edges = state.caches[name], jax.vmap(next_edge, in_axes=(0, 0, 0, None))
+        edges = edges | {name: next_edges(edge, cache.keys_BCGK, cache.values_BCGK, token_BT.astype(jnp.int32))}
+    written = join_edges(written, edges)
     state = state.replace(
-        memory=kind.select_lanes(rows_B, written, state.memory), count_B=jnp.where(rows_B, 0, state.count_B)
+        memory=decoder.select_lanes(rows_B, written, state.memory), count_B=jnp.where(rows_B, 0, state.count_B)
     )
     state = refresh_memory_cache(decoder, state)
     if m:
@@ -116,7 +121,8 @@ def finish_segment(decoder: Decoder, rows_B: jax.Array, state: DecodeState) -> D
 
 def refresh_memory_cache(decoder: Decoder, state: DecodeState) -> DecodeState:
     """Recomputes the cached read projections of the memory."""
-    return state.replace(memory_cache=decoder.kind.project_memory(state.memory, _bank_parameters(decoder)))
+    memory, _ = split_edges(state.memory)
+    return state.replace(memory_cache=decoder.kind.project_memory(memory, _bank_parameters(decoder)))
 
 
 def _bank_parameters(decoder: Decoder) -> Any:
@@ -151,5 +157,6 @@ def _append(
         packed=False,
         cache_index_BST=jnp.where(real_BQ, first_B[:, None] + step_Q, cache_size)[:, None],
     )
-    x_B1QD, _, caches = decoder.run_blocks(x_BQD[:, None], state.memory_cache, layout, state.caches)
+    _, edges = split_edges(state.memory)
+    x_B1QD, _, caches, _ = decoder.run_blocks(x_BQD[:, None], state.memory_cache, layout, state.caches, edges)
     return decoder.final_norm(x_B1QD)[:, 0], state.replace(caches=caches)

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from lm2_jax.batch import Batch
 from lm2_jax.config.spec import ModelSpec
 from lm2_jax.model.block import Block
+from lm2_jax.model.edge import Edge, initial_edge, join_edges, split_edges
 from lm2_jax.model.layers import KVCache, Layout, RMSNorm
-from lm2_jax.model.memory.base import Memory, MemoryKind, Parameters
+from lm2_jax.model.memory.base import Memory, MemoryKind, Parameters, select_lanes
 from lm2_jax.parallel.fsdp import with_logical_constraint
 from lm2_jax.parallel.mesh import unbox
 
@@ -43,13 +44,20 @@ class Decoder(nn.Module):
         table = nn.with_logical_partitioning(nn.initializers.normal(c.embedding_std), ("vocab", "embed"))
         self.embedding = self.param("embedding", table, (c.vocab_size, c.d_model))
         self.memory_parameters = {n: self.param(n, init, s) for n, (init, s) in self.kind.parameters().items()}
-        banks = self.kind.num_bank_layers
-        self.bank_blocks = self._stack(banks, with_bank=True) if banks else None
-        self.blocks = self._stack(c.num_layers - banks, with_bank=False) if banks < c.num_layers else None
+        stacks = self.stacks
+        self.bank_blocks = self._stack(stacks["bank_blocks"], with_bank=True) if "bank_blocks" in stacks else None
+        self.blocks = self._stack(stacks["blocks"], with_bank=False) if "blocks" in stacks else None
         norm = RMSNorm if self.spec.remat == "none" else nn.remat(RMSNorm)
         self.final_norm = norm(c.norm_eps)
         if not c.tie_embeddings:
             self.head = self.param("head", table, (c.vocab_size, c.d_model))
+
+    @property
+    def stacks(self) -> dict[str, int]:
+        """Name of a stack of blocks -> number of its layers: those with a bank, then those without."""
+        banks = self.kind.num_bank_layers
+        lengths = {"bank_blocks": banks, "blocks": self.spec.model.num_layers - banks}
+        return {name: length for name, length in lengths.items() if length}
 
     def _stack(self, length: int, with_bank: bool) -> nn.Module:
         remat = self.spec.remat
@@ -59,7 +67,7 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0, "gates": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast, 0),
+            in_axes=(0, nn.broadcast, 0, 0),
             out_axes=0,
             length=length,
             unroll=self.spec.unroll,
@@ -76,28 +84,36 @@ class Decoder(nn.Module):
         """
         layout, x_BSTD = Layout.of(batch, deterministic), self.embed(batch.tokens_BST)
         x_BSTD = with_logical_constraint(x_BSTD, "batch", None, None, "activation")
+        memory, edges = split_edges(memory)
         x_BSTD, layout, memory = self.kind.before_blocks(self.memory_parameters, x_BSTD, layout, memory)
-        x_BSTD, memory, _ = self.run_blocks(x_BSTD, memory, layout, {})
-        return self.kind.after_blocks(self.final_norm(x_BSTD), layout, memory)
+        x_BSTD, memory, _, edges = self.run_blocks(x_BSTD, memory, layout, {}, edges)
+        hidden_BSTD, memory = self.kind.after_blocks(self.final_norm(x_BSTD), layout, memory)
+        return hidden_BSTD, join_edges(memory, edges)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Embeddings [..., D] of token ids [...], in the dtype of activations."""
         return self.embedding.astype(self.spec.dtype)[tokens]
 
     def run_blocks(
-        self, x_BSTD: jax.Array, memory: Memory, layout: Layout, caches: dict[str, KVCache]
-    ) -> tuple[jax.Array, Memory, dict[str, KVCache]]:
-        """All blocks on x [B,S,T,D]; memory and, in decoding, the caches by stack go in and come out."""
-        caches = dict(caches)
+        self, x_BSTD: jax.Array, memory: Memory, layout: Layout, caches: dict[str, KVCache], edges: dict[str, Edge]
+    ) -> tuple[jax.Array, Memory, dict[str, KVCache], dict[str, Edge | None]]:
+        """All blocks on x [B,S,T,D].
+
+        Memory (the kind's own), the caches by stack (in decoding) and the edges by stack (with a window) go in and come
+        out.
+        """
+        caches, edges = dict(caches), dict(edges)
         if self.bank_blocks is not None:
             shared, own = (memory, None) if self.kind.shares_one_bank else (None, memory)
-            (x_BSTD, shared), (own, caches["bank_blocks"]) = self.bank_blocks(
-                (x_BSTD, shared), own, layout, caches.get("bank_blocks")
+            (x_BSTD, shared), (own, caches["bank_blocks"], edges["bank_blocks"]) = self.bank_blocks(
+                (x_BSTD, shared), own, layout, caches.get("bank_blocks"), edges.get("bank_blocks")
             )
             memory = shared if self.kind.shares_one_bank else own
         if self.blocks is not None:
-            (x_BSTD, _), (_, caches["blocks"]) = self.blocks((x_BSTD, None), None, layout, caches.get("blocks"))
-        return x_BSTD, memory, caches
+            (x_BSTD, _), (_, caches["blocks"], edges["blocks"]) = self.blocks(
+                (x_BSTD, None), None, layout, caches.get("blocks"), edges.get("blocks")
+            )
+        return x_BSTD, memory, caches, edges
 
     def project(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., D] to logits [..., V], float32."""
@@ -160,7 +176,25 @@ class Decoder(nn.Module):
 
         Where the start is learned (rmt) it is taken from `params`; without them it is zeros of the right shape.
         """
-        return self.kind.init_memory(batch_size, params)
+        memory, c = self.kind.init_memory(batch_size, params), self.spec.model
+        if c.window is None:
+            return memory
+        return join_edges(memory, {name: initial_edge(c, layers, batch_size) for name, layers in self.stacks.items()})
+
+    @property
+    def lane_axis(self) -> int:
+        """The axis of the lanes B in every leaf of the memory."""
+        return self.kind.lane_axis if self.spec.model.window is None else 1
+
+    @nn.nowrap
+    def select_lanes(self, take_B: jax.Array, taken: Memory, otherwise: Memory) -> Memory:
+        """Selects lane by lane: `taken` where take_B, else `otherwise`; both are memories of B lanes."""
+        return select_lanes(self.lane_axis, take_B, taken, otherwise)
+
+    @nn.nowrap
+    def as_slots(self, memory: Memory) -> jax.Array | None:
+        """The memory as slots for inspection, float32 [L,B,N,M], without edges; None for kinds without memory."""
+        return self.kind.as_slots(split_edges(memory)[0])
 
 
 @functools.cache

@@ -148,11 +148,7 @@ class SelfAttention(nn.Module):
         c = self.config
         B, S, T, D = x_BSTD.shape
         H, G, K = c.num_heads, c.num_kv_heads, c.attention_head_dim
-        output_scale = 1 / (2 * c.num_layers)
-        w_q = self.param("query", self.linear_init(("embed", "heads")), (D, H * K))
-        w_k = self.param("key", self.linear_init(("embed", "kv_heads")), (D, G * K))
-        w_v = self.param("value", self.linear_init(("embed", "kv_heads")), (D, G * K))
-        w_o = self.param("output", self.linear_init(("heads", "embed"), output_scale), (H * K, D))
+        w_q, w_k, w_v, w_o = self.weights(D)
 
         x_NTD = x_BSTD.reshape(B * S, T, D)  # N = B·S: every segment by itself
         position_NT, document_NT = layout.position_BST.reshape(B * S, T), layout.document_BST.reshape(B * S, T)
@@ -174,6 +170,17 @@ class SelfAttention(nn.Module):
             )
             attended_NTHK = attention_to_cache(q_NTHK, cache, index_BT)
         return dense(attended_NTHK.reshape(B, S, T, H * K), w_o), cache
+
+    def weights(self, width: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Projections to queries, keys and values, and from heads back to the width D."""
+        c = self.config
+        heads, kv_heads = c.num_heads * c.attention_head_dim, c.num_kv_heads * c.attention_head_dim
+        return (
+            self.param("query", self.linear_init(("embed", "heads")), (width, heads)),
+            self.param("key", self.linear_init(("embed", "kv_heads")), (width, kv_heads)),
+            self.param("value", self.linear_init(("embed", "kv_heads")), (width, kv_heads)),
+            self.param("output", self.linear_init(("heads", "embed"), 1 / (2 * c.num_layers)), (heads, width)),
+        )
 
 
 class SwiGLU(nn.Module):

@@ -82,7 +82,7 @@ def abstract_state(model: Decoder, mesh: Mesh, settings: StepConfig) -> TrainSta
 @functools.cache
 def shardings_of(model: Decoder, mesh: Mesh, settings: StepConfig) -> TrainState:
     """The sharding of every array of the state."""
-    return state_shardings(mesh, _abstract_boxed_state(model, settings), model.kind.lane_axis)
+    return state_shardings(mesh, _abstract_boxed_state(model, settings), model.lane_axis)
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from lm2_jax.batch import Batch
 from lm2_jax.model.decoder import Decoder
+from lm2_jax.model.edge import split_edges
 from lm2_jax.model.memory.base import Memory
 from lm2_jax.parallel.mesh import batch_sharding, replicated
 from lm2_jax.segments import Schedule, run_batch
@@ -127,7 +128,7 @@ def forward(
 
 def memory_norms(memory: Memory) -> Metrics:
     """Mean and largest norm of a slot, over layers and lanes; nothing where there is no memory."""
-    norms = [jnp.linalg.norm(leaf, axis=-1) for leaf in jax.tree.leaves(memory)]
+    norms = [jnp.linalg.norm(leaf, axis=-1) for leaf in jax.tree.leaves(split_edges(memory)[0])]
     if not norms:
         return {}
     return {
@@ -157,7 +158,7 @@ def _gradients(
         grads, (sums, memory_after, gates) = jax.grad(objective, has_aux=True)(state.params)
         return (grads, sums, gates), memory_after
 
-    microbatches, lane_axis = settings.optim.accumulation_steps, model.kind.lane_axis
+    microbatches, lane_axis = settings.optim.accumulation_steps, model.lane_axis
     if microbatches == 1:
         (grads, sums, gates), memory = gradient(state.memory, batch, weights_BST, step_key)
         return grads, sums, gates, memory
@@ -182,11 +183,11 @@ def _restart_broken_lanes(model: Decoder, params: Any, memory: Memory) -> Memory
     leaves = jax.tree.leaves(memory)
     if not leaves:
         return memory
-    lane_axis = model.kind.lane_axis
+    lane_axis = model.lane_axis
     finite_B = jnp.stack(
         [jnp.all(jnp.isfinite(jnp.moveaxis(x, lane_axis, 0)), axis=range(1, x.ndim)) for x in leaves]
     ).all(axis=0)
-    return model.kind.select_lanes(finite_B, memory, model.init_memory(finite_B.shape[0], params))
+    return model.select_lanes(finite_B, memory, model.init_memory(finite_B.shape[0], params))
 
 
 def _split_lanes(tree: Any, count: int, lane_axis: int) -> Any:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from lm2_jax.config.spec import ModelSpec
 from lm2_jax.model.layers import Initializer, Layout, linear_init
 
-Memory = Any  # a pytree of float32 arrays
+Memory = Any  # a pytree of float32 arrays; with a window it has edges, too (model/edge.py)
 Parameters = Mapping[str, jax.Array]
 
 
@@ -137,10 +137,15 @@ class MemoryKind:
 
     def select_lanes(self, take_B: jax.Array, taken: Memory, otherwise: Memory) -> Memory:
         """Selects lane by lane: `taken` where take_B, else `otherwise`; both are memories of B lanes."""
+        return select_lanes(self.lane_axis, take_B, taken, otherwise)
 
-        def choose(a: jax.Array, b: jax.Array) -> jax.Array:
-            shape = [1] * b.ndim
-            shape[self.lane_axis] = -1
-            return jnp.where(take_B.reshape(shape), a, b)
 
-        return jax.tree.map(choose, taken, otherwise)
+def select_lanes(lane_axis: int, take_B: jax.Array, taken: Memory, otherwise: Memory) -> Memory:
+    """Selects lane by lane: `taken` where take_B, else `otherwise`, whose leaves have lanes at `lane_axis`."""
+
+    def choose(a: jax.Array, b: jax.Array) -> jax.Array:
+        shape = [1] * b.ndim
+        shape[lane_axis] = -1
+        return jnp.where(take_B.reshape(shape), a, b)
+
+    return jax.tree.map(choose, taken, otherwise)
