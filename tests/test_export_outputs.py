@@ -49,6 +49,32 @@ def test_hidden_states_over_segments(kind):
     assert model(ids, output_hidden_states=False).hidden_states is None
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_gradients_reach_the_embeddings_that_are_returned(padded):
+    model, ids = exported("lm2"), random_ids(2, 2 * T + 3)
+    mask = torch.ones_like(ids)
+    mask[1, : T * padded] = 0
+    outputs = works(model, ids, attention_mask=mask, output_hidden_states=True)
+    outputs.hidden_states[0].retain_grad()
+    outputs.logits[:, -1].sum().backward()
+    gradient = outputs.hidden_states[0].grad
+    assert gradient is not None
+    assert torch.equal(gradient.any(dim=-1), mask == 1)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "official"])
+def test_the_start_bank_stays_float32(kind, tmp_path):
+    """In a model that is loaded, or made, in bfloat16; and no name is listed that the kind does not have."""
+    model = exported(kind)
+    model.save_pretrained(tmp_path)
+    loaded = LM2ForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    made = LM2ForCausalLM._from_config(model.config, dtype=torch.bfloat16)
+    for other in (loaded, made):
+        assert other.lm_head.weight.dtype == torch.bfloat16
+        assert all(x.dtype == torch.float32 for name, x in other.named_buffers() if name.endswith("bank"))
+        assert all(any(name in one for one in other.state_dict()) for name in other._keep_in_fp32_modules_strict)
+
+
 def test_attentions_are_refused():
     model, ids = exported("lm2"), random_ids(2, T)
     with pytest.raises(ValueError, match="LM2 returns no attentions"):

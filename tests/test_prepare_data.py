@@ -218,8 +218,19 @@ def test_tokenizers_by_name(tmp_path, monkeypatch):
     assert find_tokenizer("bytes") == TokenizerConfig(kind="bytes")
     file = write(tmp_path / "tokenizer.json", b'{"model": 1}')
     assert find_tokenizer(str(file)) == TokenizerConfig(kind="tokenizers", path=str(file))
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *asked: {("a/b", "tokenizer.json"): file}[asked])
+    asked = []
+
+    def download(repository, name):
+        asked.append(name)
+        if repository != "a/b":
+            raise ConnectionError("no network")
+        if name not in ("tokenizer.json", "generation_config.json"):
+            raise huggingface_hub.errors.EntryNotFoundError(name)
+        return file.with_name(name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert find_tokenizer("a/b").path == str(file)
+    assert "generation_config.json" in asked
     with pytest.raises(UserError, match=r"--tokenizer: c/d is not a file, and the hub has no such tokenizer\.json"):
         find_tokenizer("c/d")
     with pytest.raises(UserError, match=r"is neither a tokenizer\.json nor a sentencepiece model nor a Llama-3"):

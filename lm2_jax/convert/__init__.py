@@ -6,5 +6,8 @@ engine.py        the tables applied: everything that does not fit is found befor
 directory.py     a converted lm2_jax directory
 official.py      the official code's directory
 huggingface.py   Hugging Face directories: plain Llama, or our own modelling code
+llama_config.py  settings of a Llama; rotary.py tables of RoPE frequencies in old files
+tokenizer_files.py  the tokenizer's files of a Hugging Face directory; sentencepiece_model.py one kind of them
+model_card.py    the README.md of a Hugging Face directory
 gguf.py          GGUF files of Llamas; gguf_file.py the format, gguf_tokenizer.py the tokenizer in it
 """

@@ -17,7 +17,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from traceback import walk_tb
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -62,7 +61,7 @@ def run(
     settings: HarnessConfig | MmluConfig,
     name: str,
     wanted: Sequence[Any],
-    options: Mapping[str, Any] = MappingProxyType({}),
+    options: Mapping[str, Any] | None = None,
 ) -> Result:
     """Runs the tasks `wanted` for `--task name` with its settings; returns what `evaluate` does.
 
@@ -126,10 +125,11 @@ def _metadata(loaded: EvalModel, given: Mapping[str, Any]) -> Iterator[dict[str,
         yield dict(given)
 
 
-def _load(name: str, wanted: Sequence[Any], options: Mapping[str, Any]) -> Any:
+def _load(name: str, wanted: Sequence[Any], options: Mapping[str, Any] | None) -> Any:
     """Loads tasks and groups, as `TaskManager.load` returns them."""
     from lm_eval.tasks import TaskManager
 
+    options = options or {}
     names = [task for task in wanted if isinstance(task, str)]
     manager = TaskManager(include_defaults=bool(names), **options)
     for task in names:

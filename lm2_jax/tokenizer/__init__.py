@@ -1,4 +1,12 @@
-"""Text to token ids and back: one class or function for each `tokenizer.kind`."""
+"""Text to token ids and back.
+
+kinds.py           one class for each `tokenizer.kind`; what a prompt is
+llama3.py          Llama 3's own file
+origin.py          the small files of a pretrained model
+special_tokens.py  the control tokens around a text, and who says so
+chat.py            chat templates
+loading.py         tokenizers by their settings and by their names
+"""
 
 # ruff: noqa: F401 (imported here for others)
 

@@ -31,7 +31,7 @@ from .configuration_lm2 import LM2Config
 
 
 class Block(NamedTuple):
-    """State of one block between calls; None is nothing yet, or nothing that this block has. Rows come first.
+    """State of one block between calls. None stands for nothing yet, and for what a block does not have.
 
     Attributes:
       keys, values: of the unfinished segment's entries [B,L,G,K].
@@ -117,14 +117,14 @@ class LM2Cache(Cache):
         self.blocks = [Block(*map(taken, block)) for block in self.blocks]
         self.rows = len(index_R)
         if len(self.held) > 1:
-            self.fall_in_step([self.held[row] for row in index_R.tolist()])
+            self.held = [self.held[row] for row in index_R.tolist()]
+            self.fall_in_step()
 
-    def fall_in_step(self, held: list[int]) -> None:
-        """Sets what ragged rows hold; if that is equally much, one number, and no more entries than they fill."""
-        self.held = held
-        if len(set(held)) > 1:
+    def fall_in_step(self) -> None:
+        """Lets ragged rows that hold equally many tokens be in step, with no more entries than they fill."""
+        if len(set(self.held)) > 1:
             return
-        self.held = held[:1]
+        self.held = self.held[:1]
         entries = self.held[0] + (0 if self.memory is None else self.memory.shape[1])
 
         def filled(x: Tensor | None) -> Tensor | None:
@@ -167,13 +167,13 @@ def take_entries(x: Tensor, index_BQ: Tensor) -> Tensor:
 
 @dataclass
 class Layout:
-    """Where new entries stand in their rows' unfinished segments, the same for all blocks.
+    """Positions of new entries in their rows' unfinished segments, the same for all blocks.
 
     Rows are in step until padding or documents part them; then they are ragged, and take_B and source_BL are set.
 
     Attributes:
-      opens: rows of which the new entries are a segment's first; None: of no row.
-      writes: those of them whose previous segment has now to be written to memory.
+      opens: rows that begin a segment with these entries; None if no row does.
+      writes: those of them that have a full segment to write to memory before.
       linked: True if the entries follow each other in the text; rmt's memory tokens do not.
       cos_BQ1K, sin_BQ1K: rotation of each pair of features, float32, K/2 of them; [1,...] for rows in step.
       is_causal: True if all entries are new and unpadded: each attends to itself and those before it.
@@ -193,7 +193,7 @@ class Layout:
     source_BL: Tensor | None = None
 
     def to(self, device: torch.device) -> Layout:
-        """The same on another device: accelerate moves what blocks are given by this name."""
+        """The layout on another device. By this name accelerate moves what it gives to a block."""
         moved = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
         return dataclasses.replace(self, **moved)
 
@@ -221,13 +221,13 @@ class Layout:
 
 @dataclass
 class Texts:
-    """The texts that a call reads: one of each row, or several where position_ids say that documents begin.
+    """The R texts that a call reads: each row goes on with one, and position_ids may begin further documents.
 
-    Each is given a row of its own while it is read.
+    While it is read, each text has a row of its own.
 
     Attributes:
       shape: (B, C) of the input.
-      total: tokens of each of the R texts; one number if all have as many.
+      total: tokens of each text; one number if all have as many.
       token_P: flat columns b·C + c of all texts' tokens, text after text; None if no column is padding and each row
         goes on with one text.
       row_R: row of the input that a text is from; None if each row has one text.
@@ -248,7 +248,7 @@ class Texts:
         return self.shape[0] if self.row_R is None else len(self.row_R)
 
     def order(self, runs: list[Run]) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """The flat column that text r reads as its p-th [R,P], and where in [R·P] a column's token is read [B,C].
+        """Returns the flat column that each text reads p-th [R,P], and where in [R·P] each column is read [B,C].
 
         R·P stands for padding, which is not read. (None, None) if every row is read as it stands.
         """
@@ -271,9 +271,9 @@ class Texts:
 
 
 def read_texts(x_BCD: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, continues: bool) -> Texts:
-    """The texts of embeddings x. Raises ValueError for a mask or positions that the model cannot read.
+    """Finds the texts of embeddings x. Raises ValueError for a mask or positions that the model cannot read.
 
-    continues: rows have texts that have begun in earlier calls.
+    continues: True if earlier calls have begun texts.
     """
     B, C, _ = x_BCD.shape
     real_BC, position_BC, checks = None, None, []
@@ -293,14 +293,15 @@ def read_texts(x_BCD: Tensor, attention_mask: Tensor | None, position_ids: Tenso
     rows_as_they_stand = Texts((B, C), [C])
     if not checks:
         return rows_as_they_stand
-    nothing_special = torch.stack([check.to(x_BCD.device) for check in checks]).all()
+    none_is_special = torch.stack([check.to(x_BCD.device) for check in checks]).all()
     if torch.compiler.is_compiling():
-        torch._assert_async(nothing_special, "a compiled LM2 reads neither padding nor several documents in a row")
+        torch._assert_async(none_is_special, "a compiled LM2 reads neither padding nor several documents in a row")
         return rows_as_they_stand
-    return rows_as_they_stand if nothing_special else _parted_texts(real_BC, position_BC, (B, C))
+    return rows_as_they_stand if none_is_special else _parted_texts(real_BC, position_BC, (B, C))
 
 
 def _parted_texts(real_BC: Tensor | None, position_BC: Tensor | None, shape: tuple[int, int]) -> Texts:
+    """Texts of rows with padding, or in which documents begin; worked out on the CPU."""
     B, C = shape
     token_P = torch.arange(B * C) if real_BC is None else real_BC.flatten().nonzero()[:, 0].cpu()
     row_P = token_P // C
@@ -658,7 +659,7 @@ class LM2StartMemory(nn.Module):
             self.tokens = nn.Parameter(torch.empty(N, config.hidden_size))
         else:
             shape = (config.memory_rows, N, N) if config.memory_kind == "official" else (N, M)
-            self.register_buffer("bank", torch.empty(shape))
+            self.register_buffer("bank", torch.empty(shape, dtype=torch.float32))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -731,7 +732,6 @@ class LM2PreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["LM2Layer"]  # noqa: RUF012
     _supports_sdpa = True  # and nothing else
-    _keep_in_fp32_modules_strict = ["start_memory.bank"]  # noqa: RUF012
     _is_stateful = True  # no assisted decoding: a bank cannot be unwritten
 
     @torch.no_grad()
@@ -748,6 +748,8 @@ class LM2Model(LM2PreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.start_memory = LM2StartMemory(config) if config.memory_kind != "none" else None
+        if config.memory_kind in ("lm2", "official"):
+            self._keep_in_fp32_modules_strict = ["start_memory.bank"]
         self.layers = nn.ModuleList(LM2Layer(config, index) for index in range(config.num_hidden_layers))
         self.norm = LM2RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.num_memory_tokens = config.memory_slots if config.memory_kind == "rmt" else 0
@@ -775,7 +777,7 @@ class LM2Model(LM2PreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         asked = kwargs.get("output_hidden_states")
-        every_layer = c.output_hidden_states if asked is None else asked is not False
+        every_layer = bool(c.output_hidden_states) if asked is None else asked is not False
         x_BCD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         B, C, _ = x_BCD.shape
         cache = given(cache, past_key_values)
@@ -791,26 +793,29 @@ class LM2Model(LM2PreTrainedModel):
         self._start_texts(cache, texts, x_BCD)
         runs, held = cut_at_segment_ends(cache.held, texts.total, c.segment_length)
         order_RP, back_BC = texts.order(runs)
-        x_RPD = x_BCD if order_RP is None else x_BCD.flatten(0, 1)[order_RP.to(x_BCD.device)]
+        x_RPD = x_BCD
+        if order_RP is not None:
+            x_BCD = x_BCD.masked_fill((back_BC == order_RP.numel())[..., None].to(x_BCD.device), 0)
+            x_RPD = x_BCD.flatten(0, 1)[order_RP.to(x_BCD.device)]
 
-        widths, layers = [run.width for run in runs], c.num_hidden_layers if every_layer else 0
-        hidden = [
-            self._read_run(x_RQD, run, cache, bool(layers))
-            for x_RQD, run in zip(x_RPD.split(widths, dim=1), runs, strict=True)
-        ]
-        hidden = [torch.cat(states, dim=1) for states in zip(*hidden, strict=True)] or [x_RPD] * (layers + 1)
+        pieces = zip(x_RPD.split([run.width for run in runs], dim=1), runs, strict=True)
+        hidden = [self._read_run(x_RQD, run, cache, every_layer) for x_RQD, run in pieces]
+        hidden = [torch.cat(states, dim=1) if len(runs) > 1 else states[0] for states in zip(*hidden, strict=True)]
+        if not runs:  # all is padding
+            hidden = [x_RPD] * (1 + c.num_hidden_layers * every_layer)
         if back_BC is not None:  # zeros under padding
             hidden = [F.pad(x.flatten(0, 1), (0, 0, 0, 1))[back_BC.to(x.device)] for x in hidden]
+        if every_layer:
+            hidden[0] = x_BCD  # through which gradients flow
 
+        cache.held = held
         if len(held) > 1:
-            cache.fall_in_step(held)
-        else:
-            cache.held = held
+            cache.fall_in_step()
         if texts.row_R is not None:
             cache.batch_select_indices(texts.last_B)
         cache.seen += C
         use_cache = c.use_cache if use_cache is None else use_cache
-        return BaseModelOutputWithPast(hidden[-1], cache if use_cache else None, tuple(hidden) if layers else None)
+        return BaseModelOutputWithPast(hidden[-1], cache if use_cache else None, tuple(hidden) if every_layer else None)
 
     def _start_texts(self, cache: LM2Cache, texts: Texts, x_BCD: Tensor) -> None:
         """Gives each text its row of the cache, and to those that begin here memory as it is at a text's start."""
