@@ -11,6 +11,8 @@ from window_reference import visible
 import lm2_jax
 from lm2_jax.common.errors import UserError
 from lm2_jax.config import load_config
+from lm2_jax.loading import load_weights
+from lm2_jax.model import build_model
 from lm2_jax.segments import run_segments
 
 T, S = 8, 4
@@ -70,6 +72,13 @@ def test_a_mistral_without_a_window_is_a_llama(tmp_path):
             convert("huggingface", "lm2_jax", tmp_path / "theirs", tmp_path / f"{window}") / "config.yaml"
         )
         assert (config.model.window, config.data.segment_length) == (window, segment_length)
+
+
+def test_a_run_with_a_window_starts_from_any_weights(tmp_path):
+    """train.init_from: weights do not depend on how far attention reaches."""
+    random_own(tmp_path / "ours", "memory.kind=none")
+    config = load_config(tmp_path / "ours" / "config.yaml", ["model.window=8", "model.sinks=2", "model.max_distance=9"])
+    assert load_weights(str(tmp_path / "ours"), build_model(config)).keys() == {"blocks", "embedding", "final_norm"}
 
 
 @pytest.mark.parametrize(
