@@ -62,6 +62,14 @@ def test_the_longest_distance_is_the_llamas(tmp_path):
         assert load_config(output / "config.yaml").model.max_distance == longest
 
 
+def test_a_llama_without_its_first_token_is_warned_about(tmp_path, capsys):
+    random_llama(tmp_path / "llama")
+    for sinks in (1, 0):
+        settings = (SEGMENTS, f"model.window={T}", f"model.sinks={sinks}")
+        convert("huggingface", "lm2_jax", tmp_path / "llama", tmp_path / f"{sinks}", *settings)
+        assert ("model.window 8 without model.sinks" in capsys.readouterr().err) == (not sinks)
+
+
 def test_a_mistral_without_a_window_is_a_llama(tmp_path):
     random_llama(tmp_path / "theirs")
     settings = json.loads((tmp_path / "theirs" / "config.json").read_text())

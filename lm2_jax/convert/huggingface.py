@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from lm2_jax.common.errors import UserError
+from lm2_jax.common.errors import UserError, warn_once
 from lm2_jax.common.untrusted import read_json, resolve_inside, short_repr
 from lm2_jax.config import Config, parse_config, replace
 from lm2_jax.convert.engine import (
@@ -149,6 +149,11 @@ def read_llama(found: ForeignLlama, overrides: Sequence[str], track: Track) -> C
         window = values["model"]["window"] = number(found.settings, "sliding_window", problems)
         values["data"]["segment_length"] = max(window, values["data"]["segment_length"])
     config = _config(found.files, found.settings_path, values, overrides, problems)
+    if config.model.window is not None and not config.model.sinks and found.settings.get("model_type") == "llama":
+        warn_once(
+            f"model.window {config.model.window} without model.sinks: a Llama attends to its first token from "
+            "everywhere, and breaks where it cannot; set model.sinks to 1 or more"
+        )
     if config.model.window is not None and config.model.max_distance is None:
         config = replace(config, model={"max_distance": max(longest, config.model.window) - 1})
     table, shapes = found.table(config.model.tie_embeddings), abstract_params(config)
