@@ -26,29 +26,30 @@ def main() -> None:
         raise UserError(f"--save-memory: the directory of {arguments.save_memory} does not exist")
 
     # imported late so that --help stays fast
+    import numpy as np
 
     from lm2_jax.decoding.memory_file import load_state, save_state
     from lm2_jax.decoding.sampling import decode, start
     from lm2_jax.decoding.text_stream import TextStream
     from lm2_jax.loading import load_run
-    from lm2_jax.tokenizer import encode_long, load_text_tokenizer, origin_of_model, prompt_ids
+    from lm2_jax.tokenizer import encode_long, load_text_tokenizer, origin_of_model
     from lm2_jax.tokenizer.chat import chat_ids, render_chat
 
     config, model, params = load_run(arguments.checkpoint)
     tokenizer = load_text_tokenizer(config, arguments.checkpoint)
     origin = origin_of_model(config.tokenizer, arguments.checkpoint)
     if arguments.load_memory:
-        state, encode = load_state(arguments.load_memory, model, params), encode_long
+        state, prefix_ids = load_state(arguments.load_memory, model, params), ()
         if len(state.count_B) != 1:
             raise UserError(f"--load-memory: {arguments.load_memory} holds {len(state.count_B)} rows; expected one")
     else:
-        state, encode = start(model, params, 1), prompt_ids
+        state, prefix_ids = start(model, params, 1), tokenizer.special.prefix_ids
     if arguments.chat:
         prompt = chat_ids(tokenizer, render_chat(origin, [{"role": "user", "content": text}]))
     else:
-        prompt = encode(tokenizer, text)
-    if not len(encode_long(tokenizer, text)):
-        raise UserError("the prompt holds no token; give some text to continue")
+        prompt = np.concatenate([np.array(prefix_ids, np.int32), encode_long(tokenizer, text)])
+        if len(prompt) == len(prefix_ids):
+            raise UserError("the prompt holds no token; give some text to continue")
     stream = TextStream(tokenizer, arguments.stop, functools.partial(print, end="", flush=True))
     _, state = decode(
         model,

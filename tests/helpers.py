@@ -15,6 +15,8 @@ import orbax.checkpoint as ocp
 import pytest
 from quick import xla_flags
 
+from lm2_jax import generate
+from lm2_jax.common.errors import run_command
 from lm2_jax.common.records import read_records
 from lm2_jax.config import parse_config
 from lm2_jax.convert import directory, engine
@@ -74,6 +76,17 @@ def text_overrides(path, boundaries):
         "tokenizer.kind=bytes",
         "train.curriculum=[{segments: 1, segment_length: 16, steps: 9}, {segments: 2, segment_length: 16}]",
     )
+
+
+def run_generate(monkeypatch, capsys, checkpoint, *arguments):
+    """Runs the command `generate` in this process; its exit code, and what it wrote to stdout and stderr."""
+    monkeypatch.setattr(sys, "argv", ["generate", "--checkpoint", str(checkpoint), *arguments])
+    code = 0
+    try:
+        run_command(generate.main)
+    except SystemExit as ended:
+        code = ended.code
+    return code, *capsys.readouterr()
 
 
 # --- What makes two runs the same -----------------------------------------------------------------------------------

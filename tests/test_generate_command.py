@@ -6,13 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import REPOSITORY, quick_training, tiny_config
+from helpers import REPOSITORY, quick_training, run_generate, tiny_config
 
-from lm2_jax.common.errors import run_command
 from lm2_jax.config import save_config
 from lm2_jax.decoding import sampling
 from lm2_jax.decoding.memory_file import save_state
-from lm2_jax.generate import main
 from lm2_jax.training.loop import train
 
 T, V = 8, 50
@@ -33,13 +31,7 @@ def command(run_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments, checkpoint=run_dir):
-        monkeypatch.setattr(sys, "argv", ["generate", "--checkpoint", str(checkpoint), *arguments])
-        code = 0
-        try:
-            run_command(main)
-        except SystemExit as ended:
-            code = ended.code
-        return code, *capsys.readouterr()
+        return run_generate(monkeypatch, capsys, checkpoint, *arguments)
 
     return run
 

@@ -3,25 +3,24 @@
 One statement of what a prompt is, in training, generation, evaluation and export, for every kind of post-processor.
 """
 
-import io
+import functools
 import json
 import shutil
 import sys
 
 import numpy as np
 import pytest
-import sentencepiece
 import tokenizers
 from convert_helpers import convert, random_llama, random_own, torch, transformers, with_keys
 from evaluated import load, make_model, needs_harness
-from helpers import quick_training
+from export_helpers import works
+from helpers import quick_training, run_generate
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from lm2_jax.common.errors import UserError, run_command
+from lm2_jax.common.errors import UserError
 from lm2_jax.config import TokenizerConfig, parse_config
 from lm2_jax.data.documents import TextSource
 from lm2_jax.data.prepared import PreparedSource
-from lm2_jax.generate import main
 from lm2_jax.loading import load_run
 from lm2_jax.parallel.mesh import use_mesh
 from lm2_jax.tokenizer import load_tokenizer
@@ -222,7 +221,7 @@ def test_padding_never_hides_an_end(tmp_path, pad):
     theirs = transformers.AutoTokenizer.from_pretrained(out)
     collate = transformers.DataCollatorForLanguageModeling(theirs, mlm=False)
     short, long = ([*theirs("the whale").input_ids, EOT], [*theirs("the whale swam").input_ids, EOT])
-    labels = collate([{"input_ids": short}, {"input_ids": long}])["labels"].tolist()
+    labels = works(collate, [{"input_ids": short}, {"input_ids": long}])["labels"].tolist()
     assert [row.count(EOT) for row in labels] == [1, 1]
     assert json.loads((out / "config.json").read_text())["pad_token_id"] == theirs.pad_token_id != EOT
     if pad == CONTROL[PAD]:
@@ -244,17 +243,7 @@ def test_padding_of_our_own_tokenizers(tmp_path):
 @pytest.fixture
 def generate(monkeypatch, capsys):
     """Runs the command; gives its exit code and what it wrote."""
-
-    def run(checkpoint, *arguments):
-        monkeypatch.setattr(sys, "argv", ["generate", "--checkpoint", str(checkpoint), *arguments])
-        code = 0
-        try:
-            run_command(main)
-        except SystemExit as ended:
-            code = ended.code
-        return code, *capsys.readouterr()
-
-    return run
+    return functools.partial(run_generate, monkeypatch, capsys)
 
 
 def test_generate_samples_chats_and_stops_as_the_model_does(tmp_path, generate, monkeypatch):
@@ -286,39 +275,6 @@ def test_generate_samples_chats_and_stops_as_the_model_does(tmp_path, generate, 
     (ours / "origin" / "chat_template.jinja").unlink()
     code, _, err = generate(ours, *capital, "--chat")
     assert code == 2 and "has no chat template" in err
-
-
-# --- Sentencepiece ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["bpe", "unigram"])
-@pytest.mark.parametrize("normalization", ["identity", "nmt_nfkc"])
-def test_sentencepiece_through_transformers(tmp_path, kind, normalization):
-    """Without sentencepiece or protobuf there: our ids, begin first, padding on the left, text given back."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(PROSE.splitlines()),
-        model_writer=model,
-        model_type=kind,
-        vocab_size=330,
-        byte_fallback=True,
-        normalization_rule_name=normalization,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    (tmp_path / "sp.model").write_bytes(model.getvalue())
-    settings = TokenizerConfig(kind="sentencepiece", path=str(tmp_path / "sp.model"))
-    tokenizer = load_tokenizer(settings)
-    ours = random_own(
-        tmp_path / "ours", f"model.vocab_size={tokenizer.vocab_size}", f"tokenizer={settings.model_dump_json()}"
-    )
-    out = convert("lm2_jax", "huggingface", ours, tmp_path / "out")
-    theirs = transformers.AutoTokenizer.from_pretrained(out, trust_remote_code=True)
-    for text in ("the whale", "12 ships \u00e9\u65e5; swam!", " the  white\nwhale "):
-        assert theirs(text).input_ids == [tokenizer.special.bos_id, *tokenizer.encode(text)]
-    assert theirs.decode(theirs("the whale swam").input_ids, skip_special_tokens=True) == "the whale swam"
-    rows = theirs(["the whale", "the white whale swam"], padding=True).attention_mask
-    assert rows[0][0] == 0 and rows[0][-1] == 1 and theirs.eos_token == "</s>" != theirs.pad_token
 
 
 # --- Prepared data ---------------------------------------------------------------------------------------------------

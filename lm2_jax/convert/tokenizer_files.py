@@ -37,11 +37,11 @@ def write_generation(ids: Mapping[str, Any], origin: Origin | None, directory: P
     """Writes generation_config.json: that of the model's own files, with these ids where it has others."""
     name = "generation_config.json"
     own = origin.json(name) if origin else {}
-    changed = {key: id for key, id in ids.items() if own.get(key, id if key != "eos_token_id" else None) != id}
-    if own and not changed:
+    needed = {key: id for key, id in ids.items() if key in own or key == "eos_token_id"}
+    if own and needed.items() <= own.items():
         origin.copy_file(name, directory)
         return
-    settings = own | changed if own else {"_from_model_config": True, **ids}
+    settings = own | needed if own else {"_from_model_config": True, **ids}
     (directory / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 

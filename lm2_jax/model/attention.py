@@ -127,10 +127,7 @@ def attention_weights(q_BTHK: jax.Array, k_BUGK: jax.Array, visible_BTU: jax.Arr
     For inspection: the fused TPU kernel never materialises these weights.
     visible_BTU: bool, keys that a query may attend to; without any, it attends to all alike.
     """
-    H, G, K = q_BTHK.shape[2], *k_BUGK.shape[2:]
-    k_BUHK = jnp.repeat(k_BUGK, H // G, axis=2)
-    scores_BHTU = jnp.einsum("bthk,buhk->bhtu", q_BTHK, k_BUHK, preferred_element_type=jnp.float32) / math.sqrt(K)
-    scores_BHTU = jnp.where(visible_BTU[:, None], scores_BHTU, jnp.finfo(jnp.float32).min)
+    scores_BHTU = jnp.where(visible_BTU[:, None], scores(q_BTHK, k_BUGK), jnp.finfo(jnp.float32).min)
     return jnp.mean(jax.nn.softmax(scores_BHTU, axis=-1), axis=1)
 
 

@@ -44,13 +44,13 @@ def render_chat(origin: Origin | None, messages: Sequence[Message], answer: bool
     if template is None:
         raise UserError("the model has no chat template (chat_template.jinja, or one in tokenizer_config.json)")
     names = {key: origin.token(key) or "" for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    settings = {"messages": list(messages), "add_generation_prompt": answer, **names}
     try:
-        rendered = (
-            _environment().from_string(template).render(messages=list(messages), add_generation_prompt=answer, **names)
-        )
+        rendered = _environment().from_string(template).render(settings)
+        beginning = messages[-1]["content"].strip()
+        return rendered if answer else rendered[: rendered.rindex(beginning) + len(beginning)]
     except Exception as error:  # a template is somebody else's program
         raise UserError(f"{origin.directory}: its chat template refuses these messages ({error})") from None
-    return rendered if answer else rendered[: rendered.rindex(messages[-1]["content"]) + len(messages[-1]["content"])]
 
 
 def chat_ids(tokenizer: Tokenizer, rendered: str) -> np.ndarray:

@@ -204,7 +204,7 @@ class SentencePieceTokenizer:
         ids = {sp.id_to_piece(id): id for id in range(self.vocab_size)}
         control = {name: id for name, id in ids.items() if sp.is_control(id) or sp.is_unknown(id)}
         bos_id, eos_id = (None if id < 0 else id for id in (sp.bos_id(), sp.eos_id()))
-        return Vocabulary(ids, control, None, bos_id, eos_id)
+        return Vocabulary(ids, control, None, bos_id, eos_id, is_sentencepiece=True)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, as exact as the model's normalisation allows."""
@@ -271,8 +271,8 @@ class HuggingFaceTokenizer:
             return self.encode_prompt(text)
         if found := self._name.search(text):
             warn_once(
-                f"the name of a control token, {found[0]}, is in a text and is read as text, in pieces; "
-                "tokenizer.control_tokens=token makes it the token (say text to a corpus that you do not trust)"
+                f"a text holds the name of a control token, {found[0]}, which is read as text, in pieces; "
+                "tokenizer.control_tokens=token reads it as the token; leave it for texts that you do not trust"
             )
         ids = self._encode(text, as_text=True)
         if not found or not self._ids_of_control.intersection(ids):

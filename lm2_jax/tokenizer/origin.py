@@ -47,6 +47,11 @@ class Origin:
         return []
 
     @property
+    def adds_bos(self) -> bool:
+        """True unless tokenizer_config.json says that texts begin without the begin token."""
+        return self.json("tokenizer_config.json").get("add_bos_token") is not False
+
+    @property
     def generation(self) -> dict[str, Any]:
         """The settings in generation_config.json."""
         return self.json("generation_config.json")
@@ -132,4 +137,5 @@ def origin_beside(file: str | Path | None) -> Origin | None:
 def origin_of_model(tokenizer: TokenizerConfig, checkpoint: str | Path) -> Origin | None:
     """The origin that a run directory, one of its checkpoints or a converted one keeps; or its tokenizer's."""
     path = Path(checkpoint).absolute()
-    return origin_in(path) or origin_in(path.parent.parent) or origin_beside(tokenizer.path)  # checkpoints/STEP
+    run = path.parent.parent if path.parent.name == "checkpoints" else path
+    return origin_in(run) or origin_beside(tokenizer.path)

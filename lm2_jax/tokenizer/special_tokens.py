@@ -48,6 +48,7 @@ class Vocabulary:
       control: those of the control tokens.
       prefix_ids: what the file puts before every text; None: it does not say.
       bos_id, eos_id: begin and end token, where the file marks them.
+      is_sentencepiece: `add_bos_token` in tokenizer_config.json holds for it; beside a tokenizer.json it has no effect.
     """
 
     ids: Mapping[str, int]
@@ -55,6 +56,7 @@ class Vocabulary:
     prefix_ids: tuple[int, ...] | None = None
     bos_id: int | None = None
     eos_id: int | None = None
+    is_sentencepiece: bool = False
 
 
 def find_special_tokens(
@@ -68,7 +70,8 @@ def find_special_tokens(
     if settings.bos_token is not None:
         prefix_ids = begin
     elif prefix_ids is None:  # the documents of a bare file begin with the begin token, if it has one
-        prefix_ids = begin if origin is None else ()
+        begins = origin is None or (vocabulary.is_sentencepiece and origin.adds_bos)
+        prefix_ids = begin if begins else ()
     eos_id, stop_ids = sources.ends()
     return SpecialTokens(prefix_ids, bos_id, eos_id, stop_ids, sources.pad_id(bos_id, stop_ids))
 
