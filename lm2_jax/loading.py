@@ -12,12 +12,16 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from lm2_jax.checkpoint.manager import DamagedError, array_checksums, first_line
-from lm2_jax.common.errors import UserError
+from lm2_jax.checkpoint.checksums import array_checksums
+from lm2_jax.checkpoint.frozen import restore_frozen
+from lm2_jax.checkpoint.manager import DamagedError
+from lm2_jax.common.errors import UserError, first_line
 from lm2_jax.config import Config, load_config
 from lm2_jax.convert import directory as converted
 from lm2_jax.model import build_model
 from lm2_jax.model.decoder import Decoder
+from lm2_jax.model.lora import is_addition
+from lm2_jax.model.trained import join_params, split_params, trained_names
 
 
 class LoadedRun(NamedTuple):
@@ -58,15 +62,20 @@ def load_run(path: str | Path) -> LoadedRun:
     model = build_model(config)
     on_one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_one), model.abstract_params())
+    trained, frozen = split_params(abstract, trained_names(model, config.optim.train))
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            params = checkpointer.restore(path / "params", abstract)
-        saved = json.loads((path / "progress" / "metadata").read_text(encoding="utf-8"))["checksums"]
-        if array_checksums(params) != saved[: len(jax.tree.leaves(params))]:
+            params = checkpointer.restore(path / "params", trained)
+        progress = json.loads((path / "progress" / "metadata").read_text(encoding="utf-8"))
+        if array_checksums(params) != progress["checksums"][: len(jax.tree.leaves(params))]:
             raise DamagedError("parameters fail their checksums")
     except Exception as error:  # whatever Orbax or TensorStore make of damaged files
         raise UserError(f"{path}: the checkpoint cannot be read ({first_line(error)}); take an older one") from error
-    return LoadedRun(config, model, params)
+    dtype = config.train.frozen_dtype
+    frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=on_one), frozen)
+    frozen = restore_frozen(path.parent.parent, frozen, progress.get("frozen", []))
+    frozen = jax.tree.map(lambda x: x.astype("float32"), frozen)
+    return LoadedRun(config, model, join_params(params, frozen))
 
 
 def read_progress(path: str | Path) -> dict[str, int]:
@@ -97,13 +106,16 @@ def load_memory(path: str | Path) -> Any:
     return None if memory is None else jnp.asarray(memory)
 
 
-def load_weights(path: str, model: Decoder) -> Any:
+def load_weights(path: str, model: Decoder, initial: Any) -> Any:
     """Parameters to start `model` from, of another run or a converted directory.
 
-    Raises UserError if they belong to another model.
+    Low-rank additions that are not there are taken from `initial`, a whole tree of parameters of the model. Raises
+    UserError if the parameters belong to another model.
     """
     _, other, params = load_run(path)
-    own, found = (flatten_dict(tree, sep="/") for tree in (model.abstract_params(), params))
+    own, found = (flatten_dict(tree, sep="/") for tree in (initial, params))
+    found = {name: leaf for name, leaf in own.items() if is_addition(name)} | found
+    params = unflatten_dict(found, sep="/")
     own, found = ({name: leaf.shape for name, leaf in leaves.items()} for leaves in (own, found))
     problems = [
         f"  {name}: {found.get(name, 'nothing')} there, {own.get(name, 'nothing')} in this model"
@@ -140,6 +152,6 @@ def _meaning_of_weights(model: Decoder) -> dict[str, Any]:
     settings = spec.model.model_copy(update={"head_dim": spec.model.attention_head_dim})
     memory = spec.memory.model_dump(include={"kind", "num_heads", "gates"}) if spec.num_memory_layers else None
     return {
-        "model": settings.model_dump(exclude={"embedding_std", "window", "sinks", "max_distance"}),
+        "model": settings.model_dump(exclude={"embedding_std", "window", "sinks", "max_distance", "lora"}),
         "memory": memory,
     }

@@ -19,16 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from lm2_jax.common.errors import TrainingFailed, UserError
+from lm2_jax.checkpoint.checksums import array_checksums
+from lm2_jax.checkpoint.frozen import restore_frozen, save_frozen
+from lm2_jax.common.errors import TrainingFailed, UserError, first_line
 from lm2_jax.config import CheckpointConfig, Config
 from lm2_jax.parallel.processes import for_all, is_first, wait_for_all
 
 Progress = Mapping[str, Any]  # JSON
-State = Any  # a frozen dataclass of arrays, whose field `params` holds the weights
+State = Any  # a dataclass of arrays: `params` holds what is trained, `frozen` the other parameters
 
 
 class DamagedError(Exception):
@@ -76,16 +77,17 @@ class Checkpoints:
         params, training = _split(state)
         checksums = _checksums(params, training, progress)
         with self._writing():
-            needed = 2**20 + sum(leaf.nbytes for leaf in jax.tree.leaves((params, training)))
+            needed = 2**20 + sum(leaf.nbytes for leaf in jax.tree.leaves(state))
             free = shutil.disk_usage(self.directory).free
             if free < needed:  # Orbax would notice late, with a long traceback
                 raise OSError(errno.ENOSPC, f"it needs {needed:,} bytes, the disk has {free:,} left")
+            frozen = save_frozen(self.directory.parent, state.frozen)
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     params=ocp.args.StandardSave(params),
                     training=ocp.args.StandardSave(training),
-                    progress=ocp.args.JsonSave({**progress, "checksums": checksums}),
+                    progress=ocp.args.JsonSave({**progress, "checksums": checksums, "frozen": frozen}),
                     config=ocp.args.JsonSave(config.model_dump(mode="json")),
                 ),
             )
@@ -147,7 +149,8 @@ class Checkpoints:
         def target(x: jax.Array, sharding: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-        params, training = _split(jax.tree.map(target, like, shardings))
+        targets = jax.tree.map(target, like, shardings)
+        params, training = _split(targets)
         try:
             restored = self._manager.restore(
                 step,
@@ -157,7 +160,7 @@ class Checkpoints:
                     progress=ocp.args.JsonRestore(),
                 ),
             )
-            saved = restored.progress.pop("checksums")
+            saved, frozen = restored.progress.pop("checksums"), restored.progress.pop("frozen", [])
         except Exception as error:  # whatever Orbax, TensorStore or JSON make of damaged files
             if _lacks_resources(error):
                 raise
@@ -165,7 +168,8 @@ class Checkpoints:
         found = _checksums(restored.params, restored.training, restored.progress)
         if found != saved:
             raise DamagedError("its contents fail their checksums")
-        return like.replace(params=restored.params, **restored.training), restored.progress
+        frozen = restore_frozen(self.directory.parent, targets.frozen, frozen)
+        return like.replace(params=restored.params, frozen=frozen, **restored.training), restored.progress
 
     def _move_aside(self, step: int) -> Path:
         self._manager.close()
@@ -183,23 +187,9 @@ class Checkpoints:
 
 
 def _split(state: State) -> tuple[Any, dict[str, Any]]:
-    training = {name: getattr(state, name) for name in state.__dataclass_fields__ if name != "params"}
+    own = {"params", "frozen"}  # saved apart
+    training = {name: getattr(state, name) for name in state.__dataclass_fields__ if name not in own}
     return state.params, training
-
-
-@jax.jit
-def _checksum_arrays(tree: Any) -> jax.Array:
-    def checksum(x: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(x, jnp.uint32).reshape(-1)
-        weight = 2 * jax.lax.iota(jnp.uint32, bits.size) + 1  # odd: no bit of a value is lost in the product
-        return jnp.sum(bits * weight, dtype=jnp.uint32)
-
-    return jnp.stack([checksum(leaf) for leaf in jax.tree.leaves(tree)])
-
-
-def array_checksums(tree: Any) -> list[int]:
-    """One 32-bit number per array, the same on any mesh: integer sums do not depend on their order."""
-    return jax.device_get(_checksum_arrays(tree)).tolist()
 
 
 def _checksums(params: Any, training: Any, progress: Progress) -> list[int]:
@@ -213,8 +203,3 @@ def _lacks_resources(error: Exception) -> bool:
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES):
         return True
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
-
-
-def first_line(error: Exception) -> str:
-    """An error's type and the first line of its message, for a message of our own."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else 'no details'}"

@@ -54,3 +54,8 @@ def run_command(main: Callable[[], None], interrupted: str = "interrupted") -> N
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         sys.exit(130)
+
+
+def first_line(error: Exception) -> str:
+    """An error's type and the first line of its message, for a message of our own."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else 'no details'}"

@@ -29,6 +29,7 @@ def explain_sharding(config: Config, devices: Sequence[Any]) -> str:
     state = programs.state
     trees = {
         "parameters": state.params,
+        "frozen parameters": state.frozen,
         "optimizer": state.opt_state,
         "memory": state.memory,
         "batch": programs.abstract_batch(),
@@ -36,6 +37,8 @@ def explain_sharding(config: Config, devices: Sequence[Any]) -> str:
     everything = 0
     for title, tree in trees.items():
         rows = [_row(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+        if not rows:
+            continue
         whole, each = sum(row[-2] for row in rows), sum(row[-1] for row in rows)
         everything += each
         lines.append(f"\n{title}: {_size(whole)}, on one device {_size(each)}")

@@ -29,7 +29,7 @@ class Programs:
         self._settings = StepConfig.of(config)
         with use_mesh(self.mesh):
             self.state = abstract_state(self.model, self.mesh, self._settings)
-        self.parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.state.params))
+        self.parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.state.all_params))
 
     def abstract_batch(self) -> Batch:
         """Shapes and shardings of a window of the last stage."""
@@ -52,11 +52,11 @@ class Programs:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=memory_shardings(self.mesh, x, lane_axis))
 
         with use_mesh(self.mesh):
-            state = jax.eval_shape(lambda params: sampling.start(self.model, params, rows, T), self.state.params)
+            state = jax.eval_shape(lambda params: sampling.start(self.model, params, rows, T), self.state.all_params)
             state = jax.tree.map(lambda x: lanes(x, 1 if x.ndim > 1 else 0), state)
             if self.model.lane_axis == 0:
                 state = state.replace(memory=jax.tree.map(lambda x: lanes(x, 0), state.memory))
             rows_sharding = batch_sharding(self.mesh)
             tokens_BQ = jax.ShapeDtypeStruct((rows, 1), jnp.int32, sharding=rows_sharding)
             count_B = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=rows_sharding)
-            return sampling.append.lower(self.model, self.state.params, tokens_BQ, count_B, state), rows
+            return sampling.append.lower(self.model, self.state.all_params, tokens_BQ, count_B, state), rows

@@ -8,10 +8,10 @@ from typing import Self
 
 from pydantic import model_validator
 
+from lm2_jax.config.evaluation import EvalConfig
 from lm2_jax.config.sections import (
     CheckpointConfig,
     DataConfig,
-    EvalConfig,
     MemoryConfig,
     MeshConfig,
     ModelConfig,
@@ -51,10 +51,10 @@ class ModelSpec:
 
     @property
     def num_memory_layers(self) -> int:
-        """Number of blocks, counted from the first, that have a bank; 0 for kinds without banks."""
+        """Number of blocks that have a bank; 0 for kinds without banks."""
         if self.memory.kind not in ("lm2", "official"):
             return 0
-        return self.memory.num_layers or self.model.num_layers
+        return self.memory.num_layers or self.model.num_layers - self.memory.first_layer
 
     @property
     def recomputes_segments(self) -> bool:
@@ -123,8 +123,9 @@ def _bank_problems(config: Config) -> Iterator[str]:
     for name, width in (("model.d_model", model.d_model), ("memory.width", memory.width)):
         if width and width % memory.num_heads:
             yield f"memory.num_heads {memory.num_heads} does not divide {name} {width}"
-    if (memory.num_layers or 0) > model.num_layers:
-        yield f"memory.num_layers {memory.num_layers} is above model.num_layers {model.num_layers}"
+    if memory.first_layer + (memory.num_layers or 1) > model.num_layers:
+        first = f"memory.first_layer {memory.first_layer} and " if memory.first_layer else ""
+        yield f"{first}memory.num_layers {memory.num_layers} are above model.num_layers {model.num_layers}"
 
 
 def _state_problems(config: Config) -> Iterator[str]:
@@ -159,6 +160,8 @@ def _official_problems(config: Config) -> Iterator[str]:
         yield f"memory.num_heads {memory.num_heads} does not divide memory.num_slots {N}"
     if memory.num_layers not in (None, model.num_layers):
         yield f"memory.num_layers {memory.num_layers}: kind official has its memory in all blocks"
+    if memory.first_layer:
+        yield f"memory.first_layer {memory.first_layer}: kind official has its memory in all blocks"
 
 
 def _window_problems(config: Config) -> Iterator[str]:
@@ -182,8 +185,10 @@ def _window_problems(config: Config) -> Iterator[str]:
 
 
 def _step_problems(config: Config) -> Iterator[str]:
-    """Problems of microbatches and warm-up."""
+    """Problems of what is trained, microbatches and warm-up."""
     data, optim, train = config.data, config.optim, config.train
+    if "lora" in optim.train and config.model.lora is None:
+        yield "optim.train lora needs model.lora"
     if data.batch_size % optim.accumulation_steps:
         yield f"optim.accumulation_steps {optim.accumulation_steps} does not divide data.batch_size {data.batch_size}"
     if optim.warmup_steps > train.steps:

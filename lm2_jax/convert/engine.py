@@ -7,6 +7,7 @@ destination, one block's at a time. Everything that does not fit is found and na
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from lm2_jax.config import Config
 from lm2_jax.convert.tables import Rule, Table
 from lm2_jax.convert.tensors import Tensor
 from lm2_jax.model import build_model
+from lm2_jax.model.decoder import STACKS
 from lm2_jax.tokenizer import Origin
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -75,11 +77,13 @@ def abstract_params(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
 def table_key(path: str) -> str:
     """Key of a parameter in a table: its path, within the block if it is in one."""
     stack, _, within = path.partition("/")
-    return within if stack in ("bank_blocks", "blocks") else path
+    return within if stack in STACKS else path
 
 
-def entries(table: Table, shapes: Mapping[str, Any], num_bank_layers: int) -> list[Entry]:
+def entries(table: Table, shapes: Mapping[str, Any], config: Config) -> list[Entry]:
     """The foreign tensors of parameters of these shapes. Raises UserError where the layout has no place for one."""
+    stacks = build_model(config).stacks
+    first = dict(zip(stacks, itertools.accumulate(stacks.values(), initial=0), strict=False))
     unplaced = sorted(path for path in shapes if table_key(path) not in table.rules)
     if unplaced:
         raise UserError("the layout asked for has no place for " + ", ".join(unplaced))
@@ -89,8 +93,8 @@ def entries(table: Table, shapes: Mapping[str, Any], num_bank_layers: int) -> li
         if table_key(path) == path:
             found.append(_entry(rule, path, None, None, leaf.shape))
             continue
-        first = num_bank_layers if path.startswith("blocks/") else 0
-        found += [_entry(rule, path, row, first + row, leaf.shape[1:]) for row in range(leaf.shape[0])]
+        below = first[path.partition("/")[0]]
+        found += [_entry(rule, path, row, below + row, leaf.shape[1:]) for row in range(leaf.shape[0])]
     return found
 
 
@@ -138,18 +142,18 @@ def read_as_ours(
     table: Table,
     tensors: Mapping[str, Tensor],
     shapes: Mapping[str, Any],
-    layers: int,
+    config: Config,
     bank: Sequence[Entry],
     where: Path,
     track: Track,
 ) -> dict[str, Tensor]:
     """Our parameters, float32, each read from the foreign tensors it is made of.
 
-    layers: how many have a bank. bank: the start memory beside the parameters, which is checked with them. Raises
+    bank: the start memory beside the parameters, which is checked with them. Raises
     UserError with everything that does not fit.
     """
     sources: dict[str, list[Entry]] = {}
-    for entry in (wanted := entries(table, shapes, layers)):
+    for entry in (wanted := entries(table, shapes, config)):
         sources.setdefault(entry.path, []).append(entry)
     check_names([*bank, *wanted], tensors, table, where)
     check_values(track([*bank, *wanted], "checking"), tensors, where)
@@ -175,7 +179,7 @@ def read_as_ours(
 
 def as_theirs(table: Table, checkpoint: Checkpoint, dtype: str, track: Track) -> Iterator[tuple[str, np.ndarray]]:
     """Yields foreign names and arrays, one by one, in the order of their blocks."""
-    wanted = entries(table, checkpoint.params, checkpoint.config.spec.num_memory_layers)
+    wanted = entries(table, checkpoint.params, checkpoint.config)
     for entry in track(sorted(wanted, key=_in_reading_order), "writing"):
         array = checkpoint.params[entry.path].read(entry.row)
         array = (array.T if entry.transposed else array).astype(DTYPES[dtype])

@@ -61,6 +61,7 @@ _MEMORY_KEYS = {
     "memory_slots": "num_slots",
     "memory_width": "width",
     "memory_heads": "num_heads",
+    "memory_first_layer": "first_layer",
     "memory_layers": "num_layers",
     "memory_gates": "gates",
     "memory_dropout": "dropout",
@@ -165,7 +166,7 @@ def read_llama(found: ForeignLlama, overrides: Sequence[str], track: Track) -> C
             "its logits; it can become kind lm2"
         )
     in_llama = {name: shape for name, shape in shapes.items() if table_key(name) in table.rules}
-    params = read_as_ours(table, tensors, in_llama, config.spec.num_memory_layers, [], found.path, track)
+    params = read_as_ours(table, tensors, in_llama, config, [], found.path, track)
     params |= _initialised(config, shapes.keys() - in_llama.keys(), found.path)
     return Checkpoint(config, params, origin=Origin(found.files))
 
@@ -201,7 +202,7 @@ def _read_lm2(path: Path, theirs: Mapping[str, Any], overrides: Sequence[str], t
         N, M = config.memory.num_slots, config.spec.memory_width
         lanes = tensors[LM2_START_BANK].shape[:1] if shares_bank and LM2_START_BANK in tensors else (1,) * shares_bank
         bank = [Entry(LM2_START_BANK, None, LM2_START_BANK, (), (*lanes, N, M), False)]
-    params = read_as_ours(table, tensors, shapes, config.spec.num_memory_layers, bank, path, track)
+    params = read_as_ours(table, tensors, shapes, config, bank, path, track)
     memory = tensors[LM2_START_BANK].read().astype(np.float32) if bank else None
     if bank and not shares_bank:
         ((name, expected_NM),) = _start(Checkpoint(config, {}))

@@ -46,7 +46,7 @@ def read(path: Path, overrides: Sequence[str], track: Track) -> Checkpoint:
     if _has_memory(shapes):
         N, lanes = config.memory.num_slots, tensors[_BANK].shape[0] if _BANK in tensors else 1
         bank = [Entry(_BANK, None, _BANK, (), (lanes, N, N), False)]
-    params = read_as_ours(table, tensors, shapes, config.spec.num_memory_layers, bank, file, track)
+    params = read_as_ours(table, tensors, shapes, config, bank, file, track)
     memory = tensors[_BANK].read().astype(np.float32) if bank else None
     return Checkpoint(config, params, memory, Origin(directory))
 

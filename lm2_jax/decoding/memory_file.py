@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import safetensors
 import safetensors.flax
 
-from lm2_jax.checkpoint.manager import array_checksums
+from lm2_jax.checkpoint.checksums import array_checksums
 from lm2_jax.common.errors import UserError
 from lm2_jax.common.untrusted import short_repr
 from lm2_jax.config import MemoryConfig, ModelConfig

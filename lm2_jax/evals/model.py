@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from lm2_jax.checkpoint.manager import array_checksums
+from lm2_jax.checkpoint.checksums import array_checksums
 from lm2_jax.common.errors import UserError
 from lm2_jax.config import Config, dump_config, parse_config, replace
 from lm2_jax.loading import load_run

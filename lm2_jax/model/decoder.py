@@ -18,7 +18,8 @@ from lm2_jax.batch import Batch
 from lm2_jax.config.spec import ModelSpec
 from lm2_jax.model.block import Block
 from lm2_jax.model.edge import Edge, initial_edge, join_edges, split_edges
-from lm2_jax.model.layers import KVCache, Layout, RMSNorm
+from lm2_jax.model.layers import KVCache, Layout, RMSNorm, dense
+from lm2_jax.model.lora import LowRank, Weight, with_addition
 from lm2_jax.model.memory.base import Memory, MemoryKind, Parameters, select_lanes
 from lm2_jax.parallel.fsdp import with_logical_constraint
 from lm2_jax.parallel.mesh import unbox
@@ -32,6 +33,9 @@ _INPUTS_ON_HOST = jax.checkpoint_policies.save_and_offload_only_these_names(
 )
 
 
+STACKS = ("first_blocks", "bank_blocks", "blocks")  # below the banks, with a bank each, above them
+
+
 class Decoder(nn.Module):
     """A causal language model over segments, whose memory is an argument and a result."""
 
@@ -39,27 +43,34 @@ class Decoder(nn.Module):
     kind: MemoryKind
 
     def setup(self) -> None:
-        """Embedding, blocks with a bank, blocks without, final norm, head."""
+        """Embedding, the stacks of blocks, final norm, head."""
         c = self.spec.model
-        table = nn.with_logical_partitioning(nn.initializers.normal(c.embedding_std), ("vocab", "embed"))
-        self.embedding = self.param("embedding", table, (c.vocab_size, c.d_model))
+        self.embedding = self._table("embedding")
         self.memory_parameters = {n: self.param(n, init, s) for n, (init, s) in self.kind.parameters().items()}
-        stacks = self.stacks
-        self.bank_blocks = self._stack(stacks["bank_blocks"], with_bank=True) if "bank_blocks" in stacks else None
-        self.blocks = self._stack(stacks["blocks"], with_bank=False) if "blocks" in stacks else None
+        self.first_blocks, self.bank_blocks, self.blocks = (self._stack(name) for name in STACKS)
         norm = RMSNorm if self.spec.remat == "none" else nn.remat(RMSNorm)
         self.final_norm = norm(c.norm_eps)
         if not c.tie_embeddings:
-            self.head = self.param("head", table, (c.vocab_size, c.d_model))
+            self.head = self._table("head")
 
     @property
     def stacks(self) -> dict[str, int]:
-        """Name of a stack of blocks -> number of its layers: those with a bank, then those without."""
+        """Name of a stack of blocks that is there -> number of its layers."""
         banks = self.kind.num_bank_layers
-        lengths = {"bank_blocks": banks, "blocks": self.spec.model.num_layers - banks}
-        return {name: length for name, length in lengths.items() if length}
+        below = self.spec.memory.first_layer if banks else 0
+        lengths = (below, banks, self.spec.model.num_layers - below - banks)
+        return {name: length for name, length in zip(STACKS, lengths, strict=True) if length}
 
-    def _stack(self, length: int, with_bank: bool) -> nn.Module:
+    def _table(self, name: str) -> Weight:
+        """An embedding table [V,D]."""
+        c, axes = self.spec.model, ("vocab", "embed")
+        init = nn.with_logical_partitioning(nn.initializers.normal(c.embedding_std), axes)
+        return with_addition(self, c.lora, name, axes, self.param(name, init, (c.vocab_size, c.d_model)))
+
+    def _stack(self, name: str) -> nn.Module | None:
+        """The stack of blocks of this name; None where it has no layers."""
+        if name not in self.stacks:
+            return None
         remat = self.spec.remat
         policy = _INPUTS_ON_HOST if remat == "offload" else None
         block = Block if remat == "none" else nn.remat(Block, prevent_cse=False, policy=policy)
@@ -69,11 +80,11 @@ class Decoder(nn.Module):
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast, 0, 0),
             out_axes=0,
-            length=length,
+            length=self.stacks[name],
             unroll=self.spec.unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        return stack(self.spec, self.kind, with_bank)
+        return stack(self.spec, self.kind, with_bank=name == "bank_blocks")
 
     # --- Text in, hidden states and memory out ------------------------------------------------------------------------
 
@@ -92,7 +103,11 @@ class Decoder(nn.Module):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Embeddings [..., D] of token ids [...], in the dtype of activations."""
-        return self.embedding.astype(self.spec.dtype)[tokens]
+        dtype = self.spec.dtype
+        if not isinstance(self.embedding, LowRank):
+            return self.embedding.astype(dtype)[tokens]
+        table = self.embedding
+        return table.weight.astype(dtype)[tokens] + table.scale * dense(table.a.astype(dtype)[tokens], table.b)
 
     def run_blocks(
         self, x_BSTD: jax.Array, memory: Memory, layout: Layout, caches: dict[str, KVCache], edges: dict[str, Edge]
@@ -102,22 +117,25 @@ class Decoder(nn.Module):
         Memory (the kind's own), the caches by stack (in decoding) and the edges by stack (with a window) go in and come
         out.
         """
-        caches, edges = dict(caches), dict(edges)
-        if self.bank_blocks is not None:
-            shared, own = (memory, None) if self.kind.shares_one_bank else (None, memory)
-            (x_BSTD, shared), (own, caches["bank_blocks"], edges["bank_blocks"]) = self.bank_blocks(
-                (x_BSTD, shared), own, layout, caches.get("bank_blocks"), edges.get("bank_blocks")
+        caches, edges, shares = dict(caches), dict(edges), self.kind.shares_one_bank
+        for name in self.stacks:
+            bank = memory if name == "bank_blocks" else None
+            shared, own = (bank, None) if shares else (None, bank)
+            (x_BSTD, shared), (own, caches[name], edges[name]) = getattr(self, name)(
+                (x_BSTD, shared), own, layout, caches.get(name), edges.get(name)
             )
-            memory = shared if self.kind.shares_one_bank else own
-        if self.blocks is not None:
-            (x_BSTD, _), (_, caches["blocks"], edges["blocks"]) = self.blocks(
-                (x_BSTD, None), None, layout, caches.get("blocks"), edges.get("blocks")
-            )
+            if name == "bank_blocks":
+                memory = shared if shares else own
         return x_BSTD, memory, caches, edges
+
+    def output_table(self) -> jax.Array:
+        """The output embedding [V,D]: the head, or the embedding that is one; with its low-rank addition."""
+        table = self.embedding if self.spec.model.tie_embeddings else self.head
+        return table.merged() if isinstance(table, LowRank) else table
 
     def project(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., D] to logits [..., V], float32."""
-        table_VD = self.embedding if self.spec.model.tie_embeddings else self.head
+        table_VD = self.output_table()
         return jnp.einsum("...d,vd->...v", hidden, table_VD.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
     def __call__(

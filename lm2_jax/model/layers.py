@@ -18,6 +18,7 @@ from flax import struct
 from lm2_jax.batch import Batch
 from lm2_jax.config import ModelConfig, RopeScaling
 from lm2_jax.model.attention import attention, attention_weights
+from lm2_jax.model.lora import LowRank, Weight, with_addition
 
 Initializer = Callable[..., jax.Array]
 
@@ -83,8 +84,10 @@ def vector(value: float, axis: str | None) -> Initializer:
     return nn.with_logical_partitioning(nn.initializers.constant(value), (axis,))
 
 
-def dense(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [..., in] times weight [in, out], in x's dtype."""
+def dense(x: jax.Array, weight: Weight) -> jax.Array:
+    """x [..., in] times weight [in, out], in x's dtype; a low-rank addition is multiplied factor by factor."""
+    if isinstance(weight, LowRank):
+        return dense(x, weight.weight) + weight.scale * dense(dense(x, weight.a), weight.b)
     y_NO = x.reshape(-1, x.shape[-1]) @ weight.astype(x.dtype)  # as a matrix: XLA copies less on CPUs
     return y_NO.reshape(*x.shape[:-1], weight.shape[1])
 
@@ -131,11 +134,19 @@ def attention_to_cache(q_BQHK: jax.Array, cache: KVCache, index_BQ: jax.Array) -
     return jax.nn.dot_product_attention(q_BQHK, cache.keys_BCGK, cache.values_BCGK, mask=mask_BQC[:, None])
 
 
-class SelfAttention(nn.Module):
-    """Grouped-query causal self-attention within each segment, with RoPE; no biases."""
+class LlamaLayer(nn.Module):
+    """A part of a Llama block, whose weights may have low-rank additions (model.lora)."""
 
     config: ModelConfig
     linear_init: Callable[..., Initializer] = linear_init
+
+    def weight(self, name: str, axes: tuple[str, str], shape: tuple[int, int], scale: float = 1.0) -> Weight:
+        """The weight [in, out] of this name; `axes` and `scale` are those of `linear_init`."""
+        return with_addition(self, self.config.lora, name, axes, self.param(name, self.linear_init(axes, scale), shape))
+
+
+class SelfAttention(LlamaLayer):
+    """Grouped-query causal self-attention within each segment, with RoPE; no biases."""
 
     @nn.compact
     def __call__(
@@ -171,31 +182,28 @@ class SelfAttention(nn.Module):
             attended_NTHK = attention_to_cache(q_NTHK, cache, index_BT)
         return dense(attended_NTHK.reshape(B, S, T, H * K), w_o), cache
 
-    def weights(self, width: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    def weights(self, width: int) -> tuple[Weight, Weight, Weight, Weight]:
         """Projections to queries, keys and values, and from heads back to the width D."""
         c = self.config
         heads, kv_heads = c.num_heads * c.attention_head_dim, c.num_kv_heads * c.attention_head_dim
         return (
-            self.param("query", self.linear_init(("embed", "heads")), (width, heads)),
-            self.param("key", self.linear_init(("embed", "kv_heads")), (width, kv_heads)),
-            self.param("value", self.linear_init(("embed", "kv_heads")), (width, kv_heads)),
-            self.param("output", self.linear_init(("heads", "embed"), 1 / (2 * c.num_layers)), (heads, width)),
+            self.weight("query", ("embed", "heads"), (width, heads)),
+            self.weight("key", ("embed", "kv_heads"), (width, kv_heads)),
+            self.weight("value", ("embed", "kv_heads"), (width, kv_heads)),
+            self.weight("output", ("heads", "embed"), (heads, width), 1 / (2 * c.num_layers)),
         )
 
 
-class SwiGLU(nn.Module):
+class SwiGLU(LlamaLayer):
     """Llama's feed-forward: down(silu(gate(x)) ⊙ up(x)); no biases."""
-
-    config: ModelConfig
-    linear_init: Callable[..., Initializer] = linear_init
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., D], already normalised, to the same shape."""
         c = self.config
-        w_gate = self.param("gate", self.linear_init(("embed", "mlp")), (c.d_model, c.d_ff))
-        w_up = self.param("up", self.linear_init(("embed", "mlp")), (c.d_model, c.d_ff))
-        w_down = self.param("down", self.linear_init(("mlp", "embed"), 1 / (2 * c.num_layers)), (c.d_ff, c.d_model))
+        w_gate = self.weight("gate", ("embed", "mlp"), (c.d_model, c.d_ff))
+        w_up = self.weight("up", ("embed", "mlp"), (c.d_model, c.d_ff))
+        w_down = self.weight("down", ("mlp", "embed"), (c.d_ff, c.d_model), 1 / (2 * c.num_layers))
         return dense(nn.silu(dense(x, w_gate)) * dense(x, w_up), w_down)
 
 

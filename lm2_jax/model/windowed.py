@@ -21,6 +21,7 @@ from lm2_jax.config import ModelConfig
 from lm2_jax.model.attention import Sinks, masked_attention, scores, window_attention
 from lm2_jax.model.edge import Edge, edges_of_window
 from lm2_jax.model.layers import KVCache, Layout, SelfAttention, dense, rope_frequencies, rotate, write_at
+from lm2_jax.model.lora import Weight
 
 
 class Places(NamedTuple):
@@ -51,7 +52,7 @@ class WindowedAttention(SelfAttention):
         c = self.config
         w_q, w_k, w_v, w_o = self.weights(x_BSTD.shape[-1])
 
-        def heads(weight: jax.Array) -> jax.Array:
+        def heads(weight: Weight) -> jax.Array:
             return dense(x_BSTD, weight).reshape(*x_BSTD.shape[:3], -1, c.attention_head_dim)
 
         q_BSTHK, k_BSTGK, v_BSTGK = heads(w_q), heads(w_k), heads(w_v)

@@ -124,7 +124,7 @@ def make_answer_step(
     shardings = shardings_of(model, mesh, settings)
     return jax.jit(
         answer_step,
-        in_shardings=(shardings.params, shardings.memory, batch_sharding(mesh)),
+        in_shardings=(shardings.all_params, shardings.memory, batch_sharding(mesh)),
         out_shardings=(replicated(mesh), shardings.memory),
     )
 

@@ -55,8 +55,8 @@ def train(config: Config) -> dict[str, Any]:
         state, progress, beginning = initial_state(config, model, mesh, checkpoints)
         progress = check_data(progress, pipeline, run_dir)
         reporter = cleanup.enter_context(_open_reporter(run_dir, progress.step, config.train.steps))
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-        reporter.log(f"{config.memory.kind}: {parameters:,} parameters, {_describe(mesh)}, run directory {run_dir}")
+        parameters = _count(state.all_params)
+        reporter.log(f"{config.memory.kind}: {_describe_sizes(state)}, {_describe(mesh)}, run directory {run_dir}")
         if beginning:
             reporter.log(beginning)
 
@@ -78,7 +78,7 @@ def train(config: Config) -> dict[str, Any]:
                 validating = last or _due(progress.step, config.eval.every_steps)
                 saving = last or _due(progress.step, config.checkpoint.every_steps)
                 if validating:
-                    log.amend(validate(config, model, pipeline, mesh, state.params, stage))
+                    log.amend(validate(config, model, pipeline, mesh, state.all_params, stage))
                 if logging or validating or saving:
                     progress = log.flush(progress)
                 if curriculum.stage_is_over(progress, logging):
@@ -97,7 +97,7 @@ def train(config: Config) -> dict[str, Any]:
             raise KeyboardInterrupt
 
         # --- The end: accuracy by length, summary, pictures ----------------------------------------------------------
-        run = config, model, pipeline, mesh, state.params
+        run = config, model, pipeline, mesh, state.all_params
         table = accuracy_by_length(*run, reporter.log) if config.data.source == "stories" else []
         return _finish(run_dir, progress, parameters, table, reporter) if is_first() else {}
 
@@ -114,12 +114,13 @@ def initial_state(
     path = config.train.init_from
     if path is None:
         return state, Progress(), None
-    params, memory = jax.device_put(load_weights(path, model), shardings.params), load_memory(path)
+    params, memory = load_weights(path, model, state.all_params), load_memory(path)
+    state = state.with_params(params, shardings)
     if memory is not None and memory.shape == state.memory.shape:  # official: continues with the memory of the file
         memory = jax.device_put(memory, shardings.memory)
     else:
-        memory = make_fresh_memory(model, mesh, settings)(params)
-    return state.replace(params=params, memory=memory), Progress(), f"starting from the weights of {path}"
+        memory = make_fresh_memory(model, mesh, settings)(state.all_params)
+    return state.replace(memory=memory), Progress(), f"starting from the weights of {path}"
 
 
 def _open_reporter(run_dir: Path, first_step: int, last_step: int) -> Reporter | SilentReporter:
@@ -148,6 +149,15 @@ def _finish(run_dir: Path, progress: Progress, parameters: int, table: list[Any]
 def _due(step: int, every: int) -> bool:
     """True every so many steps; 0: never."""
     return bool(every) and step % every == 0
+
+
+def _count(params: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _describe_sizes(state: TrainState) -> str:
+    sizes = f"{_count(state.all_params):,} parameters"
+    return f"{sizes}, {_count(state.params):,} of them trained" if state.frozen else sizes
 
 
 def _describe(mesh: Mesh) -> str:

@@ -83,17 +83,16 @@ def window_loss(model: Decoder, params: Any, hidden_BSTD: jax.Array, batch: Batc
     The vocabulary is processed in chunks (twice when a gradient is needed), so the full logits, the full output
     embedding and its full gradient are never materialised.
     """
-    name = "embedding" if model.spec.model.tie_embeddings else "head"
+    table_VD = model.apply({"params": params}, method=Decoder.output_table)
     targets = TokenTargets(batch.targets_BST, batch.document_BST > 0, batch.answers_BST, weights_BST)
 
     def run(shards: Any, specs: Any, arrays: Any) -> tuple[LossSums, Any]:
         hidden_ND, targets_N = jax.tree.map(lambda a: a.reshape(-1, *a.shape[3:]), arrays)
-        gather = functools.partial(all_gather_params, specs=specs[name], dtype=model.spec.dtype)
-        sums = chunked_cross_entropy(gather, hidden_ND, shards[name], targets_N)
+        gather = functools.partial(all_gather_params, specs=specs, dtype=model.spec.dtype)
+        sums = chunked_cross_entropy(gather, hidden_ND, shards, targets_N)
         return jax.tree.map(lambda a: a[None], sums), {}
 
-    axes = {name: PartitionSpec("vocab", "embed")}
-    sums, _ = per_device(run, {name: params[name]}, axes, (hidden_BSTD, targets))
+    sums, _ = per_device(run, table_VD, PartitionSpec("vocab", "embed"), (hidden_BSTD, targets))
     return jax.tree.map(jnp.sum, sums)
 
 

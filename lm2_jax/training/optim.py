@@ -11,6 +11,8 @@ import optax
 import optax.contrib
 
 from lm2_jax.config import OptimConfig
+from lm2_jax.model.decoder import STACKS
+from lm2_jax.model.lora import is_addition
 
 _UNDECAYED = ("embedding", "memory_tokens")
 _RMS_OF_ADAM = 0.2  # approximate root mean square of Adam's updates (arXiv 2502.16982)
@@ -46,7 +48,8 @@ def _muon_or_adam(params: Any) -> Any:
 
     def label(path: tuple, array: jax.Array) -> str:
         names, rank = _names_and_rank(path, array)
-        return "muon" if rank == 2 and not {"attention", "mlp"}.isdisjoint(names) else "adam"
+        of_llama = not {"attention", "mlp"}.isdisjoint(names)
+        return "muon" if rank == 2 and of_llama and not is_addition(names[-1]) else "adam"
 
     return jax.tree_util.tree_map_with_path(label, params)
 
@@ -64,7 +67,7 @@ def decay_mask(params: Any) -> Any:
 def _names_and_rank(path: tuple, array: jax.Array) -> tuple[list[str], int]:
     """A parameter's names from the outside in, and its rank without the layer axis of stacked blocks."""
     names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-    return names, array.ndim - any(name in ("blocks", "bank_blocks") for name in names)
+    return names, array.ndim - any(name in STACKS for name in names)
 
 
 def learning_rate(config: OptimConfig, steps: int, step: jax.Array) -> jax.Array:

@@ -9,10 +9,12 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding
 
 from lm2_jax.config import Config, OptimConfig
 from lm2_jax.model.decoder import Decoder
+from lm2_jax.model.trained import join_params, split_params, trained_names
 from lm2_jax.parallel.mesh import state_shardings, unbox
 from lm2_jax.segments import Schedule
 from lm2_jax.training.optim import make_optimizer
@@ -28,6 +30,7 @@ class StepConfig:
       steps: of the whole run; the learning rate decays towards them.
       seed: of the initial weights and of dropout.
       schedule: order of the double loop over segments and layers.
+      frozen_dtype: of the parameters that optim.train leaves out.
     """
 
     optim: OptimConfig
@@ -35,12 +38,13 @@ class StepConfig:
     steps: int
     seed: int
     schedule: Schedule
+    frozen_dtype: str
 
     @classmethod
     def of(cls, config: Config) -> StepConfig:
         """The settings of a run."""
         train = config.train
-        return cls(config.optim, config.data.batch_size, train.steps, train.seed, train.schedule)
+        return cls(config.optim, config.data.batch_size, train.steps, train.seed, train.schedule, train.frozen_dtype)
 
 
 @chex.dataclass(frozen=True)
@@ -49,8 +53,9 @@ class TrainState:
 
     Attributes:
       step: int32, windows trained on so far (skipped ones included).
-      params: float32 weights.
-      opt_state: optax state.
+      params: the trained parameters, float32.
+      frozen: the other parameters, in train.frozen_dtype; {} where all are trained.
+      opt_state: optax state of the trained parameters.
       memory: the lanes' memory after the last window, no gradient.
       skipped: int32, steps without an update because something was not finite.
       skipped_in_a_row: int32, of those, the ones since the last good step.
@@ -58,10 +63,28 @@ class TrainState:
 
     step: jax.Array
     params: Any
+    frozen: Any
     opt_state: Any
     memory: Any
     skipped: jax.Array
     skipped_in_a_row: jax.Array
+
+    @property
+    def all_params(self) -> Any:
+        """The tree under "params": trained and frozen parameters (or their shardings)."""
+        return join_params(self.params, self.frozen)
+
+    def with_params(self, all_params: Any, shardings: TrainState) -> TrainState:
+        """The state with other parameters, trained and frozen ones in the types and places that they have here."""
+        trained, frozen = split_params(all_params, flatten_dict(self.params, sep="/").keys())
+
+        def place(new: jax.Array, old: jax.Array, sharding: NamedSharding) -> jax.Array:
+            return jax.device_put(new.astype(old.dtype), sharding)
+
+        return self.replace(
+            params=jax.tree.map(place, trained, self.params, shardings.params),
+            frozen=jax.tree.map(place, frozen, self.frozen, shardings.frozen),
+        )
 
 
 def create_state(model: Decoder, mesh: Mesh, settings: StepConfig) -> TrainState:
@@ -98,11 +121,13 @@ def _abstract_boxed_state(model: Decoder, settings: StepConfig) -> TrainState:
 def _boxed_state(model: Decoder, settings: StepConfig, key: jax.Array) -> TrainState:
     """The state with its arrays boxed with logical axes."""
     boxed = model.init_params(key, with_axes=True)
+    trained, frozen = split_params(boxed, trained_names(model, settings.optim.train))
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
         step=zero,
-        params=boxed,
-        opt_state=make_optimizer(settings.optim).init(boxed),
+        params=trained,
+        frozen=jax.tree.map(lambda x: x.astype(settings.frozen_dtype), frozen),
+        opt_state=make_optimizer(settings.optim).init(trained),
         memory=model.init_memory(settings.batch_size, unbox(boxed)),
         skipped=zero,
         skipped_in_a_row=zero,

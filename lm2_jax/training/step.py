@@ -19,6 +19,7 @@ from lm2_jax.batch import Batch
 from lm2_jax.model.decoder import Decoder
 from lm2_jax.model.edge import split_edges
 from lm2_jax.model.memory.base import Memory
+from lm2_jax.model.trained import join_params
 from lm2_jax.parallel.mesh import batch_sharding, replicated
 from lm2_jax.segments import Schedule, run_batch
 from lm2_jax.training.loss import LossSums, loss_weights, window_loss
@@ -47,12 +48,13 @@ def make_train_step(
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
         )
-        memory = _restart_broken_lanes(model, params, memory)
+        memory = _restart_broken_lanes(model, state.all_params, memory)
 
         skipped = 1 - finite.astype(jnp.int32)
         state = TrainState(
             step=state.step + 1,
             params=params,
+            frozen=state.frozen,
             opt_state=opt_state,
             memory=memory,
             skipped=state.skipped + skipped,
@@ -96,7 +98,7 @@ def make_eval_step(
     shardings = shardings_of(model, mesh, settings)
     return jax.jit(
         eval_step,
-        in_shardings=(shardings.params, shardings.memory, batch_sharding(mesh)),
+        in_shardings=(shardings.all_params, shardings.memory, batch_sharding(mesh)),
         out_shardings=(replicated(mesh), shardings.memory),
     )
 
@@ -107,7 +109,7 @@ def make_fresh_memory(model: Decoder, mesh: Mesh, settings: StepConfig) -> Calla
     shardings = shardings_of(model, mesh, settings)
     return jax.jit(
         lambda params: model.init_memory(settings.batch_size, params),
-        in_shardings=(shardings.params,),
+        in_shardings=(shardings.all_params,),
         out_shardings=shardings.memory,
     )
 
@@ -150,8 +152,9 @@ def _gradients(
         memory: Memory, batch: Batch, weights_BST: jax.Array, dropout_key: jax.Array | None
     ) -> tuple[tuple[Any, LossSums, Metrics], Memory]:
         def objective(params: Any) -> tuple[jax.Array, tuple[LossSums, Memory, Metrics]]:
+            all_params = join_params(params, state.frozen)
             sums, memory_after, gates = forward(
-                model, params, memory, batch, weights_BST, settings.schedule, dropout_key
+                model, all_params, memory, batch, weights_BST, settings.schedule, dropout_key
             )
             return sums.loss, (sums, memory_after, gates)
 

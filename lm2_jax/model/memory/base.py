@@ -30,7 +30,7 @@ class MemoryKind:
 
     Attributes:
       spec: what the model depends on.
-      num_bank_layers: number of blocks, counted from the first, that have a bank.
+      num_bank_layers: number of blocks, from memory.first_layer on, that have a bank.
       supports_layer_schedule: a block's bank depends on earlier segments only through this very bank, so a window may
         run layer by layer.
       shares_one_bank: one bank is passed from block to block, instead of one for each.

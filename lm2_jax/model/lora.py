@@ -1,0 +1,78 @@
+"""Low-rank additions to weights (LoRA, arXiv 2106.09685): W + alpha / rank · A B, where W need not be trained.
+
+W [in,out] has A [in,r] and B [r,out] beside it, named `W_lora_a` and `W_lora_b`. One of them starts at zero, so that an
+addition changes nothing until it is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from lm2_jax.config import LoraConfig, ModelConfig
+
+A, B = "_lora_a", "_lora_b"  # ends of the names
+
+
+class LowRank(NamedTuple):
+    """A weight and its low-rank addition: weight + scale · a b.
+
+    Attributes:
+      weight: [in,out].
+      a: [in,r].
+      b: [r,out].
+      scale: alpha / rank.
+    """
+
+    weight: jax.Array
+    a: jax.Array
+    b: jax.Array
+    scale: float
+
+    def merged(self) -> jax.Array:
+        """The sum, [in,out], in the weight's dtype."""
+        return (self.weight + self.scale * (self.a @ self.b)).astype(self.weight.dtype)
+
+
+Weight = jax.Array | LowRank
+
+
+def with_addition(
+    module: nn.Module, lora: LoraConfig | None, name: str, axes: tuple[str, str], weight: jax.Array
+) -> Weight:
+    """The module's weight `name` with its addition, whose parameters are made here; the weight alone without one."""
+    if lora is None or name not in lora.weights:
+        return weight
+    (inputs, outputs), rank = weight.shape, lora.rank
+    scaled, zeros = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-1), nn.initializers.zeros
+    # A's columns are as large as a projection's, those of a table's B as its rows; the other one is zero
+    a_init, b_init = (zeros, scaled) if axes[0] == "vocab" else (_columns(inputs), zeros)
+    a = module.param(f"{name}{A}", nn.with_logical_partitioning(a_init, (axes[0], None)), (inputs, rank))
+    b = module.param(f"{name}{B}", nn.with_logical_partitioning(b_init, (None, axes[1])), (rank, outputs))
+    return LowRank(weight, a, b, lora.alpha / lora.rank)
+
+
+def _columns(inputs: int) -> Any:
+    return nn.initializers.normal(inputs**-0.5)
+
+
+def is_addition(path: str) -> bool:
+    """True for the path of a parameter that belongs to an addition."""
+    return path.endswith((A, B))
+
+
+def merge(params: Mapping[str, Any], config: ModelConfig) -> Any:
+    """The tree under "params" with every addition added to its weight, as a model without `model.lora` has it."""
+    if config.lora is None:
+        return params
+    leaves, scale = flatten_dict(params, sep="/"), config.lora.alpha / config.lora.rank
+    weights = {path: leaf for path, leaf in leaves.items() if not is_addition(path)}
+    merged = {
+        path: LowRank(leaf, leaves[path + A], leaves[path + B], scale).merged() if path + A in leaves else leaf
+        for path, leaf in weights.items()
+    }
+    return unflatten_dict(merged, sep="/")
