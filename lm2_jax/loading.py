@@ -126,6 +126,9 @@ def load_weights(path: str, model: Decoder, initial: Any) -> Any:
         f"  {key}: {old!r} there, {new!r} here"
         for key, old, new in differences(_meaning_of_weights(other), _meaning_of_weights(model))
     ]
+    theirs, here = (decoder.spec.model.lora for decoder in (other, model))
+    if theirs is not None and here is not None and theirs.alpha * here.rank != here.alpha * theirs.rank:
+        problems.append(f"  model.lora.alpha: {theirs.alpha:g} there, {here.alpha:g} here")
     rows, own_rows = (decoder.spec.model.vocab_size for decoder in (other, model))
     if rows > own_rows:
         problems.append(f"  if ids from {own_rows} on are padding there, set model.vocab_size to {rows} here")

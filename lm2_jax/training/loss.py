@@ -21,6 +21,7 @@ from lm2_jax.parallel.fsdp import all_gather_params, per_device
 
 GatherChunk = Callable[[jax.Array], jax.Array]
 
+_SHARES = (32, 16, 8, 4, 2, 1)  # of a window's tokens, as divisors
 _MOST_LOGITS = 2**26  # held on one device at a time: 256 MiB in float32
 
 
@@ -65,6 +66,9 @@ class TokenTargets(NamedTuple):
     weight: jax.Array
 
 
+CrossEntropy = Callable[[jax.Array, jax.Array, TokenTargets], LossSums]
+
+
 def loss_weights(batch: Batch, lm_loss_weight: float) -> jax.Array:
     """Weight of every position in the objective, float32 [B,S,T], computed on the global batch before it is split.
 
@@ -77,23 +81,61 @@ def loss_weights(batch: Batch, lm_loss_weight: float) -> jax.Array:
     return token_weight * token_BST + answer_weight * answer_BST
 
 
-def window_loss(model: Decoder, params: Any, hidden_BSTD: jax.Array, batch: Batch, weights_BST: jax.Array) -> LossSums:
+def window_loss(
+    model: Decoder,
+    params: Any,
+    hidden_BSTD: jax.Array,
+    batch: Batch,
+    weights_BST: jax.Array,
+    weighted_only: bool = False,
+) -> LossSums:
     """Projects hidden states to the vocabulary and adds up the loss.
+
+    weighted_only: tokens of weight 0 are not counted, and most of them are not projected.
 
     The vocabulary is processed in chunks (twice when a gradient is needed), so the full logits, the full output
     embedding and its full gradient are never materialised.
     """
     table_VD = model.apply({"params": params}, method=Decoder.output_table)
-    targets = TokenTargets(batch.targets_BST, batch.document_BST > 0, batch.answers_BST, weights_BST)
+    is_token_BST = weights_BST > 0 if weighted_only else batch.document_BST > 0
+    targets = TokenTargets(batch.targets_BST, is_token_BST, batch.answers_BST, weights_BST)
+    most_B = jnp.full(len(weights_BST), jnp.max(jnp.sum(is_token_BST, axis=(1, 2))))  # tokens that count in a lane
 
     def run(shards: Any, specs: Any, arrays: Any) -> tuple[LossSums, Any]:
-        hidden_ND, targets_N = jax.tree.map(lambda a: a.reshape(-1, *a.shape[3:]), arrays)
+        *tokens, most_B = arrays
+        hidden_ND, targets_N = jax.tree.map(lambda a: a.reshape(-1, *a.shape[3:]), tokens)
         gather = functools.partial(all_gather_params, specs=specs, dtype=model.spec.dtype)
-        sums = chunked_cross_entropy(gather, hidden_ND, shards, targets_N)
+        cross_entropy = functools.partial(chunked_cross_entropy, gather)
+        if weighted_only:
+            cross_entropy = of_counted_tokens(cross_entropy, most_B[0] * len(most_B))
+        sums = cross_entropy(hidden_ND, shards, targets_N)
         return jax.tree.map(lambda a: a[None], sums), {}
 
-    sums, _ = per_device(run, table_VD, PartitionSpec("vocab", "embed"), (hidden_BSTD, targets))
+    sums, _ = per_device(run, table_VD, PartitionSpec("vocab", "embed"), (hidden_BSTD, targets, most_B))
     return jax.tree.map(jnp.sum, sums)
+
+
+def of_counted_tokens(cross_entropy: CrossEntropy, most: jax.Array) -> CrossEntropy:
+    """The same sums, computed from the smallest of a few shares of the N tokens that holds all that count.
+
+    most: at least their number, the same on every device, so that all of them take the same share.
+    """
+
+    def run(hidden_ND: jax.Array, shard_VD: jax.Array, targets_N: TokenTargets) -> LossSums:
+        N = len(hidden_ND)
+        counted_first_N = jnp.argsort(~targets_N.is_token, stable=True)
+
+        def share(size: int) -> Callable[[jax.Array, jax.Array], LossSums]:
+            first = counted_first_N[:size]
+            return lambda hidden_ND, shard_VD: cross_entropy(
+                hidden_ND[first], shard_VD, jax.tree.map(lambda a: a[first], targets_N)
+            )
+
+        sizes = [N // divisor for divisor in _SHARES if N // divisor]
+        smallest = jnp.sum(most > jnp.array(sizes[:-1], jnp.int32))
+        return jax.lax.switch(smallest, [share(size) for size in sizes], hidden_ND, shard_VD)
+
+    return run
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

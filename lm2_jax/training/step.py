@@ -21,7 +21,7 @@ from lm2_jax.model.edge import split_edges
 from lm2_jax.model.memory.base import Memory
 from lm2_jax.model.trained import join_params
 from lm2_jax.parallel.mesh import batch_sharding, replicated
-from lm2_jax.segments import Schedule, run_batch
+from lm2_jax.segments import run_batch
 from lm2_jax.training.loss import LossSums, loss_weights, window_loss
 from lm2_jax.training.optim import learning_rate, make_optimizer
 from lm2_jax.training.state import StepConfig, TrainState, shardings_of
@@ -63,7 +63,7 @@ def make_train_step(
         metrics = {
             "loss": sums.loss,
             "nll": sums.nll / jnp.maximum(sums.tokens, 1),
-            "tokens_in_step": sums.tokens,
+            "tokens_in_step": jnp.sum(batch.document_BST > 0),
             "answers_in_step": sums.answers,
             "correct_in_step": sums.correct,
             "grad_norm": grad_norm,
@@ -92,7 +92,7 @@ def make_eval_step(
 
     def eval_step(params: Any, memory: Memory, batch: Batch) -> tuple[LossSums, Memory]:
         weights_BST = jnp.zeros(batch.tokens_BST.shape)
-        sums, memory, _ = forward(model, params, memory, batch, weights_BST, settings.schedule)
+        sums, memory, _ = forward(model, params, memory, batch, weights_BST, settings)
         return sums, memory
 
     shardings = shardings_of(model, mesh, settings)
@@ -120,12 +120,17 @@ def forward(
     memory: Memory,
     batch: Batch,
     weights_BST: jax.Array,
-    schedule: Schedule,
+    settings: StepConfig,
     dropout_key: jax.Array | None = None,
+    weighted_only: bool = False,
 ) -> tuple[LossSums, Memory, Metrics]:
-    """Runs a window through the model and the loss: (sums, memory after the window, gate means). No key: no dropout."""
-    outputs = run_batch(model, params, batch, memory, schedule=schedule, dropout_key=dropout_key)
-    return window_loss(model, params, outputs.hidden_BSTD, batch, weights_BST), outputs.memory, outputs.gates
+    """Runs a window through the model and the loss: (sums, memory after the window, gate means).
+
+    No key: no dropout. weighted_only: see `window_loss`.
+    """
+    outputs = run_batch(model, params, batch, memory, schedule=settings.schedule, dropout_key=dropout_key)
+    sums = window_loss(model, params, outputs.hidden_BSTD, batch, weights_BST, weighted_only)
+    return sums, outputs.memory, outputs.gates
 
 
 def memory_norms(memory: Memory) -> Metrics:
@@ -145,6 +150,7 @@ def _gradients(
     """Gradient of the objective, its sums, gate means and the memory after the batch, microbatch by microbatch."""
     # Weights of the global batch, so that microbatches and devices add up to one mean
     weights_BST = loss_weights(batch, settings.optim.lm_loss_weight)
+    weighted_only = settings.optim.lm_loss_weight == 0  # then the answers alone are projected
     has_dropout = model.spec.memory.dropout
     step_key = jax.random.fold_in(jax.random.key(settings.seed), state.step) if has_dropout else None
 
@@ -154,7 +160,7 @@ def _gradients(
         def objective(params: Any) -> tuple[jax.Array, tuple[LossSums, Memory, Metrics]]:
             all_params = join_params(params, state.frozen)
             sums, memory_after, gates = forward(
-                model, all_params, memory, batch, weights_BST, settings.schedule, dropout_key
+                model, all_params, memory, batch, weights_BST, settings, dropout_key, weighted_only
             )
             return sums.loss, (sums, memory_after, gates)
 
