@@ -7,8 +7,11 @@ The programs are the train step of `train`, and the step that decodes one token 
 
 from __future__ import annotations
 
+import functools
+
 from lm2_jax.common.command_line import aot_arguments
 from lm2_jax.common.errors import TrainingFailed, UserError, run_command
+from lm2_jax.common.jax_stack import check_jax_stack
 
 
 def main() -> None:
@@ -16,6 +19,7 @@ def main() -> None:
     arguments = aot_arguments()
     if arguments.output is not None and not arguments.output.absolute().parent.is_dir():
         raise UserError(f"--output: found {arguments.output}; its directory does not exist")
+    check_jax_stack("tpu")
 
     # imported late so that --help stays fast
     import json
@@ -44,5 +48,7 @@ def main() -> None:
         raise TrainingFailed(f"does not fit {arguments.topology}: {' and '.join(over)} step")
 
 
+command = functools.partial(run_command, main)
+
 if __name__ == "__main__":
-    run_command(main)
+    command()

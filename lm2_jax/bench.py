@@ -8,10 +8,12 @@ alike. The tokens are random; the weights are fresh.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from lm2_jax.common.command_line import bench_arguments
 from lm2_jax.common.errors import UserError, run_command
+from lm2_jax.common.jax_stack import check_jax_stack
 
 
 def main() -> None:
@@ -21,6 +23,7 @@ def main() -> None:
         raise UserError(f"--rounds: found {arguments.rounds}; expected 1 or more")
     if arguments.output is not None and not arguments.output.absolute().parent.is_dir():
         raise UserError(f"--output: found {arguments.output}; its directory does not exist")
+    check_jax_stack()
 
     # imported late so that --help stays fast
     import json
@@ -63,5 +66,7 @@ def main() -> None:
                 arguments.output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
+command = functools.partial(run_command, main)
+
 if __name__ == "__main__":
-    run_command(main)
+    command()

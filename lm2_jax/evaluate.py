@@ -5,10 +5,12 @@ Each task is a module of evals/ with three functions: `evaluate` returns JSON, `
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 
 from lm2_jax.common.command_line import evaluate_arguments
 from lm2_jax.common.errors import UserError, run_command
+from lm2_jax.common.jax_stack import check_jax_stack
 
 
 def main() -> None:
@@ -17,6 +19,7 @@ def main() -> None:
     output = arguments.output
     if output is not None and (output.suffix != ".json" or not output.absolute().parent.is_dir()):
         raise UserError(f"--output: found {output}; give a file that ends in .json, in a directory that exists")
+    check_jax_stack()
 
     # imported late so that --help stays fast
     import json
@@ -46,5 +49,9 @@ def import_task(name: str) -> ModuleType:
     return {"perplexity": perplexity, "babilong": babilong, "mmlu": mmlu, "harness": harness}[name]
 
 
+command = functools.partial(
+    run_command, main, interrupted="interrupted; with --output, the same command resumes after what is finished"
+)
+
 if __name__ == "__main__":
-    run_command(main, interrupted="interrupted; with --output, the same command resumes after what is finished")
+    command()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm2_jax.common.command_line import generate_arguments
 from lm2_jax.common.errors import UserError, run_command
+from lm2_jax.common.jax_stack import check_jax_stack
 
 if TYPE_CHECKING:
     from lm2_jax.tokenizer import Origin
@@ -24,6 +25,7 @@ def main() -> None:
     text = _prompt(arguments)
     if arguments.save_memory and not Path(arguments.save_memory).absolute().parent.is_dir():
         raise UserError(f"--save-memory: the directory of {arguments.save_memory} does not exist")
+    check_jax_stack()
 
     # imported late so that --help stays fast
     import numpy as np
@@ -97,5 +99,7 @@ def _prompt(arguments: argparse.Namespace) -> str:
     return text
 
 
+command = functools.partial(run_command, main)
+
 if __name__ == "__main__":
-    run_command(main)
+    command()

@@ -6,15 +6,18 @@ A run directory (train.run_dir) that holds a checkpoint is resumed, bit for bit 
 from __future__ import annotations
 
 import contextlib
+import functools
 
 from lm2_jax.common.command_line import train_arguments
 from lm2_jax.common.errors import run_command
+from lm2_jax.common.jax_stack import check_jax_stack
 from lm2_jax.config import load_config
 
 
 def main() -> None:
     """The command."""
     arguments = train_arguments()
+    check_jax_stack()
     import jax  # imported late so that --help stays fast
 
     from lm2_jax.compiled.explain import explain_sharding
@@ -34,5 +37,7 @@ def main() -> None:
         train(config)
 
 
+command = functools.partial(run_command, main, interrupted="interrupted; the same command resumes")
+
 if __name__ == "__main__":
-    run_command(main, interrupted="interrupted; the same command resumes")
+    command()

@@ -16,7 +16,7 @@ from lm2_jax.config.evaluation import (
     MmluConfig,
     PerplexityConfig,
 )
-from lm2_jax.config.files import dump_config, load_config, parse_config, replace, save_config
+from lm2_jax.config.files import SHIPPED, dump_config, load_config, parse_config, replace, save_config
 from lm2_jax.config.sections import (
     LARGEST,
     CheckpointConfig,
