@@ -92,8 +92,8 @@ def make_eval_step(
 
     def eval_step(params: Any, memory: Memory, batch: Batch) -> tuple[LossSums, Memory]:
         weights_BST = jnp.zeros(batch.tokens_BST.shape)
-        sums, memory, _ = forward(model, params, memory, batch, weights_BST, settings)
-        return sums, memory
+        outputs = run_batch(model, params, batch, memory, schedule=settings.schedule)
+        return window_loss(model, params, outputs.hidden_BSTD, batch, weights_BST), outputs.memory
 
     shardings = shardings_of(model, mesh, settings)
     return jax.jit(
@@ -114,25 +114,6 @@ def make_fresh_memory(model: Decoder, mesh: Mesh, settings: StepConfig) -> Calla
     )
 
 
-def forward(
-    model: Decoder,
-    params: Any,
-    memory: Memory,
-    batch: Batch,
-    weights_BST: jax.Array,
-    settings: StepConfig,
-    dropout_key: jax.Array | None = None,
-    weighted_only: bool = False,
-) -> tuple[LossSums, Memory, Metrics]:
-    """Runs a window through the model and the loss: (sums, memory after the window, gate means).
-
-    No key: no dropout. weighted_only: see `window_loss`.
-    """
-    outputs = run_batch(model, params, batch, memory, schedule=settings.schedule, dropout_key=dropout_key)
-    sums = window_loss(model, params, outputs.hidden_BSTD, batch, weights_BST, weighted_only)
-    return sums, outputs.memory, outputs.gates
-
-
 def memory_norms(memory: Memory) -> Metrics:
     """Mean and largest norm of a slot, over layers and lanes; nothing where there is no memory."""
     norms = [jnp.linalg.norm(leaf, axis=-1) for leaf in jax.tree.leaves(split_edges(memory)[0])]
@@ -150,7 +131,7 @@ def _gradients(
     """Gradient of the objective, its sums, gate means and the memory after the batch, microbatch by microbatch."""
     # Weights of the global batch, so that microbatches and devices add up to one mean
     weights_BST = loss_weights(batch, settings.optim.lm_loss_weight)
-    weighted_only = settings.optim.lm_loss_weight == 0  # then the answers alone are projected
+    answers_only = settings.optim.lm_loss_weight == 0  # are projected to the vocabulary
     has_dropout = model.spec.memory.dropout
     step_key = jax.random.fold_in(jax.random.key(settings.seed), state.step) if has_dropout else None
 
@@ -159,10 +140,9 @@ def _gradients(
     ) -> tuple[tuple[Any, LossSums, Metrics], Memory]:
         def objective(params: Any) -> tuple[jax.Array, tuple[LossSums, Memory, Metrics]]:
             all_params = join_params(params, state.frozen)
-            sums, memory_after, gates = forward(
-                model, all_params, memory, batch, weights_BST, settings, dropout_key, weighted_only
-            )
-            return sums.loss, (sums, memory_after, gates)
+            outputs = run_batch(model, all_params, batch, memory, schedule=settings.schedule, dropout_key=dropout_key)
+            sums = window_loss(model, all_params, outputs.hidden_BSTD, batch, weights_BST, answers_only)
+            return sums.loss, (sums, outputs.memory, outputs.gates)
 
         grads, (sums, memory_after, gates) = jax.grad(objective, has_aux=True)(state.params)
         return (grads, sums, gates), memory_after
