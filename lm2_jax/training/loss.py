@@ -203,6 +203,7 @@ def _gradient(
     def chunk(d_hidden_ND: jax.Array, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         index, shard_RD = inputs
         table_RD, reduce_gradient = jax.vjp(gather, shard_RD)
+        stored_dtype = table_RD.dtype
         logits_NR = _logits(hidden_ND, table_RD, index, C, len(shard_VD))
         is_target_NR = jnp.arange(logits_NR.shape[1]) * C + index == target_N[:, None]
         d_logits_NR = (jnp.exp(logits_NR - log_sum_N[:, None]) - is_target_NR) * weight_N[:, None]
@@ -210,7 +211,7 @@ def _gradient(
         table_RD = table_RD.astype(hidden_ND.dtype)
         d_hidden_ND += jnp.einsum("nr,rd->nd", d_logits_NR, table_RD, preferred_element_type=jnp.float32)
         d_table_RD = jnp.einsum("nr,nd->rd", d_logits_NR, hidden_ND, preferred_element_type=jnp.float32)
-        return d_hidden_ND, reduce_gradient(d_table_RD)[0]
+        return d_hidden_ND, reduce_gradient(d_table_RD.astype(stored_dtype))[0]
 
     d_hidden_ND, d_shards_CRD = jax.lax.scan(chunk, jnp.zeros(hidden_ND.shape), (index_C, shards_CRD))
     d_shard_VD = d_shards_CRD.swapaxes(0, 1).reshape(-1, shard_VD.shape[1])[: len(shard_VD)]
