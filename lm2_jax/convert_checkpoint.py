@@ -95,9 +95,11 @@ def read_own(path: Path, overrides: list[str]) -> Checkpoint:
     if directory.is_converted(path):
         return directory.read(path, _track)
     from lm2_jax.loading import load_run, read_progress
+    from lm2_jax.model import lora
     from lm2_jax.tokenizer import origin_of_model
 
     config, _, params = load_run(path)
+    config, params = lora.without(config), lora.merge(params, config.model)
     origin = origin_of_model(config.tokenizer, path)
     return engine.Checkpoint(config, engine.from_arrays(params, path), origin=origin, trained=read_progress(path))
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +19,10 @@ from lm2_jax.checkpoint.manager import DamagedError
 from lm2_jax.common.errors import UserError, first_line
 from lm2_jax.config import Config, load_config
 from lm2_jax.convert import directory as converted
+from lm2_jax.convert.engine import table_key
+from lm2_jax.convert.tables import CAN_BE_ADDED, STARTS_AT_ZERO
 from lm2_jax.model import build_model
-from lm2_jax.model.decoder import Decoder
+from lm2_jax.model.decoder import STACKS, Decoder
 from lm2_jax.model.lora import is_addition
 from lm2_jax.model.trained import join_params, split_params, trained_names
 
@@ -109,32 +112,57 @@ def load_memory(path: str | Path) -> Any:
 def load_weights(path: str, model: Decoder, initial: Any) -> Any:
     """Parameters to start `model` from, of another run or a converted directory.
 
-    Low-rank additions that are not there are taken from `initial`, a whole tree of parameters of the model. Raises
-    UserError if the parameters belong to another model.
+    A model without memory may be given one, and any model low-rank additions: both come from `initial`, a whole tree of
+    parameters, with zeros where they join the model, so that its logits stay what they are. Raises UserError if the
+    parameters belong to another model.
     """
     _, other, params = load_run(path)
     own, found = (flatten_dict(tree, sep="/") for tree in (initial, params))
-    found = {name: leaf for name, leaf in own.items() if is_addition(name)} | found
-    params = unflatten_dict(found, sep="/")
-    own, found = ({name: leaf.shape for name, leaf in leaves.items()} for leaves in (own, found))
+    if not other.kind.num_bank_layers:
+        found = _in_other_stacks(found, model.stacks)
+    for name in own.keys() - found.keys():
+        if is_addition(name) or _can_be_added(name, other):
+            found[name] = own[name] * (0 if table_key(name) in STARTS_AT_ZERO else 1)
+    own_shapes, shapes = ({name: leaf.shape for name, leaf in leaves.items()} for leaves in (own, found))
     problems = [
-        f"  {name}: {found.get(name, 'nothing')} there, {own.get(name, 'nothing')} in this model"
+        f"  {name}: {shapes.get(name, 'nothing')} there, {own_shapes.get(name, 'nothing')} in this model"
         for name in sorted(own.keys() | found.keys())
-        if own.get(name) != found.get(name)
+        if own_shapes.get(name) != shapes.get(name)
     ]
+    meanings = _meaning_of_weights(other), _meaning_of_weights(model)
     problems += [
         f"  {key}: {old!r} there, {new!r} here"
-        for key, old, new in differences(_meaning_of_weights(other), _meaning_of_weights(model))
+        for key, old, new in differences(*meanings)
+        if old is not None or key not in _MAY_BE_NEW
     ]
-    theirs, here = (decoder.spec.model.lora for decoder in (other, model))
-    if theirs is not None and here is not None and theirs.alpha * here.rank != here.alpha * theirs.rank:
-        problems.append(f"  model.lora.alpha: {theirs.alpha:g} there, {here.alpha:g} here")
     rows, own_rows = (decoder.spec.model.vocab_size for decoder in (other, model))
     if rows > own_rows:
         problems.append(f"  if ids from {own_rows} on are padding there, set model.vocab_size to {rows} here")
     if problems:
         raise UserError(f"train.init_from: {path} holds another model:\n" + "\n".join(problems))
-    return params
+    return unflatten_dict(found, sep="/")
+
+
+def _in_other_stacks(leaves: Mapping[str, jax.Array], stacks: Mapping[str, int]) -> dict[str, jax.Array]:
+    """The parameters of a model whose blocks are one stack, by path, with the blocks divided into `stacks`."""
+    found = {}
+    for name, leaf in leaves.items():
+        stack, _, within = name.partition("/")
+        if stack not in STACKS:
+            found[name] = leaf
+        elif len(leaf) == sum(stacks.values()):
+            ends = list(itertools.accumulate(stacks.values()))[:-1]
+            found |= {f"{own}/{within}": rows for own, rows in zip(stacks, jnp.split(leaf, ends), strict=True)}
+        else:  # of another number of layers, which is refused under the name that it has
+            found[name] = leaf
+    return found
+
+
+def _can_be_added(name: str, other: Decoder) -> bool:
+    """True for parameters of a memory or a convolution, if the model that is there has none."""
+    new_memory = "/memory/" in name and not other.kind.num_bank_layers
+    new_convolution = "/conv" in name and not other.spec.model.conv_width
+    return table_key(name) in CAN_BE_ADDED and (new_memory or new_convolution)
 
 
 def differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -146,15 +174,21 @@ def differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any
         yield key, before, now
 
 
+_SCALE = "model.lora.alpha / rank"
+_MAY_BE_NEW = ("model.conv_width", _SCALE, "memory.kind", "memory.num_heads", "memory.gates")
+
+
 def _meaning_of_weights(model: Decoder) -> dict[str, Any]:
-    """The settings that give weights a meaning besides their shapes.
+    """The settings that give weights a meaning besides their shapes; None for what the model has not.
 
     The number of slots is not one of them, nor is how far attention reaches: a window may be set on any weights.
     """
     spec = model.spec
-    settings = spec.model.model_copy(update={"head_dim": spec.model.attention_head_dim})
-    memory = spec.memory.model_dump(include={"kind", "num_heads", "gates"}) if spec.num_memory_layers else None
+    c, memory = spec.model, spec.memory
+    settings = c.model_copy(update={"head_dim": c.attention_head_dim, "conv_width": c.conv_width or None})
+    has_banks = model.kind.num_bank_layers
     return {
         "model": settings.model_dump(exclude={"embedding_std", "window", "sinks", "max_distance", "lora"}),
-        "memory": memory,
+        _SCALE: c.lora and c.lora.alpha / c.lora.rank,
+        **{f"memory.{key}": getattr(memory, key) if has_banks else None for key in ("kind", "num_heads", "gates")},
     }

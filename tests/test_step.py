@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict
 
 from lm2_jax.batch import Batch
 from lm2_jax.common.errors import UserError
@@ -96,6 +97,25 @@ def test_edges_on_eight_devices_and_in_microbatches(kind, schedule):
     for leaf in jax.tree.leaves(eight[2].memory.edges):
         assert leaf.sharding.shard_shape(leaf.shape)[1] == B // 4
     assert_same_run(one, trained(1, *run, "optim.accumulation_steps=4"))
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_low_rank_additions_on_eight_devices_and_in_microbatches(tie):
+    """Beside a frozen base, with the answers alone in the loss."""
+    run = (
+        "optim.train=[memory, lora]",
+        "optim.lm_loss_weight=0",
+        "memory.first_layer=1",
+        f"model.tie_embeddings={tie}",
+    )
+    run += ("model.lora={rank: 4, targets: [attention, mlp, embedding]}",)
+    one = trained(1, *run)
+    eight = trained(8, *run, "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
+    assert_same_run(one, eight)
+    assert_same_run(one, trained(1, *run, "optim.accumulation_steps=4"))
+    for name, leaf in flatten_dict(eight[2].frozen, sep="/").items():
+        np.testing.assert_array_equal(leaf, flatten_dict(one[2].frozen, sep="/")[name], err_msg=name)
+    assert one[1][0]["loss"] > one[1][-1]["loss"]
 
 
 def test_constraints_reach_the_compiler():

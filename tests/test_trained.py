@@ -196,3 +196,35 @@ def test_additions_to_a_model_of_another_scale_are_refused(tmp_path):
     initial = model.init_params(jax.random.key(0))
     with pytest.raises(UserError, match=r"model\.lora"):
         load_weights(str(path), model, initial)
+
+
+# --- A memory for a model without one ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("conv", [0, 4])
+def test_a_llama_starts_with_a_memory_and_its_own_logits(first, conv, tmp_path):
+    """train.init_from takes a converted Llama for any place of the banks, LoRA and a convolution."""
+    path = random_checkpoint(tmp_path / "llama", "memory.kind=none", "model.num_layers=3")
+    llama, weights = lm2_jax.load(path)
+    settings = {"conv_width": conv, "lora": {"rank": 2, "targets": ["attention", "embedding"]}}
+    memory = {"kind": "lm2", "first_layer": first, "num_layers": 1}
+    model = build_model(replace(lm2_jax.config.load_config(path / "config.yaml"), model=settings, memory=memory))
+    params = load_weights(str(path), model, model.init_params(jax.random.key(3)))
+    assert flatten_dict(params).keys() == flatten_dict(model.abstract_params()).keys()
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 258, (2, 3, 16)), jnp.int32)
+    np.testing.assert_allclose(logits_of(model, params, tokens), logits_of(llama, weights, tokens), atol=1e-5)
+    assert np.ptp(params["bank_blocks"]["memory"]["write_query"]) > 0
+
+
+def test_a_llama_of_other_settings_is_refused(tmp_path):
+    path = random_checkpoint(tmp_path / "llama", "memory.kind=none", "model.num_layers=3")
+    config = lm2_jax.config.load_config(path / "config.yaml")
+    for changes, expected in (
+        ({"model": {"rope_scaling": {"factor": 4.0}}}, r"model\.rope_scaling: None there"),
+        ({"model": {"num_layers": 4}}, r"blocks/attention/query: \(3, 16, 16\) there, \(4, 16, 16\) in this model"),
+        ({"memory": {"kind": "rmt"}}, "memory_tokens: nothing there"),
+    ):
+        model = build_model(replace(config, **changes))
+        with pytest.raises(UserError, match=rf"(?s)holds another model.*{expected}"):
+            load_weights(str(path), model, model.init_params(jax.random.key(0)))

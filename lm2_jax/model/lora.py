@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from lm2_jax.config import LoraConfig, ModelConfig
+from lm2_jax.config import Config, LoraConfig, ModelConfig, replace
 
 A, B = "_lora_a", "_lora_b"  # ends of the names
 
@@ -63,6 +63,13 @@ def _columns(inputs: int) -> Any:
 def is_addition(path: str) -> bool:
     """True for the path of a parameter that belongs to an addition."""
     return path.endswith((A, B))
+
+
+def without(config: Config) -> Config:
+    """The config of the model that `merge` makes."""
+    if config.model.lora is None:
+        return config
+    return replace(config, model={"lora": None}, optim={"train": ["all"]})
 
 
 def merge(params: Mapping[str, Any], config: ModelConfig) -> Any:
