@@ -66,12 +66,8 @@ def assert_close(found, expected):
 
 OTHER_SIZES = ("model.conv_width=0", "memory.width=24", "memory.num_layers=1", "memory.gates=independent")
 MIDDLE = ("model.num_layers=4", "memory.first_layer=1", "memory.num_layers=2", "model.lora.targets=[mlp, embedding]")
-VARIANTS = [
-    *((kind, ()) for kind in CAUSAL),
-    ("lm2", OTHER_SIZES),
-    ("lm2", MIDDLE),
-    *((k, OTHER_SIZES[:1]) for k in ("rmt", "none")),
-]
+VARIANTS = [*((kind, ()) for kind in CAUSAL), ("lm2", OTHER_SIZES), ("lm2", MIDDLE)]
+VARIANTS += [(kind, OTHER_SIZES[:1]) for kind in ("rmt", "none")]
 
 
 @pytest.mark.parametrize(("kind", "overrides"), VARIANTS, ids=lambda x: x if isinstance(x, str) else "-".join(x))
