@@ -65,7 +65,7 @@ def init_decode_state(decoder: Decoder, memory: Memory, batch_size: int, segment
     state = DecodeState(
         memory=memory,
         memory_cache=None,
-        caches={name: empty_cache(layers, name == "bank_blocks") for name, layers in decoder.spec.stacks.items()},
+        caches={name: empty_cache(layers, name == "bank_blocks") for name, layers in decoder.stacks.items()},
         count_B=zeros_B,
         read_B=zeros_B,
         segment_length=segment_length,
