@@ -1,0 +1,112 @@
+"""The cells of the study of docs/adopt.md: what a memory adds to a pretrained Llama.
+
+A cell is trained in legs, each from the weights of the one before it, and is compared with others that read the same
+tokens: `memory and LoRA` with `LoRA`, whose banks are there, too, but frozen at zero influence, so that both have the
+same additions to the same weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from lm2_jax.config import Config, load_config, replace
+
+Changes = Mapping[str, Mapping[str, Any]]  # of a config, by section
+Part = Literal["facts", "books"]
+
+_LORA = ("bank_blocks/*_lora_?", "blocks/*_lora_?")
+_WINDOWLESS = {"window": None, "sinks": 0, "max_distance": None}
+TRAINED: Mapping[str, tuple[str, ...]] = {
+    "memory and LoRA": ("memory", *_LORA),
+    "LoRA": _LORA,
+    "memory": ("memory",),
+    "memory and all weights from the first bank on": ("memory", "bank_blocks/*", "blocks/*", "final_norm/scale"),
+}
+CHAPTERS = r"\n(?=(?:CHAPTER|Chapter|ADVENTURE) [0-9IVXL]+)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One model of the study.
+
+    Attributes:
+      part: questions about facts, or the loss on books.
+      trained: a name in TRAINED.
+      seed: of data and initial weights.
+      legs: the configs it is trained with in turn, but for run directories and initial weights.
+    """
+
+    part: Part
+    trained: str
+    seed: int
+    legs: tuple[Config, ...]
+
+    @property
+    def name(self) -> str:
+        """Stem of its files' names."""
+        return f"{self.part}-{self.trained.replace(' ', '_')}-{self.seed}"
+
+
+def cells(part: Part, start: Path, texts: list[str], questions: list[str], seeds: int) -> list[Cell]:
+    """The cells of a part, in the order in which they are trained.
+
+    Args:
+      start: the pretrained model, a converted directory with its tokenizer.
+      texts: books: to train on; facts: whose sentences stand among the facts.
+      questions: bAbI files that are asked about, besides the generator's held-out stories.
+    """
+    base = replace(load_config("adopt_smollm2"), tokenizer={"path": str(start / "tokenizer.json")})
+    legs = _books(base, texts) if part == "books" else _facts(base, texts, questions)
+    names = ("memory and LoRA", "LoRA") if part == "books" else tuple(TRAINED)
+    return [
+        Cell(
+            part,
+            name,
+            seed,
+            tuple(replace(leg, optim={"train": TRAINED[name]}, train={"seed": seed}) for leg in legs),
+        )
+        for seed in range(seeds)
+        for name in names
+    ]
+
+
+def _books(base: Config, texts: list[str]) -> list[Config]:
+    """One leg on chapters of novels: windows of four segments of 256 tokens, attention over the last 256."""
+    return [
+        replace(
+            base,
+            data={"path": texts, "document_separator": CHAPTERS, "batch_size": 2},
+            optim={"warmup_steps": 10, "decay_fraction": 0.4},
+            train={"steps": 120, "log_every": 5},
+            eval={"every_steps": 0},
+            checkpoint={"every_steps": 20, "keep": 1},
+        )
+    ]
+
+
+def _facts(base: Config, texts: list[str], questions: list[str]) -> list[Config]:
+    """Two legs on question stories: short segments, each by itself, so that most answers need memory; then longer
+    ones among sentences of books, with attention over their edges.
+
+    The loss is that of the answers alone.
+    """
+    common = replace(
+        base,
+        data={"source": "stories", "path": None, "document_separator": None, "segments_per_window": 4, "batch_size": 8},
+        optim={"learning_rate": 1e-3, "schedule": "linear", "lm_loss_weight": 0.0},
+        eval={"every_steps": 0, "lengths": [4, 8, 16, 32, 64], "questions": 64, "path": questions or None},
+        checkpoint={"every_steps": 25, "keep": 1},
+    )
+    short = replace(common, model=_WINDOWLESS, data={"segment_length": 32}, train={"steps": 600}, eval={"lengths": [4]})
+    window = {"window": 64, "sinks": 4, "max_distance": 8191}
+    long = replace(
+        common,
+        model=window,
+        data={"segment_length": 64, "batch_size": 4, "background": texts},
+        optim={"learning_rate": 5e-4},
+        train={"steps": 400},
+    )
+    return [short, long]
