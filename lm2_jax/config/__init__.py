@@ -24,6 +24,7 @@ from lm2_jax.config.sections import (
     ModelConfig,
     OptimConfig,
     PerplexityConfig,
+    ProfileConfig,
     RopeScaling,
     StageConfig,
     StoriesConfig,

@@ -170,11 +170,16 @@ def _exit(reason: str, code: int) -> NoReturn:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[int], bool]]:
-    """Makes SIGINT and SIGTERM ask the loop to save and stop; a second one ends the process at once.
+    """Makes SIGINT, SIGTERM and a pre-emption notice ask the loop to save and stop; a second signal ends the process.
 
     Yields a function to call after every step with that step's number; it returns True when it is time to stop. Several
-    processes stop after the same step, whichever of them was asked.
+    processes stop after the same step, whichever of them was asked: jax tells the others, and takes SIGTERM for the
+    notice where the machine has no other. Raises UserError if jax's service for that is switched off.
     """
+    if distributed.global_state.client is not None and distributed.global_state.preemption_sync_manager is None:
+        raise UserError(
+            "JAX_ENABLE_PREEMPTION_SERVICE: found false; several processes stop together by it, so leave it true"
+        )
     requested = threading.Event()
 
     def request(number: int, _: Any) -> None:
@@ -190,7 +195,7 @@ def stop_signals() -> Iterator[Callable[[int], bool]]:
     )
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        yield (lambda _: requested.is_set()) if is_alone() else multihost_utils.reached_preemption_sync_point
+        yield lambda step: requested.is_set() or multihost_utils.reached_preemption_sync_point(step)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
