@@ -173,13 +173,12 @@ def stop_signals() -> Iterator[Callable[[int], bool]]:
     """Makes SIGINT, SIGTERM and a pre-emption notice ask the loop to save and stop; a second signal ends the process.
 
     Yields a function to call after every step with that step's number; it returns True when it is time to stop. Several
-    processes stop after the same step, whichever of them was asked: jax tells the others, and takes SIGTERM for the
-    notice where the machine has no other. Raises UserError if jax's service for that is switched off.
+    processes stop after the same step, whichever of them was asked, by jax's pre-emption service, which takes SIGTERM
+    for the notice. Raises UserError if they have no such service.
     """
-    if distributed.global_state.client is not None and distributed.global_state.preemption_sync_manager is None:
-        raise UserError(
-            "JAX_ENABLE_PREEMPTION_SERVICE: found false; several processes stop together by it, so leave it true"
-        )
+    has_service = distributed.global_state.preemption_sync_manager is not None
+    if not (has_service or is_alone()):
+        raise UserError("JAX_ENABLE_PREEMPTION_SERVICE: found false; leave it true: processes stop together by it")
     requested = threading.Event()
 
     def request(number: int, _: Any) -> None:
@@ -195,7 +194,7 @@ def stop_signals() -> Iterator[Callable[[int], bool]]:
     )
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        yield lambda step: requested.is_set() or multihost_utils.reached_preemption_sync_point(step)
+        yield lambda step: requested.is_set() or (has_service and multihost_utils.reached_preemption_sync_point(step))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
