@@ -26,7 +26,7 @@ def test_no_tracker_is_a_choice(tmp_path):
 
 def test_a_missing_package_is_said_before_anything_is_made(tmp_path, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: name != "wandb" and find(name, *rest))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else find(name, *rest))
     missing = r"train\.trackers: found wandb, whose package is missing; pip install wandb"
     with quick_training(), pytest.raises(UserError, match=missing):
         train(short_config(tmp_path / "run", "train.trackers=[tensorboard, wandb]"))
