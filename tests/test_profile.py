@@ -39,7 +39,7 @@ def test_traces_of_the_same_second_are_kept_apart(tmp_path):
     time.sleep(1 - time.time() % 1)
     for start in (1, 2):
         config = tiny_config(tmp_path, f"train.profile={{start: {start}, steps: 1}}")
-        with traced(lambda state, batch: (state + 1, batch), config, start - 1, timer, print) as step:
+        with traced(lambda state, batch: (state + 1, batch), config, tmp_path, start - 1, timer, print) as step:
             step(jnp.ones(2), jnp.ones(2))
     assert sorted(sessions(tmp_path)) == ["steps_1_to_1", "steps_2_to_2"]
 

@@ -11,7 +11,7 @@ from lm2_jax.common.files import write_atomically
 Record = dict[str, Any]
 
 
-def numbers(record: Record) -> dict[str, int | float]:
+def drawable(record: Record) -> dict[str, int | float]:
     """The values of a record that can be drawn, against its step and time."""
     return {k: v for k, v in record.items() if k not in ("step", "time") and isinstance(v, int | float)}
 

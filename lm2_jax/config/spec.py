@@ -8,10 +8,10 @@ from typing import Self
 
 from pydantic import model_validator
 
+from lm2_jax.config.evaluation import EvalConfig
 from lm2_jax.config.sections import (
     CheckpointConfig,
     DataConfig,
-    EvalConfig,
     MemoryConfig,
     MeshConfig,
     ModelConfig,

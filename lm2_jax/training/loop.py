@@ -63,7 +63,7 @@ def train(config: Config) -> dict[str, Any]:
         curriculum = cleanup.enter_context(contextlib.closing(Curriculum(config, pipeline)))
         timer = StepTimer(*time_so_far(run_dir), parameters, mesh)
         train_step = timer.timed(make_train_step(model, mesh, settings))
-        train_step = cleanup.enter_context(traced(train_step, config, progress.step, timer, reporter.log))
+        train_step = cleanup.enter_context(traced(train_step, config, run_dir, progress.step, timer, reporter.log))
         log = MetricsLog(reporter, timer, config)
         stopping = False
         with stop_signals() as stop_requested:

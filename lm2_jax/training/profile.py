@@ -10,14 +10,14 @@ from typing import Any
 import jax
 
 from lm2_jax.batch import Batch
-from lm2_jax.config import Config
+from lm2_jax.config import Config, ProfileConfig
 from lm2_jax.parallel.processes import is_first
 from lm2_jax.training.timing import StepTimer, TrainStep
 
 
 @contextlib.contextmanager
 def traced(
-    step: TrainStep, config: Config, done: int, timer: StepTimer, log: Callable[[str], None]
+    step: TrainStep, config: Config, run_dir: Path, done: int, timer: StepTimer, log: Callable[[str], None]
 ) -> Iterator[TrainStep]:
     """The step, which writes the trace that train.profile asks for into the run's tensorboard/; the first process does.
 
@@ -30,7 +30,7 @@ def traced(
         log(f"train.profile: steps {profile.start} to {profile.last} are done already; nothing is traced")
         yield step
     else:
-        trace = _TracedStep(step, config, done, timer, log)
+        trace = _TracedStep(step, profile, run_dir / "tensorboard", done, timer, log)
         try:
             yield trace
         finally:  # the run may have been stopped in the midst of them
@@ -39,11 +39,16 @@ def traced(
 
 class _TracedStep:
     def __init__(
-        self, step: TrainStep, config: Config, done: int, timer: StepTimer, log: Callable[[str], None]
+        self,
+        step: TrainStep,
+        profile: ProfileConfig,
+        directory: Path,
+        done: int,
+        timer: StepTimer,
+        log: Callable[[str], None],
     ) -> None:
-        self._step, self._number, self._timer, self._log = step, done, timer, log
-        self._first, self._last = max(config.train.profile.start, done + 1), config.train.profile.last
-        self._directory = Path(config.train.run_dir) / "tensorboard"
+        self._step, self._number, self._directory, self._timer, self._log = step, done, directory, timer, log
+        self._first, self._last = max(profile.start, done + 1), profile.last
         self._tracing = False
 
     def __call__(self, state: Any, batch: Batch) -> tuple[Any, Any]:

@@ -8,7 +8,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
-from lm2_jax.common.records import Record, numbers
+from lm2_jax.common.records import Record, drawable
 
 
 class Board(EventsWriter):
@@ -26,5 +26,5 @@ class Board(EventsWriter):
     def add(self, record: Record) -> None:
         """Adds the numbers of a record, at its step and time."""
         event = Event(step=record["step"], wall_time=record["time"])
-        event.summary.value.extend(scalar(key, value).value[0] for key, value in numbers(record).items())
+        event.summary.value.extend(scalar(key, value).value[0] for key, value in drawable(record).items())
         self.write_event(event)

@@ -1,4 +1,4 @@
-"""Where a run's time goes: into its steps, into waiting for data, and into all the rest."""
+"""A run's time: in its steps, in waiting for data, and in all the rest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go, beside metrics.jsonl: `train.trackers`."""
+"""The trackers of train.trackers, which take the numbers of a run beside metrics.jsonl."""
 
 from __future__ import annotations
 

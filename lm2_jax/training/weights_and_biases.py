@@ -10,7 +10,7 @@ from pathlib import Path
 import wandb
 
 from lm2_jax.common.files import write_atomically
-from lm2_jax.common.records import Record, numbers
+from lm2_jax.common.records import Record, drawable
 from lm2_jax.config import Config
 
 _LAST_WORDS = 60.0  # seconds that the end of a run waits for an upload; the rest stays in files
@@ -47,7 +47,7 @@ class WandbRun:
         with the numbers that it has.
         """
         if record["step"] >= self._run.step:
-            self._run.log(numbers(record), step=record["step"])
+            self._run.log(drawable(record), step=record["step"])
 
     def flush(self) -> None:
         """Does nothing: wandb's own process writes."""
