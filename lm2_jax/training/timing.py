@@ -61,7 +61,7 @@ class StepTimer:
 
     def timed(self, step: TrainStep) -> TrainStep:
         """The step, whose compilation, in the first call for each shape of windows, is a pause."""
-        shapes = set()
+        shapes: set[tuple[int, ...]] = set()
 
         def call(state: Any, batch: Batch) -> tuple[Any, Any]:
             known = batch.tokens_BST.shape in shapes
