@@ -27,6 +27,7 @@ from lm2_jax.config.sections import (
     MixtureConfig,
     ModelConfig,
     OptimConfig,
+    ProfileConfig,
     RopeScaling,
     StageConfig,
     StoriesConfig,

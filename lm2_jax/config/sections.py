@@ -1,4 +1,4 @@
-"""Every section of a config: its keys, their defaults and the checks within it."""
+"""The sections of a config, but those of evaluation.py: keys, their defaults and the checks within a section."""
 
 from __future__ import annotations
 
@@ -282,6 +282,19 @@ class StageConfig(Section):
 
 
 Remat = Literal["none", "block", "full", "offload"]
+Trackers = Annotated[tuple[Literal["tensorboard", "wandb"], ...], ONE_OR_MORE]
+
+
+class ProfileConfig(Section):
+    """A trace of some steps, which XProf shows in TensorBoard."""
+
+    start: PositiveInt = 10  # first step of the trace; the first ones compile
+    steps: PositiveInt = 3  # number of steps
+
+    @property
+    def last(self) -> int:
+        """Last step of the trace."""
+        return self.start + self.steps - 1
 
 
 class TrainConfig(Section):
@@ -297,6 +310,8 @@ class TrainConfig(Section):
     remat: Remat = "none"  # recompute blocks, or segments too (full); offload: full, with block inputs kept on the host
     unroll: PositiveInt = 1  # iterations a scan compiles as one: longer to compile, fewer buffer copies on CPU
     log_every: PositiveInt = 10  # steps between two lines of the log
+    trackers: Trackers = ("tensorboard",)  # where metrics go, beside metrics.jsonl
+    profile: ProfileConfig | None = None  # steps to trace for XProf; null: none
     max_skipped_steps: NonNegativeInt = 20  # consecutive non-finite steps after which the run stops; 0: never
     curriculum: tuple[StageConfig, ...] = ()  # stages; empty: the one that data describes
 

@@ -185,7 +185,7 @@ def _window_problems(config: Config) -> Iterator[str]:
 
 
 def _step_problems(config: Config) -> Iterator[str]:
-    """Problems of what is trained, microbatches and warm-up."""
+    """Problems of what is trained, of microbatches, of warm-up and of the steps to trace."""
     data, optim, train = config.data, config.optim, config.train
     if "lora" in optim.train and config.model.lora is None:
         yield "optim.train lora needs model.lora"
@@ -193,6 +193,8 @@ def _step_problems(config: Config) -> Iterator[str]:
         yield f"optim.accumulation_steps {optim.accumulation_steps} does not divide data.batch_size {data.batch_size}"
     if optim.warmup_steps > train.steps:
         yield f"optim.warmup_steps {optim.warmup_steps} is above train.steps {train.steps}"
+    if train.profile and train.profile.last > train.steps:
+        yield f"train.profile ends with step {train.profile.last}, after train.steps {train.steps}"
 
 
 def _source_problems(config: Config) -> Iterator[str]:
