@@ -80,7 +80,7 @@ def _books(base: Config, texts: list[str]) -> list[Config]:
             base,
             data={"path": texts, "document_separator": CHAPTERS, "batch_size": 2},
             optim={"warmup_steps": 10, "decay_fraction": 0.4},
-            train={"steps": 120, "log_every": 5},
+            train={"steps": 80, "log_every": 5},
             eval={"every_steps": 0},
             checkpoint={"every_steps": 20, "keep": 1},
         )
