@@ -63,7 +63,7 @@ def reachable(module):
 
 COMMANDS = {
     *("train", "evaluate", "generate", "aot", "bench", "convert_checkpoint", "prepare_data", "train_tokenizer"),
-    *("plot_run", "inspect_memory", "inspect_answers", "reproduce_babilong"),
+    *("plot_run", "inspect_memory", "inspect_answers", "reproduce_babilong", "reproduce_adopt"),
 }
 BASE = {"common", "config"}
 RUNNING = {"parallel", "model", "segments"}
@@ -88,7 +88,7 @@ MAY_IMPORT = {
     "inspection": BASE | RUNNING | {"batch", "tokenizer", "data", "loading", "decoding", "plots", "evals"},
     "compiled": BASE | RUNNING | {"batch", "tokenizer", "decoding", "training"},
     "measurements": BASE | RUNNING | {"batch", "tokenizer", "data", "loading", "decoding", "training"},
-    "study": BASE | {"tokenizer", "model"},
+    "study": BASE | {"tokenizer", "model", "convert"},
 }
 
 

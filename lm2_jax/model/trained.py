@@ -1,4 +1,4 @@
-"""Which parameters are trained: groups and patterns over names, and the tree under "params" in two.
+"""The parameters that are trained: by groups and patterns over their names, and the tree under "params" in two.
 
 Names are paths such as "bank_blocks/attention/query"; `optim.train` lists groups (`all`, `memory`, `lora`) and
 patterns in which * stands for any characters, such as "blocks/mlp/*".

@@ -61,8 +61,7 @@ def train(config: Config) -> dict[str, Any]:
 
         # --- The loop ------------------------------------------------------------------------------------------------
         curriculum = cleanup.enter_context(contextlib.closing(Curriculum(config, pipeline)))
-        flops_per_token = model_flops(parameters, 1, frozen=count_parameters(state.frozen))
-        timer = StepTimer(*time_so_far(run_dir), flops_per_token, mesh)
+        timer = StepTimer(*time_so_far(run_dir), _flops_per_token(state), mesh)
         train_step = timer.timed(make_train_step(model, mesh, settings))
         train_step = cleanup.enter_context(traced(train_step, config, run_dir, progress.step, timer, reporter.log))
         log = MetricsLog(reporter, timer, config)
@@ -153,6 +152,10 @@ def _finish(run_dir: Path, progress: Progress, parameters: int, table: list[Any]
 def _due(step: int, every: int) -> bool:
     """True every so many steps; 0: never."""
     return bool(every) and step % every == 0
+
+
+def _flops_per_token(state: TrainState) -> float:
+    return model_flops(count_parameters(state.all_params), 1, frozen=count_parameters(state.frozen))
 
 
 def _describe_sizes(state: TrainState) -> str:
