@@ -25,6 +25,7 @@ from lm2_jax.model import build_model
 from lm2_jax.model.decoder import STACKS, Decoder
 from lm2_jax.model.lora import is_addition
 from lm2_jax.model.trained import join_params, split_params, trained_names
+from lm2_jax.parallel.mesh import one_device_mesh
 
 
 class LoadedRun(NamedTuple):
@@ -61,11 +62,17 @@ def load_run(path: str | Path) -> LoadedRun:
         return LoadedRun(found.config, build_model(found.config), params)
     checkpoint = _checkpoint_of(path)
     config = load_config(path / "config.yaml" if checkpoint != path else path / "config" / "metadata")
-    path = checkpoint
     model = build_model(config)
-    on_one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with jax.set_mesh(one_device_mesh()):  # where a run's mesh is set, too
+        return LoadedRun(config, model, _read_params(checkpoint, config, model))
+
+
+def _read_params(path: Path, config: Config, model: Decoder) -> Any:
+    """The whole tree of parameters of a checkpoint, float32. Raises UserError if it cannot be read, or is damaged."""
+    on_one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_one), model.abstract_params())
     trained, frozen = split_params(abstract, trained_names(model, config.optim.train))
+    frozen = jax.tree.map(lambda x: x.update(dtype=config.train.frozen_dtype), frozen)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             params = checkpointer.restore(path / "params", trained)
@@ -74,11 +81,8 @@ def load_run(path: str | Path) -> LoadedRun:
             raise DamagedError("parameters fail their checksums")
     except Exception as error:  # whatever Orbax or TensorStore make of damaged files
         raise UserError(f"{path}: the checkpoint cannot be read ({first_line(error)}); take an older one") from error
-    dtype = config.train.frozen_dtype
-    frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=on_one), frozen)
     frozen = restore_frozen(path.parent.parent, frozen, progress.get("frozen", []))
-    frozen = jax.tree.map(lambda x: x.astype("float32"), frozen)
-    return LoadedRun(config, model, join_params(params, frozen))
+    return join_params(params, jax.tree.map(lambda x: x.astype("float32"), frozen))
 
 
 def read_progress(path: str | Path) -> dict[str, int]:

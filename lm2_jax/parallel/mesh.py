@@ -72,6 +72,11 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(arranged, tuple(sizes), axis_types=axis_types)
 
 
+def one_device_mesh() -> Mesh:
+    """The mesh of one device of this process."""
+    return jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3, devices=jax.local_devices()[:1])
+
+
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[None]:
     """Lets jitted functions see the mesh and the logical axis rules; without it constraints vanish silently."""
