@@ -151,9 +151,7 @@ class LM2WindowAttention(LM2Attention):
         attended_BHQK = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.seen_B1QU, scale=scale)
         return self.o_proj(attended_BHQK.transpose(1, 2).flatten(2)), keys, values, edge_keys, edge_values
 
-    def _append(
-        self, held: Tensor | None, new: Tensor, edge: Tensor | None, layout: Layout
-    ) -> tuple[Tensor, Tensor]:
+    def _append(self, held: Tensor | None, new: Tensor, edge: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
         """The segment's keys or values with new ones, [B,L,G,K], and those of its edge, [B,n+E,G,K]."""
         T, E, n = self.segment_length, self.carried, self.sinks
         if edge is None:
