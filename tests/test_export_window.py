@@ -4,6 +4,7 @@ import json
 
 import jax
 import numpy as np
+import optax
 import pytest
 from convert_helpers import V, convert, random_own, random_tokens, torch, torch_logits, with_keys
 from export_helpers import exported, greedy, random_ids, works
@@ -101,6 +102,28 @@ def test_there_and_back(pair, tmp_path):
     assert after.model.window
     for key in ("window", "sinks", "max_distance", "conv_width"):
         assert getattr(before.model, key) == getattr(after.model, key)
+
+
+def test_gradients_are_ours(tmp_path):
+    """Of the last segment's loss, which comes from before it over all edges and through the bank."""
+    settings = ("model.window=5", "model.sinks=2", "model.max_distance=9", "model.embedding_std=0.5")
+    ours = random_own(tmp_path / "ours", f"data.segment_length={T}", *settings, noise=0.15)
+    theirs = LM2ForCausalLM.from_pretrained(convert("lm2_jax", "huggingface", ours, tmp_path / "theirs"))
+    model, params = lm2_jax.load(ours)
+    tokens = random_tokens((2, 3 * T))
+    labels = torch.tensor(tokens).long()
+    labels[:, : 2 * T + 1] = -100
+    theirs(torch.tensor(tokens), labels=labels).loss.backward()
+
+    def objective(params):
+        logits, _ = run_segments(model, params, tokens.reshape(2, 3, T), model.init_memory(2, params))
+        return optax.softmax_cross_entropy_with_integer_labels(logits[:, -1, :-1], tokens[:, 2 * T + 1 :]).mean()
+
+    expected = jax.jit(jax.grad(objective))(params)["bank_blocks"]["attention"]
+    for layer in (0, 1):
+        for name in ("query", "key", "value"):
+            found = getattr(theirs.model.layers[layer].self_attn, f"{name[0]}_proj").weight.grad.T
+            np.testing.assert_allclose(found, expected[name][layer], atol=1e-5 + 1e-3 * found.abs().max())
 
 
 # --- Documents that JAX packs into segments --------------------------------------------------------------------------

@@ -350,13 +350,12 @@ class LM2Layer(GradientCheckpointingLayer):
 
     def forward(self, x_BQD: Tensor, layout: Layout, *state: Tensor | None) -> tuple[Tensor | None, ...]:
         """New entries x [B,Q,D] to the same shape, and the state, in the order of `Block`, that later ones need."""
-        *attention, tail = state[:5]
-        memory = state[5:]
+        keys, values, edge_keys, edge_values, tail, *memory = state
         if self.conv is not None:
             y_BQD, tail = self.conv(self.conv_norm(x_BQD), layout, tail)
             x_BQD = x_BQD + y_BQD
         normed_BQD = self.input_layernorm(x_BQD)
-        attended_BQD, *attention = self.self_attn(normed_BQD, layout, *attention)
+        attended_BQD, *attention = self.self_attn(normed_BQD, layout, keys, values, edge_keys, edge_values)
         x_BQD = x_BQD + attended_BQD
         if self.memory is not None:
             y_BQD, *memory = self.memory(normed_BQD, attended_BQD, layout, *memory)
