@@ -96,7 +96,13 @@ class LM2Attention(nn.Module):
 
 
 def window_layout(config: LM2Config, start: list[int], entry_BQ: Tensor, entries: int) -> dict[str, Any]:
-    """What a `Layout` has for a window: new ones at entry_BQ of the segment's L entries, after `start` tokens of it."""
+    """Returns the parts of a `Layout` that a window needs.
+
+    Args:
+      start: tokens of each row's text before the segment.
+      entry_BQ: the new entries' places in the segment.
+      entries: L.
+    """
     W, n, farthest, device = config.window, config.sinks, config.max_distance, entry_BQ.device
     start_B1 = torch.tensor(start, device=device)[:, None]
     sink_Bn = torch.arange(n, device=device) - start_B1

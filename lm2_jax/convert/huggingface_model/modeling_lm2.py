@@ -514,7 +514,7 @@ class LM2Model(LM2PreTrainedModel):
         return self._run_layers(x_BQD, layout, cache, every_layer)
 
     def _after_segment(self, block: Block) -> Block:
-        """What of a block's state the next segment starts from."""
+        """Returns a block's state without what the next segment does not start from."""
         if self.config.window is None:
             block = block._replace(keys=None, values=None)
         return block._replace(tail=None, bank_keys=None, bank_values=None)
