@@ -80,7 +80,8 @@ def ours(warm, params, tokens, schedule, **window):
 
 
 def theirs(model, tokens, **inputs):
-    """Logits of all documents, each read alone; inputs: of a document's length."""
+    """Logits in float64 of all documents, each read alone; inputs: of a document's length."""
+    model = model.eval().double()
     with torch.no_grad():
         logits = [
             model(torch.tensor(x)[None].long(), **{name: make(len(x)) for name, make in inputs.items()}).logits[0]
@@ -99,14 +100,13 @@ def assert_close(name, found, expected, tolerance=1e-3):
 def test_before_training_it_is_the_llama(warm, params, tokens, window, sinks):
     """A Mistral without sinks, a Llama under a dense mask with sinks; no distance is cut."""
     if sinks:
-        llama = transformers.LlamaForCausalLM.from_pretrained(LLAMA).eval()
+        llama = transformers.LlamaForCausalLM.from_pretrained(LLAMA)
         mask = {"attention_mask": lambda t: torch.tensor(visible(t, window, sinks))[None, None]}
         expected = theirs(llama, tokens, **mask)
     else:
         config = transformers.AutoConfig.from_pretrained(LLAMA).to_dict()
         config = transformers.MistralConfig(**{**config, "sliding_window": window})
-        mistral = transformers.MistralForCausalLM.from_pretrained(LLAMA, config=config, attn_implementation="eager")
-        expected = theirs(mistral.eval(), tokens)
+        expected = theirs(transformers.MistralForCausalLM.from_pretrained(LLAMA, config=config), tokens)
     for schedule in ("layer", "segment"):
         found = ours(warm, params, tokens, schedule, window=window, sinks=sinks)
         assert_close(f"window {window}, {sinks} sinks, {schedule}", found, expected)
@@ -129,7 +129,7 @@ def test_distances_are_cut(warm, params, tokens, window, sinks, max_distance):
         return (weights @ v_BHTK).transpose(1, 2), weights
 
     transformers.AttentionInterface.register("cut", attention)
-    llama = transformers.LlamaForCausalLM.from_pretrained(LLAMA, attn_implementation="cut").eval()
+    llama = transformers.LlamaForCausalLM.from_pretrained(LLAMA, attn_implementation="cut")
     expected = theirs(llama, tokens, position_ids=lambda t: torch.zeros(1, t, dtype=torch.long))  # not rotated before
     uncut = None
     for schedule in ("layer", "segment"):
@@ -164,5 +164,6 @@ def test_exported(warm, tokens, max_distance, tmp_path):
     assert_close(f"exported, cut at {model.spec.model.max_distance}", found, np.asarray(expected).reshape(found.shape))
     prompt = tokens[: 3 * T + 5].tolist()
     (expected,) = generate(model, params, [prompt], max_new_tokens=100)
-    found = exported.generate(torch.tensor([prompt]), max_new_tokens=100, do_sample=False, eos_token_id=-1)
+    exported.generation_config.eos_token_id = None
+    found = exported.generate(torch.tensor([prompt]), max_new_tokens=100, do_sample=False)
     assert found[0, len(prompt) :].tolist() == expected
