@@ -114,30 +114,35 @@ def test_before_training_it_is_the_llama(warm, params, tokens, window, sinks):
 
 @pytest.mark.parametrize(("window", "sinks", "max_distance"), CUT)
 def test_distances_are_cut(warm, params, tokens, window, sinks, max_distance):
-    """The Llama with attention of its own, which rotates every pair of tokens by their distance."""
+    """The Llama with attention of its own, which scores every pair of tokens at its distance and at the longest."""
 
     def attention(module, q_BHTK, k_BGTK, v_BGTK, attention_mask, scaling, **kwargs):
         t, K = q_BHTK.shape[2:]
-        distance_TT = (torch.arange(t)[:, None] - torch.arange(t)).clamp(0, max_distance)
-        angle_TTK = distance_TT[..., None] * module.config.rope_parameters["rope_theta"] ** (-torch.arange(0, K, 2) / K)
+        turns_K = module.config.rope_parameters["rope_theta"] ** (-torch.arange(0, K, 2).double() / K)
         k_BHTK, v_BHTK = (x.repeat_interleave(q_BHTK.shape[1] // x.shape[1], dim=1) for x in (k_BGTK, v_BGTK))
-        first, second = q_BHTK[:, :, :, None].chunk(2, dim=-1)
-        cos, sin = angle_TTK.cos(), angle_TTK.sin()
-        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-        scores = torch.einsum("bhtsk,bhsk->bhts", turned, k_BHTK) * scaling
+
+        def turned(x, position_T):
+            (first, second), angle_TK = x.chunk(2, dim=-1), position_T[:, None] * turns_K
+            cos, sin = angle_TK.cos(), angle_TK.sin()
+            return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+        position_T = torch.arange(t)
+        scores = turned(q_BHTK, position_T) @ turned(k_BHTK, position_T).transpose(2, 3)
+        longest = turned(q_BHTK, torch.full((t,), max_distance)) @ k_BHTK.transpose(2, 3)
+        scores = torch.where(position_T[:, None] - position_T > max_distance, longest, scores) * scaling
         weights = scores.masked_fill(~torch.tensor(visible(t, window, sinks)), -torch.inf).softmax(-1)
         return (weights @ v_BHTK).transpose(1, 2), weights
 
     transformers.AttentionInterface.register("cut", attention)
     llama = transformers.LlamaForCausalLM.from_pretrained(LLAMA, attn_implementation="cut")
     expected = theirs(llama, tokens, position_ids=lambda t: torch.zeros(1, t, dtype=torch.long))  # not rotated before
-    uncut = None
     for schedule in ("layer", "segment"):
-        rest = {"window": window, "sinks": sinks}
-        found = ours(warm, params, tokens, schedule, **rest, max_distance=max_distance)
+        rest = {"window": window, "sinks": sinks, "max_distance": max_distance}
+        found = ours(warm, params, tokens, schedule, **rest)
         assert_close(f"window {window}, {sinks} sinks, cut at {max_distance}, {schedule}", found, expected)
-        uncut = ours(warm, params, tokens, schedule, **rest) if uncut is None else uncut
-    assert np.abs(uncut - found).max() > 0.1
+    llama = transformers.LlamaForCausalLM.from_pretrained(LLAMA)
+    mask = {"attention_mask": lambda t: torch.tensor(visible(t, window, sinks))[None, None]}
+    assert np.abs(theirs(llama, tokens, **mask) - expected).max() > 0.1  # what is not cut
 
 
 @pytest.mark.parametrize("max_distance", [None, 100])
