@@ -25,6 +25,8 @@ KINDS = {
     "lm2, independent gates": {"memory_width": 24, "memory_gates": "independent", "memory_slots": 40},
     "rmt": {"memory_kind": "rmt", "conv_width": 4},
     "none": {"memory_kind": "none", "conv_width": 4},
+    "lm2, window": {"conv_width": 4, "memory_layers": 2, "window": T, "sinks": 2, "max_distance": 11},
+    "none, window": {"memory_kind": "none", "window": 5, "sinks": 3},
 }
 OFFICIAL = {"memory_kind": "official", "segment_length": 32, "memory_slots": 32}
 

@@ -57,8 +57,9 @@ def test_usual_positions_change_nothing(kind):
     assert torch.equal(greedy(model, ids, mask)[1, 30:], alone[0, 21:])
 
 
-def test_gradients_of_packed_documents():
-    model = exported("lm2").train()
+@pytest.mark.parametrize("kind", ["lm2", "lm2, window"])
+def test_gradients_of_packed_documents(kind):
+    model = exported(kind).train()
     documents = [random_ids(1, n, seed=n) for n in (20, 11, 1)]
     labels = torch.cat([torch.cat([torch.tensor([[-100]]), ids[:, 1:]], dim=1) for ids in documents], dim=1)
     positions = torch.cat([torch.arange(ids.shape[1])[None] for ids in documents], dim=1)

@@ -49,6 +49,24 @@ def test_other_memories(tmp_path, kind, said):
     assert said in read(exported(ours, tmp_path / "theirs"))[1]
 
 
+SINKS = "attention: a document's last 8 tokens and its first 2"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "title", "said"),
+    [
+        (("memory.kind=none",), "# Mistral", "attention: a document's last 8 tokens\n"),
+        (("memory.kind=none", "model.sinks=2"), "# LM2", f"{SINKS}\n"),
+        (("model.sinks=2", "model.max_distance=1000"), "# LM2", f"{SINKS}, these no farther than 1,000 positions\n"),
+    ],
+)
+def test_a_window(tmp_path, overrides, title, said):
+    ours = random_own(tmp_path / "ours", "model.window=8", *overrides)
+    _, text = read(exported(ours, tmp_path / "theirs"))
+    assert f"{title}\n" in text and said in text
+    assert ("linked by a memory" in text) == ("memory: lm2" in text)
+
+
 def test_a_run_says_what_it_was_trained_on(tmp_path):
     _, text = read(exported(EARLIER, tmp_path / "theirs"))
     assert "trained for 4 steps on 256 tokens" in text

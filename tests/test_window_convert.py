@@ -1,4 +1,4 @@
-"""A window in other libraries: a Mistral has one, a Llama one by its mask; what has no form there is refused."""
+"""A window in other libraries: a Mistral has one, a Llama one by its mask; official models have none."""
 
 import json
 
@@ -91,25 +91,8 @@ def test_a_run_with_a_window_starts_from_any_weights(tmp_path):
     assert weights.keys() == {"blocks", "embedding", "final_norm"}
 
 
-@pytest.mark.parametrize(
-    ("target", "overrides", "said"),
-    [
-        (
-            "huggingface",
-            ("memory.kind=none", "model.sinks=2"),
-            "model.window 8 with model.sinks 2 and memory.kind n",
-        ),
-        ("huggingface", ("memory.kind=lm2",), "model.window 8 with model.sinks 0 and memory.kind lm2"),
-        (
-            "huggingface",
-            ("memory.kind=none", "model.conv_width=4"),
-            "only a window without sinks, memory or conv",
-        ),
-        ("official", ("memory.kind=none",), "model.window 8: attention of the official code sees one segment alone"),
-    ],
-)
-def test_a_window_is_never_lost(target, overrides, said, tmp_path):
-    random_own(tmp_path / "ours", "model.window=8", *overrides)
-    with pytest.raises(UserError, match=f"--to {target}: .*{said}"):
-        convert("lm2_jax", target, tmp_path / "ours", tmp_path / "theirs")
+def test_the_official_code_has_no_window(tmp_path):
+    random_own(tmp_path / "ours", "model.window=8", "memory.kind=none")
+    with pytest.raises(UserError, match=r"--to official: model\.window 8: .* sees one segment alone"):
+        convert("lm2_jax", "official", tmp_path / "ours", tmp_path / "theirs")
     assert not (tmp_path / "theirs").exists()

@@ -31,7 +31,7 @@ from lm2_jax.convert.engine import (
     read_as_ours,
     table_key,
 )
-from lm2_jax.convert.llama_config import from_llama, number, rope_parameters, to_llama
+from lm2_jax.convert.llama_config import LLAMAS, from_llama, number, rope_parameters, to_llama
 from lm2_jax.convert.model_card import write_card
 from lm2_jax.convert.rotary import without_rope_tables
 from lm2_jax.convert.tables import (
@@ -49,12 +49,12 @@ from lm2_jax.model import build_model
 from lm2_jax.tokenizer import Origin
 
 _CODE = Path(__file__).parent / "huggingface_model"
-_LLAMAS = ("llama", "mistral")  # values of model_type
 _OURS = "lm2"  # the model_type of configuration_lm2.py, for every kind of memory
 _TRANSFORMERS = "5.4.0"  # the version whose form our files have
 _LONGEST_SEGMENT = 2048  # of a Llama, unless --set data.segment_length says otherwise
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _LONGEST = ("max_position_embeddings",)
+_WINDOW_KEYS = ("window", "sinks", "max_distance")  # of modeling_lm2.py, as of our model section
 # Settings of modeling_lm2.py that are keys of our memory section
 _MEMORY_KEYS = {
     "memory_kind": "kind",
@@ -94,7 +94,7 @@ def read(path: Path, overrides: Sequence[str], track: Track) -> Checkpoint:
     Raises UserError with all that is missing, unknown, mis-shaped or not finite.
     """
     theirs = read_json(path / "config.json")
-    if theirs.get("model_type") in _LLAMAS:
+    if theirs.get("model_type") in LLAMAS:
         found = ForeignLlama(path, path / "config.json", theirs, open_tensors(path, "model"), llama, path)
         return read_llama(found, overrides, track)
     if theirs.get("model_type") == _OURS:
@@ -104,20 +104,17 @@ def read(path: Path, overrides: Sequence[str], track: Track) -> Checkpoint:
 
 
 def write(checkpoint: Checkpoint, directory: Path, dtype: str, track: Track) -> None:
-    """Writes a Llama or a Mistral where the model is one, otherwise a directory with our modelling code.
-
-    Raises UserError for a window that neither can have.
-    """
+    """Writes a Llama or a Mistral where the model is one, otherwise a directory with our modelling code."""
     config = checkpoint.config
     ids = carried(checkpoint, _SPECIAL_IDS) | special_ids(config, checkpoint.origin)
     settings = to_llama(config) | {"dtype": dtype, **ids}
     settings["rope_parameters"] = rope_parameters(settings)
     table = llama(config.model.tie_embeddings)
-    is_llama = all(table_key(path) in table.rules for path in checkpoint.params)
-    settings |= _window(config, is_llama)
-    if is_llama:
-        name = "llama" if config.model.window is None else "mistral"
+    window, has_sinks = config.model.window, config.model.sinks > 0
+    if not has_sinks and all(table_key(path) in table.rules for path in checkpoint.params):
+        name = "llama" if window is None else "mistral"
         settings |= {"model_type": name, "architectures": [f"{name.capitalize()}ForCausalLM"]}
+        settings |= {} if window is None else {"sliding_window": window}
         settings |= {"max_position_embeddings": config.trained_segment_length, **carried(checkpoint, _LONGEST)}
     else:
         settings |= _lm2_settings(checkpoint)
@@ -133,7 +130,7 @@ def write(checkpoint: Checkpoint, directory: Path, dtype: str, track: Track) -> 
     (directory / "config.json").write_text(text + "\n", encoding="utf-8")
     write_generation(ids, checkpoint.origin, directory)
     write_tokenizer(config, checkpoint.origin, directory)
-    write_card(checkpoint, directory, with_code=settings["model_type"] == _OURS)
+    write_card(checkpoint, directory, settings["model_type"])
 
 
 # --- Llama ---------------------------------------------------------------------------------------------------------
@@ -191,6 +188,7 @@ def _read_lm2(path: Path, theirs: Mapping[str, Any], overrides: Sequence[str], t
     problems: list[str] = []
     values = from_llama(theirs, problems)
     values["model"]["conv_width"] = theirs.get("conv_width", 0)
+    values["model"] |= {key: theirs[key] for key in _WINDOW_KEYS if theirs.get(key) is not None}
     values["data"]["segment_length"] = number(theirs, "segment_length", problems)
     values["memory"] = {ours: theirs[key] for key, ours in _MEMORY_KEYS.items() if theirs.get(key) is not None}
     config = _config(path, path / "config.json", values, overrides, problems)
@@ -212,19 +210,6 @@ def _read_lm2(path: Path, theirs: Mapping[str, Any], overrides: Sequence[str], t
     return Checkpoint(config, params, memory, Origin(path))
 
 
-def _window(config: Config, is_llama: bool) -> dict[str, Any]:
-    """The setting of a Mistral's window; nothing without one. Raises UserError for a window that it cannot have."""
-    c = config.model
-    if c.window is None:
-        return {}
-    if c.sinks or not is_llama:
-        raise UserError(
-            f"--to huggingface: model.window {c.window} with model.sinks {c.sinks} and memory.kind "
-            f"{config.memory.kind}: only a window without sinks, memory or convolution can be exported, as a Mistral"
-        )
-    return {"sliding_window": c.window}
-
-
 def _lm2_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     config, rows = checkpoint.config, 1 if checkpoint.memory is None else len(checkpoint.memory)
     layers = config.spec.num_memory_layers or None
@@ -238,6 +223,7 @@ def _lm2_settings(checkpoint: Checkpoint) -> dict[str, Any]:
             "AutoModelForCausalLM": "modeling_lm2.LM2ForCausalLM",
         },
         "conv_width": config.model.conv_width,
+        **{key: getattr(config.model, key) for key in _WINDOW_KEYS},
         "segment_length": config.trained_segment_length,
         "memory_rows": rows,
         **{key: getattr(memory, ours) for key, ours in _MEMORY_KEYS.items()},

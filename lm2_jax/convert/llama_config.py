@@ -7,6 +7,7 @@ from typing import Any
 from lm2_jax.common.untrusted import short_repr
 from lm2_jax.config import LARGEST, Config
 
+LLAMAS = ("llama", "mistral")  # values of model_type; a Mistral is a Llama with a window
 _SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _MUST_BE = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 _MOST = {"num_hidden_layers": 4096}  # bounds what a hostile config can make us do

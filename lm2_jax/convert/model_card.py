@@ -11,6 +11,7 @@ import yaml
 
 from lm2_jax.common.untrusted import resolve_inside
 from lm2_jax.convert.engine import Checkpoint
+from lm2_jax.convert.llama_config import LLAMAS
 from lm2_jax.tokenizer import CARD, Origin
 
 _LONGEST_HEAD = 1 << 16  # bytes of another card that are read for its front matter
@@ -18,10 +19,10 @@ _LICENCE_KEYS = ("license", "license_name", "license_link")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
-def write_card(checkpoint: Checkpoint, directory: Path, with_code: bool) -> None:
+def write_card(checkpoint: Checkpoint, directory: Path, model_type: str) -> None:
     """Writes README.md. A licence is stated only where the card of the weights it came from states one.
 
-    with_code: the directory holds our modelling code; otherwise a plain Llama.
+    model_type: of the directory's config.json; llama and mistral need no code of ours.
     """
     origin = checkpoint.origin
     theirs = {} if origin is None else _front_matter(origin)
@@ -30,26 +31,27 @@ def write_card(checkpoint: Checkpoint, directory: Path, with_code: bool) -> None
     front = {"library_name": "transformers", **licence, "pipeline_tag": "text-generation", "tags": ["lm2"]}
     if base is not None:
         front["base_model"] = base
-    lines = ["---", yaml.safe_dump(front, sort_keys=False).rstrip(), "---", "", *_body(checkpoint, with_code)]
+    lines = ["---", yaml.safe_dump(front, sort_keys=False).rstrip(), "---", "", *_body(checkpoint, model_type)]
     lines += ["", "## Licence", "", _licence(licence, base), ""]
     (directory / CARD).write_text("\n".join(lines), encoding="utf-8")
 
 
-def _body(checkpoint: Checkpoint, with_code: bool) -> list[str]:
-    config, memory = checkpoint.config, checkpoint.config.memory
+def _body(checkpoint: Checkpoint, model_type: str) -> list[str]:
+    config, memory, with_code = checkpoint.config, checkpoint.config.memory, model_type not in LLAMAS
     count = sum(tensor.size for tensor in checkpoint.params.values())
-    slots = f", {memory.num_slots:,} slots" if any("memory" in path for path in checkpoint.params) else ""
+    has_memory = any("memory" in path for path in checkpoint.params)
+    slots = f", {memory.num_slots:,} slots" if has_memory else ""
     facts = [f"{count:,} parameters", f"segments of {config.trained_segment_length:,} tokens"]
-    facts += [f"memory: {memory.kind}{slots}"]
+    facts += [f"memory: {memory.kind}{slots}", *_window(checkpoint)]
     if checkpoint.trained is not None:
         facts.append("trained for {step:,} steps on {tokens:,} tokens".format(**checkpoint.trained))
     if with_code:
-        what = "A Llama that reads text in segments, linked by a memory"
+        what = f"A Llama that reads text in segments{', linked by a memory' if has_memory else ''}"
         needs = "transformers>=5.4`, and `trust_remote_code=True` for the modelling code in this directory"
     else:
-        what, needs = "A plain Llama", "transformers>=4.43`"
+        what, needs = f"A plain {model_type.capitalize()}", "transformers>=4.43`"
     return [
-        "# LM2" if with_code else "# Llama",
+        "# LM2" if with_code else f"# {model_type.capitalize()}",
         "",
         f"{what}, exported from lm2_jax.",
         "",
@@ -64,6 +66,18 @@ def _body(checkpoint: Checkpoint, with_code: bool) -> list[str]:
         f"model = AutoModelForCausalLM.from_pretrained(path{', trust_remote_code=True' if with_code else ''})",
         "```",
     ]
+
+
+def _window(checkpoint: Checkpoint) -> list[str]:
+    """The fact of what attention sees beyond its segment; none without a window."""
+    c = checkpoint.config.model
+    if c.window is None:
+        return []
+    sees = f"attention: a document's last {c.window:,} tokens"
+    if not c.sinks:
+        return [sees]
+    cut = "" if c.max_distance is None else f", these no farther than {c.max_distance:,} positions"
+    return [f"{sees} and its first {c.sinks:,}{cut}"]
 
 
 def _licence(licence: Mapping[str, str], base: str | None) -> str:

@@ -41,7 +41,10 @@ class LM2Config(PreTrainedConfig):
     rms_norm_eps: float = 1e-5
     rope_parameters: dict[str, Any] | None = None  # {"rope_type": "default" | "llama3", "rope_theta": ..., ...}
     conv_width: int = 0  # kernel of the residual causal convolution: 0 (none), 4 or 8
-    segment_length: int = 32  # T: attention sees one segment, in which positions start at 0
+    segment_length: int = 32  # T: attention sees one segment, in which positions start at 0, unless it has a window:
+    window: int | None = None  # a token attends to the last W of its text, over segment edges
+    sinks: int = 0  # and to the text's first n
+    max_distance: int | None = None  # RoPE's largest; sinks that are farther stand there; None: never cut
     max_position_embeddings: int = 1 << 15  # for tools that cut or allocate; memory carries text of any length
 
     # The memory
@@ -83,6 +86,15 @@ class LM2Config(PreTrainedConfig):
             ("memory_gates", self.memory_gates in GATES, f"one of {GATES}"),
             ("memory_dropout", 0 <= self.memory_dropout < 1, "at least 0 and below 1"),
         ]
+        if self.window is None:
+            checks += [("sinks", self.sinks == 0, "0 without a window")]
+            checks += [("max_distance", self.max_distance is None, "None without a window")]
+        else:
+            checks += [("memory_kind", kind in ("lm2", "none"), "lm2 or none with a window")]
+            checks += [("window", 2 <= self.window <= self.segment_length, "2 to segment_length")]
+            checks += [("sinks", 0 <= self.sinks < self.window, "at least 0 and below the window")]
+            reaches = self.max_distance is None or self.max_distance >= self.window - 1
+            checks += [("max_distance", reaches, "at least window - 1")]
         if kind == "lm2":
             checks += [("memory_layers", 1 <= self.memory_layers <= self.num_hidden_layers, "1 to num_hidden_layers")]
         if kind in ("lm2", "official"):

@@ -1,16 +1,16 @@
 """LM2 and its relatives in PyTorch, as lm2_jax trains them, for transformers >= 5.4.
 
-Text is cut into segments of T tokens; attention sees one segment, and memory is the only link between them. A block is
-a function of new entries and its state, `x, *state = layer(x, layout, *state)`, and the model a loop over segments.
+Text is cut into segments of T tokens; attention sees one segment, and memory is the only link between them, unless a
+window of attention reaches over their edges. A block is a function of new entries and its state,
+`x, *state = layer(x, layout, *state)`, and the model a loop over segments.
 
 Axes: B rows, C columns of the input, Q new entries of a row, L entries of its unfinished segment, D hidden size,
 H heads, G kv heads, K head width, N memory slots, M slot width, V vocabulary, W convolution width, R some of the rows,
-P columns in the order in which they are read. rows_lm2.py says where tokens stand.
+P columns in the order in which they are read. rows_lm2.py says where tokens stand; attention_lm2.py is self-attention.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from .attention_lm2 import LM2Attention, LM2WindowAttention, linear, rotation, window_layout
 from .configuration_lm2 import LM2Config
 from .rows_lm2 import (
     ALL,
@@ -41,11 +42,6 @@ from .rows_lm2 import (
 # ---------- The parts of a Llama block -------------------------------------------------------------------------------
 
 
-def linear(inputs: int, outputs: int) -> nn.Linear:
-    """A matrix without bias."""
-    return nn.Linear(inputs, outputs, bias=False)
-
-
 class LM2RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · weight over the last axis, computed in float32, returned in x's dtype."""
 
@@ -58,44 +54,6 @@ class LM2RMSNorm(nn.Module):
         """x [..., D] to the same shape."""
         x32 = x.float()
         return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
-
-
-def rope_frequencies(config: LM2Config, device: torch.device) -> Tensor:
-    """Radians per position, float32 [K/2]: theta^(-2i/K), with Llama-3's scaling of low frequencies if configured."""
-    rope = config.rope_parameters
-    pairs_K = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
-    frequencies_K = rope["rope_theta"] ** (-pairs_K / config.head_dim)
-    if rope["rope_type"] == "default":
-        return frequencies_K
-    turns_K = rope["original_max_position_embeddings"] * frequencies_K / (2 * math.pi)
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    keep_K = ((turns_K - low) / (high - low)).clamp(0, 1)
-    return frequencies_K * (keep_K + (1 - keep_K) / rope["factor"])
-
-
-class LM2Attention(nn.Module):
-    """Grouped-query causal self-attention within the segment, with RoPE; no biases. Always SDPA."""
-
-    def __init__(self, config: LM2Config) -> None:
-        super().__init__()
-        D, self.head_dim = config.hidden_size, config.head_dim
-        self.q_proj = linear(D, config.num_attention_heads * self.head_dim)
-        self.k_proj = linear(D, config.num_key_value_heads * self.head_dim)
-        self.v_proj = linear(D, config.num_key_value_heads * self.head_dim)
-        self.o_proj = linear(config.num_attention_heads * self.head_dim, D)
-
-    def forward(
-        self, x_BQD: Tensor, layout: Layout, keys: Tensor | None, values: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B,Q,D], already normalised, to the same shape; and the segment's keys and values with those of x."""
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q_BQHK, k_BQGK, v_BQGK = (project(x_BQD).unflatten(-1, (-1, self.head_dim)) for project in projections)
-        keys, values = layout.append(keys, layout.rotate(k_BQGK)), layout.append(values, v_BQGK)
-        q, k, v = (x.transpose(1, 2) for x in (layout.rotate(q_BQHK), keys, values))
-        attended_BHQK = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=layout.seen_B1QL, is_causal=layout.is_causal, enable_gqa=True
-        )
-        return self.o_proj(attended_BHQK.transpose(1, 2).flatten(2)), keys, values
 
 
 class LM2MLP(nn.Module):
@@ -381,7 +339,7 @@ class LM2Layer(GradientCheckpointingLayer):
         self.conv_norm = LM2RMSNorm(D, eps) if config.conv_width else None
         self.conv = LM2Conv(config) if config.conv_width else None
         self.input_layernorm = LM2RMSNorm(D, eps)
-        self.self_attn = LM2Attention(config)
+        self.self_attn = (LM2Attention if config.window is None else LM2WindowAttention)(config)
         self.memory = None
         if config.memory_kind == "lm2" and index < config.memory_layers:
             self.memory = BankMemory(config)
@@ -392,18 +350,18 @@ class LM2Layer(GradientCheckpointingLayer):
 
     def forward(self, x_BQD: Tensor, layout: Layout, *state: Tensor | None) -> tuple[Tensor | None, ...]:
         """New entries x [B,Q,D] to the same shape, and the state, in the order of `Block`, that later ones need."""
-        keys, values, tail, *memory = state
+        keys, values, edge_keys, edge_values, tail, *memory = state
         if self.conv is not None:
             y_BQD, tail = self.conv(self.conv_norm(x_BQD), layout, tail)
             x_BQD = x_BQD + y_BQD
         normed_BQD = self.input_layernorm(x_BQD)
-        attended_BQD, keys, values = self.self_attn(normed_BQD, layout, keys, values)
+        attended_BQD, *attention = self.self_attn(normed_BQD, layout, keys, values, edge_keys, edge_values)
         x_BQD = x_BQD + attended_BQD
         if self.memory is not None:
             y_BQD, *memory = self.memory(normed_BQD, attended_BQD, layout, *memory)
             x_BQD = x_BQD + y_BQD
         x_BQD = x_BQD + self.mlp(self.post_attention_layernorm(x_BQD))
-        return x_BQD, keys, values, tail, *memory
+        return x_BQD, *attention, tail, *memory
 
 
 class LM2PreTrainedModel(PreTrainedModel):
@@ -473,7 +431,7 @@ class LM2Model(LM2PreTrainedModel):
                 "columns: its gates see all tokens of a segment, and its bank has one row for each"
             )
         self._start_texts(cache, texts, x_BCD)
-        runs, held = cut_at_segment_ends(cache.held, texts.total, c.segment_length)
+        runs, read = cut_at_segment_ends(cache.read, texts.total, c.segment_length)
         order_RP, back_BC = texts.order(runs)
         x_RPD = x_BCD
         if order_RP is not None:
@@ -490,8 +448,8 @@ class LM2Model(LM2PreTrainedModel):
         if every_layer:
             hidden[0] = x_BCD  # through which gradients flow
 
-        cache.held = held
-        if len(held) > 1:
+        cache.read = read
+        if len(read) > 1:
             cache.fall_in_step()
         if texts.row_R is not None:
             cache.batch_select_indices(texts.last_B)
@@ -504,15 +462,16 @@ class LM2Model(LM2PreTrainedModel):
         fresh = rows_where(texts.fresh, x_BCD.device) if cache else ALL
         if not cache:
             cache.blocks, cache.rows = [Block()] * len(self.layers), texts.rows
+            cache.segment_length = self.config.segment_length
         elif texts.row_R is not None:
             cache.batch_select_indices(texts.row_R)
         if fresh is None:
             return
         if isinstance(fresh, slice):
-            cache.held = [0]
+            cache.read = [0]
         else:
-            held = cache.held * (texts.rows // len(cache.held))
-            cache.held = [0 if is_fresh else h for is_fresh, h in zip(texts.fresh, held, strict=True)]
+            read = cache.read * (texts.rows // len(cache.read))
+            cache.read = [0 if is_fresh else n for is_fresh, n in zip(texts.fresh, read, strict=True)]
         if self.start_memory is None:
             return
         start_RNM = self.start_memory(texts.rows)[fresh]
@@ -532,25 +491,33 @@ class LM2Model(LM2PreTrainedModel):
           hidden states after the final norm [B,Q,D]; with every_layer before them those that enter each block.
         """
         T, m, device = self.config.segment_length, self.num_memory_tokens, x_BQD.device
-        is_full = [h == T and n > 0 for h, n in zip(*run, strict=True)]
+        is_full = [h == T and n > 0 for h, n in zip(run.held, run.take, strict=True)]
         is_new = [full or h == 0 for h, full in zip(run.held, is_full, strict=True)]
         writes, opens = rows_where(is_full, device), rows_where(is_new, device)
         entries = [h + m for h in run.held]
 
         if m and writes is not None:  # rmt's next memory is what the last block makes of its back memory tokens
-            layout = self._layout(cache.memory, cache, entries, [m * full for full in is_full], linked=False)
+            after = run._replace(held=entries, take=[m * full for full in is_full])
+            layout = self._layout(cache.memory, cache, after, linked=False)
             (after_BmD,) = self._run_layers(cache.memory, layout, cache)
             cache.memory = replace_rows(cache.memory, writes, after_BmD[writes])
-        if isinstance(opens, slice):  # nothing else of a block outlives its segment
-            cache.blocks = [Block(inputs=block.inputs, bank=block.bank) for block in cache.blocks]
+        if isinstance(opens, slice):
+            cache.blocks = [self._after_segment(block) for block in cache.blocks]
         entries = [0 if new else n for n, new in zip(entries, is_new, strict=True)]
         if m and opens is not None:  # front memory tokens
-            layout = self._layout(cache.memory, cache, entries, [m * new for new in is_new], opens, linked=False)
+            before = run._replace(held=entries, take=[m * new for new in is_new])
+            layout = self._layout(cache.memory, cache, before, opens, linked=False)
             self._run_layers(cache.memory, layout, cache)
             entries, opens = [m if new else n for n, new in zip(entries, is_new, strict=True)], None
 
-        layout = self._layout(x_BQD, cache, entries, run.take, opens, writes)
+        layout = self._layout(x_BQD, cache, run._replace(held=entries), opens, writes)
         return self._run_layers(x_BQD, layout, cache, every_layer)
+
+    def _after_segment(self, block: Block) -> Block:
+        """Returns a block's state without what the next segment does not start from."""
+        if self.config.window is None:
+            block = block._replace(keys=None, values=None)
+        return block._replace(tail=None, bank_keys=None, bank_values=None)
 
     def _run_layers(self, x_BQD: Tensor, layout: Layout, cache: LM2Cache, every_layer: bool = False) -> list[Tensor]:
         """Runs all blocks over new entries, which change their states. Returns hidden states as `_read_run`."""
@@ -572,40 +539,37 @@ class LM2Model(LM2PreTrainedModel):
         self,
         x_BQD: Tensor,
         cache: LM2Cache,
-        entries: list[int],
-        take: list[int],
+        run: Run,
         opens: Rows | None = None,
         writes: Rows | None = None,
         linked: bool = True,
     ) -> Layout:
-        """Layout of new entries x, of which the first take[b] are row b's, after `entries` of its segment.
+        """Layout of new entries x, of which the first run.take[b] are row b's, after run.held[b] of its segment.
 
         linked: tokens of the text; else rmt's memory tokens, at position 0, where RoPE does not rotate them.
         """
-        Q, device = x_BQD.shape[1], x_BQD.device
-        if len(entries) == 1:  # in step
-            options = {}
-            entry_BQ = torch.arange(entries[0], entries[0] + Q, device=device)[None]
-            if Q > 1 and entries[0]:
-                seen_QL = torch.ones(Q, entries[0] + Q, dtype=torch.bool, device=device).tril(entries[0])
-                options["seen_B1QL"] = seen_QL[None, None]
-            elif Q > 1:
-                options["is_causal"] = True
+        c, Q, device, options = self.config, x_BQD.shape[1], x_BQD.device, {}
+        L = max(map(sum, zip(run.held, run.take, strict=True)))
+        entry_L = torch.arange(L, device=device)
+        in_step = len(run.held) == 1
+        if in_step:
+            entry_BQ = entry_L[None, run.held[0] :]
         else:
-            held_B, take_B = torch.tensor([entries, take], device=device)
+            held_B, take_B = torch.tensor([run.held, run.take], device=device)
             keys = cache.blocks[0].keys
-            old = 0 if keys is None else keys.shape[1]
-            entry_BQ = held_B[:, None] + torch.arange(Q, device=device)
-            entry_L = torch.arange(max(map(sum, zip(entries, take, strict=True))), device=device)
+            old = 0 if keys is None or isinstance(opens, slice) else keys.shape[1]
+            entry_BQ = (held_B[:, None] + torch.arange(Q, device=device)).clamp(max=L - 1)  # padding, too, sees one
             new_BL = (old + entry_L - held_B[:, None]).clamp(max=old + Q - 1)
-            options = {
-                "take_B": take_B,
-                "source_BL": torch.where(entry_L < held_B[:, None], entry_L, new_BL),
-                "seen_B1QL": (entry_L <= entry_BQ[..., None])[:, None],
-            }
-        position_BQ = (entry_BQ - self.num_memory_tokens) * linked
-        angle_BQ1K = position_BQ[..., None, None] * rope_frequencies(self.config, device)
-        return Layout(opens, writes, linked, angle_BQ1K.cos(), angle_BQ1K.sin(), **options)
+            options["take_B"], options["source_BL"] = take_B, torch.where(entry_L < held_B[:, None], entry_L, new_BL)
+
+        if c.window is not None:
+            options |= window_layout(c, run.start, entry_BQ, L)
+        elif not in_step or 1 < Q < L:
+            options["seen_B1QU"] = (entry_L <= entry_BQ[..., None])[:, None]
+        else:
+            options["is_causal"] = Q > 1
+        turned = rotation(c, (entry_BQ - self.num_memory_tokens) * linked)
+        return Layout(opens, writes, linked, turned, **options)
 
 
 class LM2ForCausalLM(LM2PreTrainedModel, GenerationMixin):

@@ -25,7 +25,8 @@ class Block(NamedTuple):
     """State of one block between calls. None stands for nothing yet, and for what a block does not have.
 
     Attributes:
-      keys, values: of the unfinished segment's entries [B,L,G,K].
+      keys, values: of the unfinished segment's entries [B,L,G,K]; rotated, but with a window as they are.
+      edge_keys, edge_values: with a window, those of sinks and of tokens before the segment (attention_lm2.py).
       tail: what the convolution looks back on [B,W-1,D].
       inputs: the entries' normalised inputs [B,L,D], from which the bank will be written.
       bank: as the segments before left it, float32 [B,N,M].
@@ -34,6 +35,8 @@ class Block(NamedTuple):
 
     keys: Tensor | None = None
     values: Tensor | None = None
+    edge_keys: Tensor | None = None
+    edge_values: Tensor | None = None
     tail: Tensor | None = None
     inputs: Tensor | None = None
     bank: Tensor | None = None
@@ -47,9 +50,8 @@ class LM2Cache(Cache):
     Attributes:
       seen: columns of input so far, padding included.
       rows: B, or -1 before the first call.
-      held: tokens of the unfinished segment, 0 to T: one number while the rows are in step, else one for each row,
-        and row b has filled its first held[b] entries. 0 only before a text's first token: memory is written, and the
-        next segment begun, when the token after a full segment arrives.
+      read: tokens of the text so far: one number while the rows are in step, else one for each row.
+      segment_length: T of the model that fills it.
       memory: rmt's memory tokens [B,N,D], else None.
       blocks: state of each block.
     """
@@ -65,7 +67,8 @@ class LM2Cache(Cache):
         """Forgets everything."""
         self.seen: int = 0
         self.rows: int = -1
-        self.held: list[int] = [0]
+        self.read: list[int] = [0]
+        self.segment_length: int = 1
         self.memory: Tensor | None = None
         self.blocks: list[Block] = []
 
@@ -107,16 +110,16 @@ class LM2Cache(Cache):
         self.memory = taken(self.memory)
         self.blocks = [Block(*map(taken, block)) for block in self.blocks]
         self.rows = len(index_R)
-        if len(self.held) > 1:
-            self.held = [self.held[row] for row in index_R.tolist()]
+        if len(self.read) > 1:
+            self.read = [self.read[row] for row in index_R.tolist()]
             self.fall_in_step()
 
     def fall_in_step(self) -> None:
-        """Lets ragged rows that hold equally many tokens be in step, with no more entries than they fill."""
-        if len(set(self.held)) > 1:
+        """Lets ragged rows that have read equally many tokens be in step, with no more entries than they fill."""
+        if len(set(self.read)) > 1:
             return
-        self.held = self.held[:1]
-        entries = self.held[0] + (0 if self.memory is None else self.memory.shape[1])
+        self.read = self.read[:1]
+        entries = held_after(self.read[0], self.segment_length) + (0 if self.memory is None else self.memory.shape[1])
 
         def filled(x: Tensor | None) -> Tensor | None:
             return None if x is None else x[:, :entries]
@@ -124,6 +127,15 @@ class LM2Cache(Cache):
         self.blocks = [
             b._replace(keys=filled(b.keys), values=filled(b.values), inputs=filled(b.inputs)) for b in self.blocks
         ]
+
+
+def held_after(read: int, segment_length: int) -> int:
+    """Tokens that an unfinished segment holds after `read` of a text; row b's fill its first entries.
+
+    0 only before a text's first token, else 1 to T: memory is written, and the next segment begun, when the token after
+    a full segment arrives.
+    """
+    return (read - 1) % segment_length + 1 if read else 0
 
 
 def given(cache: LM2Cache | None, past_key_values: LM2Cache | None) -> LM2Cache:
@@ -166,22 +178,28 @@ class Layout:
       opens: rows that begin a segment with these entries; None if no row does.
       writes: those of them that have a full segment to write to memory before.
       linked: True if the entries follow each other in the text; rmt's memory tokens do not.
-      cos_BQ1K, sin_BQ1K: rotation of each pair of features, float32, K/2 of them; [1,...] for rows in step.
+      rotation_2BQ1K: of RoPE at the new entries' places in the segment, cosines and sines, float32; [2,1,...] in step.
       is_causal: True if all entries are new and unpadded: each attends to itself and those before it.
-      seen_B1QL: otherwise, which entries a new one attends to; None: to all.
+      seen_B1QU: otherwise, which keys a new entry attends to: entries of the segment, U = L, or those of
+        attention_lm2.py with a window. None: to all.
       take_B: ragged: number of the Q new entries that are the row's; the others are padding that no real entry sees.
       source_BL: ragged: the entries of the segment from now on, as indices into [held entries | new ones].
+      first: with sinks, rows in their text's first segment; None if no row is.
+      key_rotation_2BU1K: with a window, of keys at their places relative to the segment's start.
+      far_2BQ1K: with sinks, if one may be farther than max_distance, of a query that is so far away.
     """
 
     opens: Rows | None
     writes: Rows | None
     linked: bool
-    cos_BQ1K: Tensor
-    sin_BQ1K: Tensor
+    rotation_2BQ1K: Tensor
     is_causal: bool = False
-    seen_B1QL: Tensor | None = None
+    seen_B1QU: Tensor | None = None
     take_B: Tensor | None = None
     source_BL: Tensor | None = None
+    first: Rows | None = None
+    key_rotation_2BU1K: Tensor | None = None
+    far_2BQ1K: Tensor | None = None
 
     def to(self, device: torch.device) -> Layout:
         """The layout on another device. By this name accelerate moves what it gives to a block."""
@@ -199,12 +217,6 @@ class Layout:
         if self.take_B is None:
             return x_BCD[:, x_BCD.shape[1] - count :]
         return take_entries(x_BCD, self.take_B[:, None] + torch.arange(count, device=x_BCD.device))
-
-    def rotate(self, x_BQHK: Tensor) -> Tensor:
-        """Rotary position embedding, rotate-half form: feature i pairs with feature i + K/2."""
-        first, second = x_BQHK.float().chunk(2, dim=-1)
-        cos, sin = self.cos_BQ1K, self.sin_BQ1K
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BQHK.dtype)
 
 
 # ---------- Texts: padding and documents -----------------------------------------------------------------------------
@@ -321,10 +333,12 @@ class Run(NamedTuple):
     """New tokens that lie in one segment of each row; lists have one number for rows in step.
 
     Attributes:
+      start: tokens of the text before that segment.
       held: tokens of the unfinished segment before, 0 to T.
       take: number of new ones, which begin the next segment if the unfinished one is full.
     """
 
+    start: list[int]
     held: list[int]
     take: list[int]
 
@@ -334,14 +348,15 @@ class Run(NamedTuple):
         return max(self.take)
 
 
-def cut_at_segment_ends(held: list[int], total: list[int], segment_length: int) -> tuple[list[Run], list[int]]:
-    """Cuts `total` new tokens of each row where its segments end. Returns the runs, and what is held after them."""
-    T, rows = segment_length, max(len(held), len(total))
-    held, total = (numbers * (rows // len(numbers)) for numbers in (held, total))
+def cut_at_segment_ends(read: list[int], total: list[int], segment_length: int) -> tuple[list[Run], list[int]]:
+    """Cuts `total` new tokens of each row where its segments end. Returns the runs, and what is read after them."""
+    T, rows = segment_length, max(len(read), len(total))
+    read, total = (numbers * (rows // len(numbers)) for numbers in (read, total))
     runs = []
     while any(total):
+        held = [held_after(n, T) for n in read]
         take = [min(n, T - h % T) for h, n in zip(held, total, strict=True)]
-        runs.append(Run(held, take))
-        held = [h % T + n if n else h for h, n in zip(held, take, strict=True)]
-        total = [n - read for n, read in zip(total, take, strict=True)]
-    return runs, held
+        runs.append(Run([n - h % T for h, n in zip(held, read, strict=True)], held, take))
+        read = [n + new for n, new in zip(read, take, strict=True)]
+        total = [n - new for n, new in zip(total, take, strict=True)]
+    return runs, read
