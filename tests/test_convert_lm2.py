@@ -20,6 +20,7 @@ from lm2_jax.config import TokenizerConfig, parse_config
 from lm2_jax.convert.tokenizer_files import special_ids, write_tokenizer
 from lm2_jax.decoding.sampling import generate
 from lm2_jax.loading import load_run
+from lm2_jax.model.decoder import STACKS
 from lm2_jax.segments import run_segments
 from lm2_jax.tokenizer import load_tokenizer
 from lm2_jax.training.loop import train
@@ -39,6 +40,7 @@ MODELS = {
         "model.tie_embeddings=false",
         "model.rope_scaling={original_max_position_embeddings: 64, factor: 8}",
     ),
+    "banks in the middle": ("model.num_layers=4", "memory.first_layer=1", "memory.num_layers=2"),
     "rmt": ("memory.kind=rmt",),
     "rmt with convolution": ("memory.kind=rmt", "model.conv_width=4"),
     "none with convolution": ("memory.kind=none", "model.conv_width=8"),
@@ -133,7 +135,7 @@ def test_loss_and_gradients(pair):
 
     expected, gradients = jax.jit(jax.value_and_grad(objective))(params)
     np.testing.assert_allclose(loss.item(), expected, rtol=1e-5)
-    stack = "bank_blocks" if "bank_blocks" in gradients else "blocks"
+    stack = next(name for name in STACKS if name in gradients)
     query = theirs.model.layers[0].self_attn.q_proj.weight.grad.numpy().T
     np.testing.assert_allclose(query, gradients[stack]["attention"]["query"][0], atol=1e-5 + 1e-3 * np.abs(query).max())
     for name, parameter in theirs.named_parameters():

@@ -22,9 +22,9 @@ SIZES += ("segment_length", "memory_slots", "memory_heads", "memory_rows")
 class LM2Config(PreTrainedConfig):
     """A Llama whose text is cut into segments, and the memory that links them.
 
-    Kinds of memory: `lm2`, a bank of slots in each of the first `memory_layers` blocks; `rmt`, memory tokens around
-    every segment; `none`; `official`, the published code's one bank through all blocks, for which hidden_size,
-    segment_length and memory_slots are one number.
+    Kinds of memory: `lm2`, a bank of slots in each of `memory_layers` blocks; `rmt`, memory tokens around every
+    segment; `none`; `official`, the published code's one bank through all blocks, for which hidden_size, segment_length
+    and memory_slots are one number.
     """
 
     model_type = "lm2"
@@ -52,7 +52,8 @@ class LM2Config(PreTrainedConfig):
     memory_slots: int = 16  # N slots of a bank; rmt: memory tokens
     memory_width: int | None = None  # M of a slot; None: hidden_size
     memory_heads: int = 4  # of the read and of the write attention
-    memory_layers: int | None = None  # lm2: number of first blocks that have a bank; None: all
+    memory_first_layer: int = 0  # lm2: the first block, counted from 0, that has a bank
+    memory_layers: int | None = None  # lm2: number of blocks, from that one on, that have a bank; None: all
     memory_gates: str = "convex"  # g_in = 1 - g_f, or "independent"
     memory_rows: int = 1  # official: rows of the start memory; the published code keeps one for each row of its batch
     memory_dropout: float = 0.0  # official: on the attention to slots, in training (the published code has 0.9)
@@ -73,7 +74,8 @@ class LM2Config(PreTrainedConfig):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.memory_width = self.memory_width or self.hidden_size
-        self.memory_layers = self.num_hidden_layers if self.memory_layers is None else self.memory_layers
+        if self.memory_layers is None:
+            self.memory_layers = self.num_hidden_layers - self.memory_first_layer
         super().__post_init__(**kwargs)
 
         D, rope, kind = self.hidden_size, self.rope_parameters, self.memory_kind
@@ -96,7 +98,9 @@ class LM2Config(PreTrainedConfig):
             reaches = self.max_distance is None or self.max_distance >= self.window - 1
             checks += [("max_distance", reaches, "at least window - 1")]
         if kind == "lm2":
-            checks += [("memory_layers", 1 <= self.memory_layers <= self.num_hidden_layers, "1 to num_hidden_layers")]
+            above = self.num_hidden_layers - self.memory_first_layer
+            checks += [("memory_first_layer", self.memory_first_layer >= 0, "at least 0")]
+            checks += [("memory_layers", 1 <= self.memory_layers <= above, "1 to the number of blocks from the first")]
         if kind in ("lm2", "official"):
             widths, wanted = ("hidden_size", "memory_width"), f"a multiple of memory_heads ({self.memory_heads})"
             checks += [(key, getattr(self, key) % self.memory_heads == 0, wanted) for key in widths]
@@ -105,6 +109,11 @@ class LM2Config(PreTrainedConfig):
             checks += [(key, getattr(self, key) == D, wanted) for key in equal]
             checks += [("conv_width", self.conv_width == 0, "0 for kind official")]
         self._refuse(checks)
+
+    @property
+    def bank_layers(self) -> range:
+        """lm2: the blocks that have a bank."""
+        return range(self.memory_first_layer, self.memory_first_layer + self.memory_layers)
 
     def _refuse(self, checks: list[tuple[str, bool, str]]) -> None:
         problems = [

@@ -341,7 +341,7 @@ class LM2Layer(GradientCheckpointingLayer):
         self.input_layernorm = LM2RMSNorm(D, eps)
         self.self_attn = (LM2Attention if config.window is None else LM2WindowAttention)(config)
         self.memory = None
-        if config.memory_kind == "lm2" and index < config.memory_layers:
+        if config.memory_kind == "lm2" and index in config.bank_layers:
             self.memory = BankMemory(config)
         if config.memory_kind == "official":
             self.memory = OfficialMemory(config)
@@ -478,7 +478,7 @@ class LM2Model(LM2PreTrainedModel):
         if self.num_memory_tokens:
             cache.memory = replace_rows(cache.memory, fresh, start_RNM.to(x_BCD.dtype))
             return
-        for index in range(self.config.memory_layers if self.config.memory_kind == "lm2" else 1):
+        for index in self.config.bank_layers if self.config.memory_kind == "lm2" else (0,):
             block = cache.blocks[index]
             cache.blocks[index] = block._replace(bank=replace_rows(block.bank, fresh, start_RNM))
 
