@@ -24,7 +24,7 @@ def test_notebook_runs(tmp_path, monkeypatch):
     if keep := os.environ.get("LM2_KEEP_NOTEBOOK"):  # to look at its pictures
         nbformat.write(notebook, keep)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
     printed = "".join(output["text"] for output in outputs if output.output_type == "stream")
     assert "1,200 tokens: " in printed and "JAX says the same" in printed
     warnings = [output["text"] for output in outputs if output.get("name") == "stderr"]
