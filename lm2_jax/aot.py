@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from lm2_jax.common.command_line import aot_arguments
 from lm2_jax.common.errors import TrainingFailed, UserError, run_command
+from lm2_jax.common.storage import has_directory
 
 
 def main() -> None:
     """The command."""
     arguments = aot_arguments()
-    if arguments.output is not None and not arguments.output.absolute().parent.is_dir():
+    if arguments.output is not None and not has_directory(arguments.output):
         raise UserError(f"--output: found {arguments.output}; its directory does not exist")
 
     # imported late so that --help stays fast

@@ -12,6 +12,7 @@ from typing import Any
 
 from lm2_jax.common.command_line import bench_arguments
 from lm2_jax.common.errors import UserError, run_command
+from lm2_jax.common.storage import has_directory
 
 
 def main() -> None:
@@ -19,7 +20,7 @@ def main() -> None:
     arguments = bench_arguments()
     if arguments.rounds < 1:
         raise UserError(f"--rounds: found {arguments.rounds}; expected 1 or more")
-    if arguments.output is not None and not arguments.output.absolute().parent.is_dir():
+    if arguments.output is not None and not has_directory(arguments.output):
         raise UserError(f"--output: found {arguments.output}; its directory does not exist")
 
     # imported late so that --help stays fast

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lm2_jax.common.errors import UserError
+from lm2_jax.common.storage import AnyPath
 from lm2_jax.config import MmluConfig
 from lm2_jax.evals.harness import Result, draw, require_harness, run, tables
 from lm2_jax.evals.model import EvalModel
@@ -24,7 +25,7 @@ _COLUMNS = ("question", "choice0", "choice1", "choice2", "choice3", "answer")
 _TEST = "_test.csv"
 
 
-def evaluate(loaded: EvalModel, output: Path | None, log: Callable[[str], None]) -> Result:
+def evaluate(loaded: EvalModel, output: AnyPath | None, log: Callable[[str], None]) -> Result:
     """Asks the questions of eval.mmlu, each after `shots` solved ones of its subject.
 
     The result has the form of `harness.evaluate`; the group mmlu is the mean over all questions.

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -16,18 +14,20 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from lm2_jax.common.errors import TrainingFailed
+from lm2_jax.common.journal import Journal
 from lm2_jax.common.progress import clock
 from lm2_jax.common.records import Record
+from lm2_jax.common.storage import AnyPath
 
 
 class Reporter:
     """Writes one record per step; use as a context manager."""
 
-    def __init__(self, run_dir: Path, first_step: int, last_step: int) -> None:
+    def __init__(self, run_dir: AnyPath, first_step: int, last_step: int) -> None:
         from lm2_jax.training.tensorboard import Board  # imports torch, where there is one, which takes seconds
 
         self.console = Console(highlight=False, soft_wrap=True)
-        self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        self._file = Journal(run_dir / "metrics.jsonl")
         self._board = Board(run_dir / "tensorboard", first_step + 1)
         self._last = last_step
         self._stage, self._stage_first, self._stage_began = "", first_step, time.monotonic()
@@ -62,12 +62,11 @@ class Reporter:
                 self._file.write(json.dumps({key: _finite(value) for key, value in record.items()}) + "\n")
                 self._board.add(record)
             self._file.flush()
-            os.fsync(self._file.fileno())
             self._board.flush()
         except OSError as error:
             raise TrainingFailed(
-                f"{self._file.name}: cannot be written ({error.strerror}). When the disk can be written to again, the "
-                "same command resumes from the newest checkpoint"
+                f"{self._file}: cannot be written ({error.strerror}). When it can be written to again, the same "
+                "command resumes from the newest checkpoint"
             ) from None
 
     def show(self, record: Record, stage: str) -> None:

@@ -10,12 +10,12 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from lm2_jax.common.errors import UserError
 from lm2_jax.common.files import lock_directory, write_atomically
 from lm2_jax.common.records import Record
+from lm2_jax.common.storage import AnyPath, to_path
 from lm2_jax.config import Config, dump_config, load_config
 from lm2_jax.data.pipeline import Pipeline
 from lm2_jax.loading import differences
@@ -29,12 +29,12 @@ from lm2_jax.training.curriculum import Progress
 _MAY_CHANGE = ("train.run_dir", "train.steps", "train.max_skipped_steps", "data.prefetch", "checkpoint", "eval", "mesh")
 
 
-def open_run_dir(config: Config, origin: Origin | None) -> Path:
+def open_run_dir(config: Config, origin: Origin | None) -> AnyPath:
     """Creates the run directory, its config.yaml and its origin/.
 
     Raises UserError if it belongs to a run of another config.
     """
-    run_dir = Path(config.train.run_dir)
+    run_dir = to_path(config.train.run_dir, "train.run_dir")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -64,7 +64,7 @@ def open_run_dir(config: Config, origin: Origin | None) -> Path:
 
 def origin_of_run(config: Config) -> Origin | None:
     """The small files of the model that a run began with: its own, those of train.init_from, or the tokenizer's."""
-    run_dir, weights = Path(config.train.run_dir), config.train.init_from
+    run_dir, weights = to_path(config.train.run_dir, "train.run_dir"), config.train.init_from
     return (
         origin_in(run_dir)
         or (origin_of_model(config.tokenizer, weights) if weights else None)
@@ -72,19 +72,19 @@ def origin_of_run(config: Config) -> Origin | None:
     )
 
 
-def claim(run_dir: Path) -> contextlib.AbstractContextManager[None]:
+def claim(run_dir: AnyPath) -> contextlib.AbstractContextManager[None]:
     """Locks the run directory for this run. Raises UserError, on entering, if another process trains in it."""
     taken = f"{run_dir}: another process trains in it; wait, or give another train.run_dir"
     return lock_directory(run_dir, taken) if is_first() else contextlib.nullcontext()
 
 
-def read_run_config(run_dir: Path) -> Config | None:
+def read_run_config(run_dir: AnyPath) -> Config | None:
     """The config that a run directory was started with; None if it holds none."""
     path = run_dir / "config.yaml"
     return load_config(path) if path.exists() else None
 
 
-def check_data(progress: Progress, pipeline: Pipeline, run_dir: Path) -> Progress:
+def check_data(progress: Progress, pipeline: Pipeline, run_dir: AnyPath) -> Progress:
     """The progress with the fingerprint of the data.
 
     Raises UserError if files or tokenizer are not those that a resumed data position refers to. Of a run that an
@@ -99,7 +99,7 @@ def check_data(progress: Progress, pipeline: Pipeline, run_dir: Path) -> Progres
     return dataclasses.replace(progress, data_fingerprint=fingerprint)
 
 
-def write_summary(run_dir: Path, summary: dict[str, Any], records: Sequence[Record]) -> list[Path]:
+def write_summary(run_dir: AnyPath, summary: dict[str, Any], records: Sequence[Record]) -> list[AnyPath]:
     """Writes summary.json and, if any loss was finite, training.png; returns the files written."""
     written = [run_dir / "summary.json"]
     write_atomically(written[0], json.dumps(summary, indent=1) + "\n")
