@@ -7,6 +7,8 @@ The programs are the train step of `train`, and the step that decodes one token 
 
 from __future__ import annotations
 
+import functools
+
 from lm2_jax.common.command_line import aot_arguments
 from lm2_jax.common.errors import TrainingFailed, UserError, run_command
 from lm2_jax.common.storage import has_directory
@@ -45,5 +47,7 @@ def main() -> None:
         raise TrainingFailed(f"does not fit {arguments.topology}: {' and '.join(over)} step")
 
 
+command = functools.partial(run_command, main)
+
 if __name__ == "__main__":
-    run_command(main)
+    command()

@@ -8,6 +8,7 @@ alike. The tokens are random; the weights are fresh.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from lm2_jax.common.command_line import bench_arguments
@@ -64,5 +65,7 @@ def main() -> None:
                 arguments.output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
+command = functools.partial(run_command, main)
+
 if __name__ == "__main__":
-    run_command(main)
+    command()

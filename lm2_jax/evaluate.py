@@ -5,6 +5,7 @@ Each task is a module of evals/ with three functions: `evaluate` returns JSON, `
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 
 from lm2_jax.common.command_line import evaluate_arguments
@@ -47,5 +48,9 @@ def import_task(name: str) -> ModuleType:
     return {"perplexity": perplexity, "babilong": babilong, "mmlu": mmlu, "harness": harness}[name]
 
 
+command = functools.partial(
+    run_command, main, interrupted="interrupted; with --output, the same command resumes after what is finished"
+)
+
 if __name__ == "__main__":
-    run_command(main, interrupted="interrupted; with --output, the same command resumes after what is finished")
+    command()

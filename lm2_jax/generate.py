@@ -97,5 +97,7 @@ def _prompt(arguments: argparse.Namespace) -> str:
     return text
 
 
+command = functools.partial(run_command, main)
+
 if __name__ == "__main__":
-    run_command(main)
+    command()

@@ -6,6 +6,7 @@ A run directory (train.run_dir) that holds a checkpoint is resumed, bit for bit 
 from __future__ import annotations
 
 import contextlib
+import functools
 
 from lm2_jax.common.command_line import train_arguments
 from lm2_jax.common.errors import run_command
@@ -34,5 +35,7 @@ def main() -> None:
         train(config)
 
 
+command = functools.partial(run_command, main, interrupted="interrupted; the same command resumes")
+
 if __name__ == "__main__":
-    run_command(main, interrupted="interrupted; the same command resumes")
+    command()

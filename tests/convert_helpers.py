@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-import convert_checkpoint
 import jax
 import numpy as np
 import pytest
 
+from lm2_jax import convert_checkpoint
 from lm2_jax.config import parse_config
 from lm2_jax.convert import directory, engine
 from lm2_jax.model import build_model

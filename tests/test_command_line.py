@@ -2,10 +2,12 @@
 
 import json
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,12 +17,13 @@ from lm2_jax import evaluate
 from lm2_jax.common.command_line import EVALUATION_TASKS
 
 ROOT = Path(__file__).parents[1]
-_FILES = [path for folder in ("lm2_jax", "tools") for path in sorted((ROOT / folder).glob("*.py"))]
+_FILES = [path for folder in ("lm2_jax", "tools") for path in sorted((ROOT / folder).rglob("*.py"))]
 COMMANDS = [
-    f"lm2_jax.{path.stem}" if path.parent.name == "lm2_jax" else f"tools/{path.name}"
+    f"tools/{path.name}" if path.parent.name == "tools" else ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for path in _FILES
     if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8")
 ]
+SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
 
 # Runs commands by their names with some arguments; prints what each wrote, how it ended, and the slow imports so far.
 _RUN = """
@@ -56,12 +59,36 @@ def run_all(*arguments):
 
 def test_help():
     told = run_all("--help")
-    assert {"lm2_jax.train", "lm2_jax.evaluate", "tools/inspect_memory.py", "tools/plot_run.py"} <= set(told)
+    assert {"lm2_jax.train", "lm2_jax.convert_checkpoint", "tools/inspect_memory.py"} <= set(told)
     for command, (text, code, slow) in told.items():
-        program = f"python -m {command}" if command.startswith("lm2_jax") else f"python {command}"
         assert code == 0, command
-        assert text.count(program) > (1 if command.startswith("lm2_jax") else 0), f"{command}: no example"
+        if command.startswith("lm2_jax"):
+            assert text.count(f"python -m {command}") > 1, f"{command}: no example"
         assert not slow, f"{command} --help imports {slow}"
+
+
+def test_tools_are_the_commands():
+    """Each file of tools/ is one of them, by its old name."""
+    told = run_all("--help")
+    texts = {command: text for command, (text, _, _) in told.items()}
+    tools = [command for command in texts if command.startswith("tools/")]
+    assert len(tools) == 12 and {texts[tool] for tool in tools} <= {texts[c] for c in texts if c not in tools}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts(script, monkeypatch, capsys):
+    """A command that is called by its script's name says so."""
+    monkeypatch.setattr(sys, "argv", [f"/bin/{script}", "--help"])
+    with pytest.raises(SystemExit) as end:
+        pkgutil.resolve_name(SCRIPTS[script])()
+    said = capsys.readouterr().out
+    assert end.value.code == 0 and said.startswith(f"usage: {script} ")
+    assert f"\n  {script} " in said.split("examples:")[1] and "python -m" not in said
+
+
+def test_every_command_is_a_script():
+    modules = {value.removesuffix(":command") for value in SCRIPTS.values()}
+    assert modules == {name for name in COMMANDS if name.startswith("lm2_jax.") and "measurements" not in name}
 
 
 def test_mistakes_come_before_slow_imports():

@@ -7,13 +7,13 @@ import shutil
 import sys
 from pathlib import Path
 
-import convert_checkpoint
 import numpy as np
 import pytest
 from convert_helpers import OFFICIAL, convert, random_llama, random_own, with_keys
 from safetensors.numpy import load_file, save_file
 
 import lm2_jax
+from lm2_jax import convert_checkpoint
 from lm2_jax.common.errors import UserError, run_command
 from lm2_jax.config import dump_config, load_config
 

@@ -6,7 +6,6 @@ import sys
 import zipfile
 from pathlib import Path
 
-import convert_checkpoint
 import jax
 import numpy as np
 import pytest
@@ -28,6 +27,7 @@ from gguf_helpers import (
 )
 
 import lm2_jax
+from lm2_jax import convert_checkpoint
 from lm2_jax.common.errors import UserError, run_command
 from lm2_jax.config import load_config
 from lm2_jax.convert import gguf_file

@@ -6,9 +6,9 @@ import json
 import matplotlib.figure
 import pytest
 from helpers import assert_drawn
-from plot_run import main
 
 from lm2_jax.common.errors import UserError
+from lm2_jax.plot_run import main
 from lm2_jax.plots.runs import PANELS, plot_runs, read_runs
 
 

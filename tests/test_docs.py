@@ -5,6 +5,7 @@ import importlib
 import re
 import shlex
 import sys
+import tomllib
 from pathlib import Path
 
 import configuration_page
@@ -22,6 +23,7 @@ PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
     for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 }
+SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
 
 
 def blocks(page, *languages):
@@ -31,23 +33,25 @@ def blocks(page, *languages):
 
 
 def commands():
-    """Every command of ours in the pages' blocks: the page, and the command as words."""
+    """Every command of ours in the pages' blocks: the page, and the command as words, its module first."""
+    ours = rf"(?:python -m lm2_jax\.|\b(?:{'|'.join(SCRIPTS)}) )[^&]*"
     for page in PAGES:
         for block in blocks(page, "bash", ""):
             for line in block.replace("\\\n", " ").splitlines():
-                for part in re.findall(r"python (?:-m lm2_jax\.|tools/)[^&]*", line):
+                for part in re.findall(ours, line):
                     for quote in "'\"":  # of a command inside another's argument
                         part = part.removesuffix(quote) if part.count(quote) % 2 else part
-                    yield pytest.param(shlex.split(part, comments=True), id=f"{page}: {part[7:70].strip()}")
+                    script, *words = shlex.split(part.removeprefix("python -m "), comments=True)
+                    module = SCRIPTS.get(script, script).removesuffix(":command")
+                    yield pytest.param(module, words, id=f"{page}: {part[:70].removeprefix('python ').strip()}")
 
 
 class Parsed(Exception):
     """A command got this far."""
 
 
-@pytest.mark.parametrize("words", list(commands()))
-def test_commands_parse(words, monkeypatch):
-    module, arguments = (words[2], words[3:]) if words[1] == "-m" else (Path(words[1]).stem, words[2:])
+@pytest.mark.parametrize(("module", "arguments"), list(commands()))
+def test_commands_parse(module, arguments, monkeypatch):
     parse = argparse.ArgumentParser.parse_args
 
     def stop(parser, *_):

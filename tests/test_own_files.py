@@ -282,7 +282,7 @@ def test_generate_samples_chats_and_stops_as_the_model_does(tmp_path, generate, 
 
 def test_prepared_data_keep_what_the_model_says(tmp_path, monkeypatch):
     """Their copy of the tokenizer ends documents as the model's directory does, wherever that is."""
-    import prepare_data
+    from lm2_jax import prepare_data
 
     llama = instruct_model(tmp_path / "llama")
     (tmp_path / "a.txt").write_text("the whale")

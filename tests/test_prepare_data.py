@@ -7,11 +7,9 @@ import sys
 import datasets
 import huggingface_hub
 import numpy as np
-import prepare_data
 import pyarrow
 import pyarrow.parquet
 import pytest
-import train_tokenizer
 from prepare_helpers import (
     BYTES,
     TEXTS,
@@ -27,9 +25,11 @@ from prepare_helpers import (
     zstd,
 )
 
+from lm2_jax import prepare_data, train_tokenizer
 from lm2_jax.common.errors import UserError
 from lm2_jax.config import TokenizerConfig
 from lm2_jax.data.documents import BinSource, JsonLinesSource, TextSource
+from lm2_jax.data.prepare import inspection
 from lm2_jax.data.prepare.chunks import Unreachable
 from lm2_jax.data.prepare.inputs import HubInput
 from lm2_jax.data.prepare.plan import prepare
@@ -340,14 +340,14 @@ def test_command_and_inspection(tmp_path, monkeypatch, capsys):
 
 
 def test_the_picture_of_lengths_counts_every_document():
-    (axes,) = prepare_data.plot_lengths(np.array([0, 3, 5, 5, 300])).axes
+    (axes,) = inspection.plot_lengths(np.array([0, 3, 5, 5, 300])).axes
     assert sum(bar.get_height() for bar in axes.patches) == 5
     assert (axes.get_xscale(), axes.get_title()) == ("log", "5 documents")
 
 
 def test_padding_share():
     lengths = np.array([1, 2, 34, 66])  # 0, 1, 33 and 65 positions: 1 + 2 + 3 segments of 32
-    table = prepare_data.padding_table(lengths)
+    table = inspection.padding_table(lengths)
     assert next(iter(table.columns[1].cells)) == f"{1 - 99 / 192:.1%}"
 
 

@@ -108,13 +108,15 @@ def test_killed_at_every_step(corpus, prepared, tmp_path, monkeypatch):
 def test_killed_processes(corpus, prepared, tmp_path):
     """SIGKILL to the command with two workers; none of them stays behind."""
     output = tmp_path / "out"
-    program = "import lm2_jax.data.prepare.chunks as i; i.CHUNK_BYTES = 400\nimport prepare_data; prepare_data.main()"
+    program = (
+        "import lm2_jax.data.prepare.chunks as i; i.CHUNK_BYTES = 400\nfrom lm2_jax import prepare_data as p; p.main()"
+    )
     arguments = ["--input", str(corpus / "*"), "--output", str(output), "--tokenizer", "bytes", "--workers", "2"]
     arguments += ["--shard-mb", "0.0015", "--on-error", "skip"]
     for kill_at in (2, 4):
         process = subprocess.Popen(
             [sys.executable, "-c", program, *arguments],
-            env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tools'}"},
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
@@ -246,7 +248,7 @@ def test_a_data_set_that_has_moved_on_says_how_to_name_the_old_one(tmp_path, mon
 
 def test_ctrl_c_does_not_wait_for_workers(tmp_path, corpus):
     """However often it is pressed."""
-    program = "import prepare_data as p, lm2_jax.data.prepare.chunks as i; i.CHUNK_BYTES = 400\n"
+    program = "from lm2_jax import prepare_data as p; import lm2_jax.data.prepare.chunks as i; i.CHUNK_BYTES = 400\n"
     program += (
         "import lm2_jax.data.prepare.shards as q; q._start_worker = __import__('stuck').start; p.run_command(p.main)"
     )
@@ -257,7 +259,7 @@ def test_ctrl_c_does_not_wait_for_workers(tmp_path, corpus):
     process = subprocess.Popen(
         interruptible([sys.executable, "-c", program, *arguments]),
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tools", tmp_path)))},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, tmp_path)))},
         stderr=subprocess.PIPE,
         text=True,
     )

@@ -10,7 +10,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from compile_configs import table, topology_of
 from jax.sharding import AxisType, PartitionSpec
 
 from lm2_jax.common.errors import UserError
@@ -19,6 +18,7 @@ from lm2_jax.compiled.chips import CHIPS, roofline
 from lm2_jax.compiled.explain import explain_sharding
 from lm2_jax.compiled.report import describe, too_large
 from lm2_jax.config import load_config
+from lm2_jax.measurements.configs import table, topology_of
 
 ROOT = Path(__file__).parents[1]
 RECORDED = json.loads((ROOT / "tests" / "compiled_figures.json").read_text())

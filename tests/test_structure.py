@@ -15,6 +15,7 @@ from lm2_jax.model import KINDS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "lm2_jax"
+SHIPPED_CONFIGS = f"{PACKAGE}.config.shipped"  # of configs/, once it is installed
 
 
 def _module_name(path):
@@ -60,7 +61,10 @@ def reachable(module):
 
 # --- Imports -------------------------------------------------------------------------------------------------------
 
-COMMANDS = {"train", "evaluate", "generate", "aot", "bench"}
+COMMANDS = {
+    *("train", "evaluate", "generate", "aot", "bench", "convert_checkpoint", "prepare_data", "train_tokenizer"),
+    *("plot_run", "inspect_memory", "inspect_answers", "reproduce_babilong"),
+}
 BASE = {"common", "config"}
 RUNNING = {"parallel", "model", "segments"}
 
@@ -83,6 +87,8 @@ MAY_IMPORT = {
     "evals": BASE | RUNNING | {"batch", "tokenizer", "data", "convert", "checkpoint", "loading", "decoding", "plots"},
     "inspection": BASE | RUNNING | {"batch", "tokenizer", "data", "loading", "decoding", "plots", "evals"},
     "compiled": BASE | RUNNING | {"batch", "tokenizer", "decoding", "training"},
+    "measurements": BASE | RUNNING | {"batch", "tokenizer", "data", "loading", "decoding", "training"},
+    "study": BASE | {"tokenizer", "model"},
 }
 
 
@@ -164,8 +170,9 @@ def _kind_questions(tree):
     return [f"line {node.lineno}: {ast.unparse(node)[:80]}" for node in ast.walk(tree) if _asks_for_a_kind(node)]
 
 
-# settings know the kinds by name, and the benchmark compares them
+# settings know the kinds by name; the benchmark and the study compare them
 MAY_NAME_KINDS = {f"{PACKAGE}.{module}" for module in ("config.spec", "model", "compiled.comparisons", "bench")}
+MAY_NAME_KINDS |= {module for module in MODULES if part(module) == "study"}
 
 
 @pytest.mark.parametrize("module", sorted(set(MODULES) - MAY_NAME_KINDS))
@@ -241,4 +248,4 @@ def test_every_package_is_installed():
     packages = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
     directories = {path.parent for path in _tracked_files() if path.suffix == ".py" and PACKAGE in path.parts}
     inside = {".".join(path.relative_to(ROOT).parts) for path in directories if path.is_relative_to(ROOT / PACKAGE)}
-    assert inside == packages
+    assert inside | {SHIPPED_CONFIGS} == packages

@@ -7,16 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import babilong_report
-import babilong_results
 import numpy as np
 import pytest
-import reproduce_babilong as study
 from helpers import assert_drawn
 from quick import xla_flags
 
 from lm2_jax.config import load_config, parse_config, replace
 from lm2_jax.model.sizes import memory_size, parameters
+from lm2_jax.study.cells import Plan, with_files, with_questions
+from lm2_jax.study.presets import PRESETS
+from lm2_jax.study.report import write_report
+from lm2_jax.study.results import best_setting, mean_and_interval
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,7 +27,16 @@ def test_smoke(tmp_path):
     environment = {**os.environ, "XLA_FLAGS": xla_flags(devices=1)}
 
     def run(*flags):
-        command = [sys.executable, "tools/reproduce_babilong.py", "--output", tmp_path, "--preset", "smoke", *flags]
+        command = [
+            sys.executable,
+            "-m",
+            "lm2_jax.reproduce_babilong",
+            "--output",
+            tmp_path,
+            "--preset",
+            "smoke",
+            *flags,
+        ]
         done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -51,11 +61,11 @@ def byte_ranks(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("name", study.PRESETS)
+@pytest.mark.parametrize("name", PRESETS)
 def test_models_are_of_one_size(name, byte_ranks):
     """Equal parameters up to a unit of the feed-forward layers; lm2 and rmt remember as many numbers (not in full)."""
-    preset = study.PRESETS[name]
-    plan = study.Plan(preset, {"tokenizer": byte_ranks, "background": Path("book.txt")})
+    preset = PRESETS[name]
+    plan = Plan(preset, {"tokenizer": byte_ranks, "background": Path("book.txt")})
     cells = [*plan.ablations(), *plan.grid()]
     assert len({cell.name for cell in cells}) == len(cells)
     for phase in {cell.labels["phase"] for cell in cells}:
@@ -72,7 +82,7 @@ def test_full_preset(tmp_path, byte_ranks):
     """Its configs can be written, for `lm2_jax.aot` to compile; files that are missing are named."""
 
     def run(*flags):
-        command = [sys.executable, "tools/reproduce_babilong.py", "--output", tmp_path, "--preset", "full", *flags]
+        command = [sys.executable, "-m", "lm2_jax.reproduce_babilong", "--output", tmp_path, "--preset", "full", *flags]
         return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
 
     refused = run("--write-configs")
@@ -99,19 +109,19 @@ def test_babi_files_are_asked_about(tmp_path):
     for name in ("qa1_single_train.txt", "qa1_single_test.txt", "qa10_indefinite_test.txt", "qa2_two_train.txt"):
         (tmp_path / name).write_text("")
     config = parse_config("{data: {stories: {tasks: [qa1, qa2, qa3]}}}")
-    assert study.with_questions(config, None).eval.path is None
-    config = study.with_questions(config, tmp_path)
+    assert with_questions(config, None).eval.path is None
+    config = with_questions(config, tmp_path)
     assert config.eval.path == ("{babi}/qa1_single_test.txt", "{babi}/qa2_two_train.txt")
-    assert study.with_files(config, {"babi": tmp_path}).eval.path == tuple(
+    assert with_files(config, {"babi": tmp_path}).eval.path == tuple(
         str(tmp_path / name) for name in ("qa1_single_test.txt", "qa2_two_train.txt")
     )
 
 
 def test_intervals():
     """Student's t with 2 degrees of freedom: 4.303 · s / sqrt(3)."""
-    mean, half = babilong_results.mean_and_interval([0.2, 0.4, 0.6])
+    mean, half = mean_and_interval([0.2, 0.4, 0.6])
     np.testing.assert_allclose((mean, half), (0.4, 4.303 * 0.2 / 3**0.5))
-    assert np.isnan(babilong_results.mean_and_interval([0.3])[1])
+    assert np.isnan(mean_and_interval([0.3])[1])
 
 
 def test_best_setting():
@@ -131,13 +141,13 @@ def test_best_setting():
         result("far", 0, 0, 0.7, 0.7, 0),
         result("near", 1, 1, 1, 1, 1),
     )
-    assert babilong_results.best_setting([near, far, later]) == "far"
-    assert babilong_results.best_setting([near]) == "near"
+    assert best_setting([near, far, later]) == "far"
+    assert best_setting([near]) == "near"
 
 
 def test_other_seeds():
     """Every model in the first setting, and in its own best where that is another one."""
-    plan, first = study.Plan(study.PRESETS["cpu"], {}), "4 segments, 2e-3"
+    plan, first = Plan(PRESETS["cpu"], {}), "4 segments, 2e-3"
 
     def result(labels):
         right = labels["model"] == "rmt" and labels["setting"] == "8 segments, 2e-3"
@@ -154,7 +164,7 @@ def test_other_seeds():
 
 def test_longer():
     """Twice the steps, as a whole and of every stage; nothing else changes."""
-    plan = study.Plan(study.PRESETS["cpu"], {})
+    plan = Plan(PRESETS["cpu"], {})
     usual = {cell.labels["model"]: cell.config for cell in plan.grid() if cell.labels["setting"] == "4 segments, 2e-3"}
     seeds: dict[str, list[int]] = {}
     for cell in plan.longer([]):
@@ -189,7 +199,7 @@ def test_gains(tmp_path):
         sizes = {"parameters": 1, "memory_size": 1, "tokens": 1, "seconds": 1, "trained_segments": 4}
         result = {"labels": labels, **sizes, "accuracy_by_length": table}
         (cells / f"{model}.json").write_text(json.dumps(result))
-    report = babilong_report.write_report(tmp_path)
+    report = write_report(tmp_path)
     for name, mean in {
         "qa1": "75.0%",
         "qa2": "37.5%",
@@ -204,7 +214,7 @@ def test_kept_results(tmp_path):
     """The report in the repository is what its cells say, and all its pictures can be drawn."""
     kept = ROOT / "docs" / "results" / "babilong_cpu"
     (tmp_path / "cells").symlink_to(kept / "cells")
-    assert babilong_report.write_report(tmp_path) == (kept / "report.md").read_text()
+    assert write_report(tmp_path) == (kept / "report.md").read_text()
     drawn = {path.name for path in tmp_path.glob("*.png")}
     assert drawn and drawn == {path.name for path in kept.glob("*.png")}
 

@@ -51,7 +51,7 @@ def pieces_of(text, count, seed):
 
 
 def train_tool(*args):
-    command = [sys.executable, "tools/train_tokenizer.py", *map(str, args)]
+    command = [sys.executable, "-m", "lm2_jax.train_tokenizer", *map(str, args)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 

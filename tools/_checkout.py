@@ -1,8 +1,9 @@
-"""Lets the tools run from a checkout of lm2_jax that is not installed: `import _checkout` comes before lm2_jax."""
+"""Lets the tools, and processes that they start, run from a checkout of lm2_jax that is not installed."""
 
-from __future__ import annotations
-
+import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+_ROOT = str(Path(__file__).resolve().parents[1])
+sys.path.insert(0, _ROOT)
+os.environ["PYTHONPATH"] = os.pathsep.join([_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])

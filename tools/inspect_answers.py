@@ -1,47 +1,8 @@
-"""Two-hop questions answered by a trained model: by what became of the thing, and by how long ago it was told.
-
-    python tools/inspect_answers.py --run runs/babilong_study --segments 4 16
-
-Held-out qa2 stories of the generator with one question at the end, "Where is the milk?"; any memory kind can be asked.
-"""
-
-from __future__ import annotations
-
-import argparse
+"""Runs lm2_jax.inspect_answers."""
 
 import _checkout  # noqa: F401
 
-from lm2_jax.common.errors import UserError, run_command
-
-
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, metavar="DIR", help="run directory or checkpoint of a model of stories")
-    parser.add_argument("--segments", type=int, nargs="+", metavar="S", help="lengths of contexts; default 1 window")
-    parser.add_argument("--count", type=int, default=512, metavar="B", help="questions at each length")
-    arguments = parser.parse_args()
-
-    from lm2_jax.inspection.two_hops import (  # imported late so that --help stays fast
-        make_questions,
-        predict_answers,
-        table,
-    )
-    from lm2_jax.loading import load_run
-    from lm2_jax.tokenizer import load_tokenizer
-
-    config, model, params = load_run(arguments.run)
-    if config.tokenizer.kind != "stories":
-        raise UserError(f"{arguments.run}: not a model trained on stories, which the questions are about")
-    lengths = arguments.segments or [config.stages[-1].segments]
-    if arguments.count < 1 or min(lengths) < 1:
-        raise UserError(f"--count {arguments.count}, --segments {min(lengths)}: expected 1 or more of each")
-    tokenizer = load_tokenizer(config.tokenizer)
-    for segments in lengths:
-        questions = make_questions(config, tokenizer, segments, arguments.count)
-        answers = table(questions, predict_answers(model, params, questions))
-        print(f"\n{arguments.run}, contexts of {segments} segments\n\n{answers}")
-
+from lm2_jax.inspect_answers import command
 
 if __name__ == "__main__":
-    run_command(main)
+    command()

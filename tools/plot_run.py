@@ -1,36 +1,8 @@
-"""Draws what one or several runs did: loss, answers, accuracy by length, learning rate, throughput, memory, gates.
-
-    python tools/plot_run.py runs/babilong_tiny --output run.png
-    python tools/plot_run.py runs/babilong_tiny runs/rmt runs/none --output runs.png --x tokens
-    python tools/plot_run.py runs/babilong_tiny runs/rmt runs/none --output length.png --panels length
-
-Runs may still be going on. A panel that no run has anything for is left out.
-"""
-
-from __future__ import annotations
-
-import argparse
-from pathlib import Path
+"""Runs lm2_jax.plot_run."""
 
 import _checkout  # noqa: F401
 
-from lm2_jax.common.errors import UserError, run_command
-from lm2_jax.plots.runs import AXES, PANELS, plot_runs, read_runs
-
-
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE.png")
-    parser.add_argument("--panels", nargs="+", choices=PANELS, default=list(PANELS), help="default: all")
-    parser.add_argument("--x", choices=AXES, default="step", help="the horizontal axis; default step")
-    arguments = parser.parse_args()
-    if not arguments.output.absolute().parent.is_dir():
-        raise UserError(f"--output: {arguments.output.parent} is no directory")
-    plot_runs(arguments.output, read_runs(arguments.runs), arguments.panels, arguments.x)
-    print(f"written: {arguments.output}")
-
+from lm2_jax.plot_run import command
 
 if __name__ == "__main__":
-    run_command(main)
+    command()

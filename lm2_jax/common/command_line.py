@@ -6,17 +6,27 @@ A command's `main` parses its arguments first, and then imports what it works wi
 from __future__ import annotations
 
 import argparse
+<<<<<<< HEAD
 
 from lm2_jax.common.storage import to_path
+=======
+import sys
+from pathlib import Path
+>>>>>>> 3ddac28af01b9fadaddbe85075feceea1bb74606
 
 EVALUATION_TASKS = ("perplexity", "babilong", "mmlu", "harness")
 
+_CONFIG = "a YAML config, or the name of one that comes along, such as lm2_125m"
 _CHECKPOINT = "a run directory, one of its checkpoints, or a converted one"
 
 
 def parser_for(command: str, description: str, *examples: str) -> argparse.ArgumentParser:
-    """A parser whose help ends in examples, each a command line after `python -m lm2_jax.COMMAND`."""
-    program = f"python -m lm2_jax.{command}"
+    """A parser whose help ends in examples, each a command line after `python -m lm2_jax.COMMAND`.
+
+    A command that is called by the name of its script, such as lm2-train, calls itself so.
+    """
+    script = Path(sys.argv[0]).name
+    program = script if script.startswith("lm2-") else f"python -m lm2_jax.{command}"
     return argparse.ArgumentParser(
         prog=program,
         description=description,
@@ -27,7 +37,7 @@ def parser_for(command: str, description: str, *examples: str) -> argparse.Argum
 
 def add_config(parser: argparse.ArgumentParser) -> None:
     """Adds --config and --set."""
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML config, for example from configs/")
+    parser.add_argument("--config", required=True, metavar="FILE_OR_NAME", help=_CONFIG)
     add_set(parser)
 
 
@@ -53,8 +63,13 @@ def train_arguments() -> argparse.Namespace:
         "--verify runs/babilong_tiny",
     )
     wanted = parser.add_mutually_exclusive_group(required=True)
+<<<<<<< HEAD
     wanted.add_argument("--config", metavar="FILE", help="YAML config, for example from configs/")
     wanted.add_argument("--verify", type=to_path, metavar="RUN_DIR", help="check a run directory without changing it")
+=======
+    wanted.add_argument("--config", metavar="FILE_OR_NAME", help=_CONFIG)
+    wanted.add_argument("--verify", type=Path, metavar="RUN_DIR", help="check a run directory without changing it")
+>>>>>>> 3ddac28af01b9fadaddbe85075feceea1bb74606
     add_set(parser)
     parser.add_argument("--explain-sharding", action="store_true", help="show how arrays are sharded, and stop")
     parser.add_argument(

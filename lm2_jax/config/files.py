@@ -22,6 +22,9 @@ from lm2_jax.common.untrusted import read_limited, short_repr
 from lm2_jax.config.sections import Section
 from lm2_jax.config.spec import Config
 
+_PACKAGED = Path(__file__).with_name("shipped")  # pyproject.toml puts configs/ there in a wheel
+SHIPPED = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "configs"
+
 _LONGEST = 1 << 18  # bytes of a config file; PyYAML reads as many in seconds
 _MOST_EXPANDED = 1 << 20  # characters of a document whose aliases are expanded
 _EXPECTED = {"model_type": "should be a section with keys", "tuple_type": "should be a list, [a, b]"}
@@ -30,17 +33,26 @@ _EXPECTED = {"model_type": "should be a section with keys", "tuple_type": "shoul
 def load_config(path: str | AnyPath, overrides: Iterable[str] = ()) -> Config:
     """Reads a YAML config and applies overrides of the form "a.b=c" (the value is YAML).
 
+    path: a file, or the bare name of a config that comes with lm2_jax, such as "lm2_125m".
+
     Raises UserError with every problem found: unreadable file, unknown keys (with a suggestion), wrong types, values
     that do not fit together.
     """
-    path = to_path(path)
+    shipped, path = _shipped(str(path)), to_path(path)
     try:
-        text = read_limited(path, _LONGEST).decode()
+        text = read_limited(shipped or path, _LONGEST).decode()
     except FileNotFoundError:
-        raise UserError(f"{path}: no such config file") from None
+        names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.yaml")))
+        raise UserError(f"{path}: no such config file; give its path, or the name of one of these: {names}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a text file ({error})") from None
     return parse_config(text, overrides, where=str(path))
+
+
+def _shipped(name: str) -> Path | None:
+    """The shipped config of this name; None for other names, for paths, and for a file that is called so."""
+    file = SHIPPED / f"{name}.yaml"
+    return file if name.isidentifier() and file.is_file() and not Path(name).is_file() else None
 
 
 def parse_config(text: str, overrides: Iterable[str] = (), where: str = "config") -> Config:

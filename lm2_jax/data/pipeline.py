@@ -31,7 +31,7 @@ class Pipeline:
         if own_lanes is not None and config.data.source in ("text", "jsonl"):
             raise UserError(
                 f"data.source {config.data.source}: raw text is tokenised as it is read, by a single process; "
-                "several processes need data that is prepared once for all of them (tools/prepare_data.py)"
+                "several processes need data that is prepared once for all of them (lm2_jax.prepare_data)"
             )
         self._tokenizer = tokenizer
         self._files: tuple[DocumentSource, DocumentSource | None] | None = None

@@ -99,7 +99,7 @@ def read_manifest(directory: str | Path, key: str = "data.path") -> Manifest:
         manifest = Manifest.model_validate_json(read_limited(path, _LARGEST_MANIFEST))
     except FileNotFoundError:
         raise UserError(
-            f"{key}: {directory} has no {MANIFEST}; name a directory that tools/prepare_data.py has finished "
+            f"{key}: {directory} has no {MANIFEST}; name a directory that lm2_jax.prepare_data has finished "
             "(called again, it resumes where it stopped)"
         ) from None
     except OSError as error:
@@ -255,7 +255,7 @@ class PreparedSource(DocumentSource):
     Sizes and indices are checked at the start, a document's own checksum when it is read.
 
     Args:
-      directories: written by tools/prepare_data.py.
+      directories: written by lm2_jax.prepare_data.
       fingerprint: of the tokenizer that must have made the ids; None: any.
       key: the setting that `directories` come from, for messages.
 

@@ -1,4 +1,4 @@
-"""From a checkpoint to pictures and a page (tools/inspect_memory.py)."""
+"""From a checkpoint to pictures and a page (lm2_jax.inspect_memory)."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ class Scatterer:
             words = line.text if isinstance(line, Statement) else f"{line.text} {line.answer}"
             raise UserError(
                 f"tokenizer.kind stories does not know every word of {words!r}; it has those of tasks qa1 to qa5; "
-                "for other stories train a tokenizer (tools/train_tokenizer.py) or use tokenizer.kind bytes"
+                "for other stories train a tokenizer (lm2_jax.train_tokenizer) or use tokenizer.kind bytes"
             )
         if not answer:
             return Sentence(ids)

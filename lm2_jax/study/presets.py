@@ -1,4 +1,4 @@
-"""Presets of tools/reproduce_babilong.py: models, settings, seeds and sizes of a study."""
+"""Presets of lm2_jax.reproduce_babilong: models, settings, seeds and sizes of a study."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Preset:
     """The size of a study.
 
     Attributes:
-      config: file in configs/ that every cell starts from.
+      config: name of the shipped config that every cell starts from.
       base: changes for every cell.
       models: changes by name; all have as many parameters as `lm2`, and rmt has as large a memory.
       settings: learning rates and training windows, of which every model's best is selected with the first seed. A
@@ -46,7 +46,7 @@ def _stages(*stages: tuple[int, int, float | None, int | None]) -> list[dict[str
 
 PRESETS = {
     "smoke": Preset(
-        config="babilong_study.yaml",
+        config="babilong_study",
         base={
             "model": {"d_model": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "d_ff": 24},
             "memory": {"num_slots": 4, "num_heads": 2},
@@ -68,7 +68,7 @@ PRESETS = {
         ablation_seeds=(0,),
     ),
     "cpu": Preset(
-        config="babilong_study.yaml",
+        config="babilong_study",
         base={},
         models={
             "lm2": {},
@@ -148,7 +148,7 @@ PRESETS = {
         ablation_seeds=(0, 1),
     ),
     "full": Preset(  # for a v5e:4x4; rmt's 64 memory tokens on either side make 2,048 positions
-        config="lm2_1b7.yaml",
+        config="lm2_1b7",
         base={
             "model": {"vocab_size": None},  # the tokenizer's
             "data": {

@@ -1,4 +1,4 @@
-"""Tables and pictures of tools/reproduce_babilong.py, from the JSON of its cells alone."""
+"""Tables and pictures of a study, from the JSON of its cells alone."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from babilong_plots import plot_comparison, plot_gates, plot_pilots, plot_settings
-from babilong_results import (
+from lm2_jax.study.plots import plot_comparison, plot_gates, plot_pilots, plot_settings
+from lm2_jax.study.results import (
     BABI,
     Result,
     best_setting,

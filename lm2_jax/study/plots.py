@@ -9,7 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from babilong_results import (
+from matplotlib import colormaps
+from matplotlib.figure import Figure  # without pyplot, no display is needed
+
+from lm2_jax.study.results import (
     Result,
     best_setting,
     by_set_and_multiple,
@@ -19,8 +22,6 @@ from babilong_results import (
     of_model,
     sets_of,
 )
-from matplotlib import colormaps
-from matplotlib.figure import Figure  # without pyplot, no display is needed
 
 _AT_THE_RIGHT: dict[str, Any] = {"fontsize": 7, "loc": "center left", "bbox_to_anchor": (1, 0.5)}  # a legend
 
