@@ -6,13 +6,10 @@ A command's `main` parses its arguments first, and then imports what it works wi
 from __future__ import annotations
 
 import argparse
-<<<<<<< HEAD
-
-from lm2_jax.common.storage import to_path
-=======
 import sys
 from pathlib import Path
->>>>>>> 3ddac28af01b9fadaddbe85075feceea1bb74606
+
+from lm2_jax.common.storage import to_path
 
 EVALUATION_TASKS = ("perplexity", "babilong", "mmlu", "harness")
 
@@ -63,13 +60,8 @@ def train_arguments() -> argparse.Namespace:
         "--verify runs/babilong_tiny",
     )
     wanted = parser.add_mutually_exclusive_group(required=True)
-<<<<<<< HEAD
-    wanted.add_argument("--config", metavar="FILE", help="YAML config, for example from configs/")
-    wanted.add_argument("--verify", type=to_path, metavar="RUN_DIR", help="check a run directory without changing it")
-=======
     wanted.add_argument("--config", metavar="FILE_OR_NAME", help=_CONFIG)
-    wanted.add_argument("--verify", type=Path, metavar="RUN_DIR", help="check a run directory without changing it")
->>>>>>> 3ddac28af01b9fadaddbe85075feceea1bb74606
+    wanted.add_argument("--verify", type=to_path, metavar="RUN_DIR", help="check a run directory without changing it")
     add_set(parser)
     parser.add_argument("--explain-sharding", action="store_true", help="show how arrays are sharded, and stop")
     parser.add_argument(
