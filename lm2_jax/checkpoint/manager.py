@@ -24,7 +24,8 @@ from orbax.checkpoint import checkpoint_managers
 
 from lm2_jax.checkpoint.store import orbax_path, remove_incomplete
 from lm2_jax.common.errors import TrainingFailed, UserError
-from lm2_jax.common.storage import AnyPath, StorePath, move_tree
+from lm2_jax.common.storage import AnyPath, StorePath
+from lm2_jax.common.trees import move_tree
 from lm2_jax.config import CheckpointConfig, Config
 from lm2_jax.parallel.processes import for_all, is_first, wait_for_all
 

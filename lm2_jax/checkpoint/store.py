@@ -12,7 +12,8 @@ from pathlib import Path
 from etils import epath
 from orbax.checkpoint._src.serialization import tensorstore_utils  # TensorStore's settings have no public name
 
-from lm2_jax.common.storage import AnyPath, StorePath, remove_tree
+from lm2_jax.common.storage import AnyPath, StorePath
+from lm2_jax.common.trees import remove_tree
 
 COMPLETE = "commit_success.txt"
 _RETRIES = {"max_retries": 8, "initial_delay": "1s", "max_delay": "32s"}  # two minutes; 32 tries as it comes

@@ -55,6 +55,12 @@ def content_digest(path: AnyPath, blocks: int = 1024) -> str:
     return digest.hexdigest()[:16]
 
 
+def sha256_of(path: AnyPath) -> str:
+    """The SHA-256 of a file's content, as hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 @contextlib.contextmanager
 def lock_directory(directory: AnyPath, complaint: str) -> Iterator[None]:
     """Locks a directory against other processes; the lock ends with the process, however that ends.

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TextIO
 
 from lm2_jax.common.files import write_atomically
-from lm2_jax.common.storage import AnyPath, StorePath, remove_tree
+from lm2_jax.common.storage import AnyPath, StorePath
+from lm2_jax.common.trees import remove_tree
 
 _READERS = 32  # parts that are read at a time
 

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lm2_jax.common.errors import UserError
-from lm2_jax.common.storage import AnyPath, StorePath
+from lm2_jax.common.storage import AnyPath, StorePath, to_path
 
 _PART = 1 << 24  # bytes of a request
 _REQUESTS = 8  # at a time
@@ -64,10 +64,11 @@ def local_tree(directory: AnyPath, names: Sequence[str] | None = None) -> Path:
     return tree
 
 
-def readable_copy(path: AnyPath, key: str) -> Path:
-    """`local_copy`, but raises UserError, naming the setting or flag `key`, if there is no such file."""
+def directory_of(text: str, key: str) -> Path:
+    """The directory that a setting `key` names, or a copy. Raises UserError if one in a store cannot be read."""
+    path = to_path(text, key)
     try:
-        return local_copy(path)
+        return local_tree(path)
     except OSError as error:
         raise UserError(f"{key}: {path} cannot be read ({error.strerror})") from None
 

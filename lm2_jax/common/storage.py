@@ -16,8 +16,6 @@ import importlib
 import io
 import os
 import re
-import shutil
-import tempfile
 import urllib.parse
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -28,6 +26,7 @@ from lm2_jax.common.errors import UserError
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", re.DOTALL)  # Path("gs://x") has one slash left
 _PACKAGES = {"gs": ("gcsfs", "gcsfs"), "s3": ("s3fs", "s3fs")}  # module, and what to install, by scheme
 _READ_AHEAD = 1 << 23  # bytes
+_REQUESTS = 64  # at a time
 
 
 def to_path(text: str | Path | StorePath, key: str = "") -> AnyPath:
@@ -101,6 +100,11 @@ class StorePath:
         return self._path.suffix
 
     @property
+    def suffixes(self) -> list[str]:
+        """The endings of the last part, such as .jsonl and .gz."""
+        return self._path.suffixes
+
+    @property
     def parent(self) -> StorePath:
         """The directory that it is in."""
         return StorePath(self._scheme, self._path.parent)
@@ -155,7 +159,7 @@ class StorePath:
         return self._kind() is not None
 
     def _kind(self) -> str | None:
-        with self._reported():
+        with self.reported():
             try:
                 return self.filesystem.info(self.key)["type"]
             except FileNotFoundError:
@@ -163,7 +167,7 @@ class StorePath:
 
     def stat(self) -> Stat:
         """Size, time and version of the object. Raises FileNotFoundError if there is none."""
-        with self._reported():
+        with self.reported():
             info = self.filesystem.info(self.key)
             if info["type"] != "file":
                 raise FileNotFoundError(errno.ENOENT, "no such object", str(self))
@@ -173,7 +177,7 @@ class StorePath:
 
     def iterdir(self) -> Iterator[StorePath]:
         """What is directly in the directory, sorted. Raises FileNotFoundError if it is not there."""
-        with self._reported():
+        with self.reported():
             names = self.filesystem.ls(self.key, detail=False)
         for name in sorted({name.strip("/") for name in names} - {self.key}):
             yield StorePath(self._scheme, PurePosixPath("/" + name))
@@ -184,21 +188,27 @@ class StorePath:
             with contextlib.suppress(FileNotFoundError):
                 yield from [path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern)]
             return
-        with self._reported():
+        with self.reported():
             names = self.filesystem.glob(f"{self.key}/{pattern}")
         for name in sorted(names):
             yield StorePath(self._scheme, PurePosixPath("/" + name))
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the objects directly in the directory, by name. Raises FileNotFoundError if it is not there."""
+        with self.reported():
+            found = self.filesystem.ls(self.key, detail=True)
+        return {PurePosixPath(info["name"]).name: info["size"] for info in found if info["type"] == "file"}
+
     def matches(self) -> list[StorePath]:
         """The objects whose names match this one, as a pattern (`**`: any depth of directories)."""
-        with self._reported():
+        with self.reported():
             found = self.filesystem.glob(self.key, detail=True) if glob.has_magic(self.key) else {}
         names = sorted(name for name, info in found.items() if info["type"] == "file")
         return [StorePath(self._scheme, PurePosixPath("/" + name)) for name in names]
 
     def files(self) -> list[StorePath]:
         """Every object below the directory."""
-        with self._reported():
+        with self.reported():
             try:
                 found = self.filesystem.find(self.key)
             except FileNotFoundError:
@@ -221,21 +231,21 @@ class StorePath:
         """The bytes from `start` to before `stop`."""
         if stop <= start:
             return b""
-        with self._reported():
+        with self.reported():
             return self.filesystem.cat_file(self.key, start=start, end=stop)
 
     def read_bytes(self) -> bytes:
         """The whole object."""
-        with self._reported():
+        with self.reported():
             return self.filesystem.cat_file(self.key)
 
     def read_text(self, encoding: str = "utf-8") -> str:
-        """The whole object as text."""
-        return self.read_bytes().decode(encoding)
+        """The whole object as text, lines ending in \\n."""
+        return io.StringIO(self.read_bytes().decode(encoding), newline=None).read()
 
     def write_bytes(self, data: bytes) -> None:
         """Writes the object, completely or not at all."""
-        with self._reported():
+        with self.reported():
             self.filesystem.pipe_file(self.key, data)
 
     def write_text(self, text: str, encoding: str = "utf-8") -> None:
@@ -244,7 +254,7 @@ class StorePath:
 
     def upload(self, file: Path) -> None:
         """Writes the object, completely or not at all, from a local file of any size."""
-        with self._reported():
+        with self.reported():
             self.filesystem.put_file(str(file), self.key)
 
     def write_if(self, data: bytes, version: str) -> None:
@@ -252,7 +262,7 @@ class StorePath:
 
         Stores other than Google's compare no version while they write: there it was read before.
         """
-        with self._reported():
+        with self.reported():
             if hasattr(self.filesystem, "write_if"):
                 self.filesystem.write_if(self.key, data, int(version))
             elif version == "0":
@@ -264,7 +274,7 @@ class StorePath:
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Removes the object."""
-        with self._reported():
+        with self.reported():
             try:
                 self.filesystem.rm_file(self.key)
             except FileNotFoundError:
@@ -275,7 +285,7 @@ class StorePath:
         """Does nothing: a directory of a store is there once it holds an object."""
 
     @contextlib.contextmanager
-    def _reported(self) -> Iterator[None]:
+    def reported(self) -> Iterator[None]:
         """Turns what stores' libraries raise into OSErrors with `strerror`."""
         try:
             yield
@@ -342,55 +352,15 @@ def _filesystem(scheme: str) -> Any:
     return connect()
 
 
-# --- Files and trees of either kind ----------------------------------------------------------------------------------
-
-
-def copy_file(source: AnyPath, target: AnyPath) -> None:
-    """Copies a file; one of a store appears whole or not at all."""
-    if isinstance(target, StorePath):
-        target.upload(source) if isinstance(source, Path) else target.write_bytes(source.read_bytes())
-    elif isinstance(source, Path):
-        shutil.copyfile(source, target)
-    else:
-        with source.open("rb") as reader, target.open("wb") as writer:
-            shutil.copyfileobj(reader, writer, _READ_AHEAD)
-
-
-def remove_tree(path: AnyPath) -> None:
-    """Removes a directory and everything in it, or what can be removed of it."""
-    if isinstance(path, Path):
-        shutil.rmtree(path, ignore_errors=True)
-        return
-    with path._reported(), contextlib.suppress(FileNotFoundError):
-        path.filesystem.rm(path.key, recursive=True)
-
-
-def move_tree(source: AnyPath, target: AnyPath) -> None:
-    """Moves a directory; of a store, object by object."""
-    if isinstance(source, Path):
-        source.rename(target)
-        return
-    for path in source.files():
-        copy_file(path, target / path.relative_to(source))
-    remove_tree(source)
-
-
-def upload_tree(source: Path, target: StorePath, last: Sequence[str] = ()) -> None:
-    """Copies a local directory into a store; files of the names `last`, by which it is recognised, come last."""
-    files = sorted((path for path in source.rglob("*") if path.is_file()), key=lambda path: path.name in last)
-    for path in files:
-        (target / path.relative_to(source).as_posix()).upload(path)
-
-
-@contextlib.contextmanager
-def writing(path: AnyPath) -> Iterator[Path]:
-    """A local file to write; once written, it is at `path`, which in a store has it whole or not at all."""
-    if isinstance(path, Path):
-        yield path
-        return
-    with tempfile.TemporaryDirectory() as directory:
-        yield (file := Path(directory) / path.name)
-        path.upload(file)
+def read_ranges(spans: Sequence[tuple[StorePath, int, int]]) -> list[bytes]:
+    """Reads bytes of objects of one store, (path, start, stop) each, many requests at a time. Raises OSError."""
+    if not spans:
+        return []
+    paths, starts, stops = zip(*spans, strict=True)
+    with paths[0].reported():
+        filesystem = paths[0].filesystem
+        keys = [path.key for path in paths]
+        return filesystem.cat_ranges(keys, list(starts), list(stops), batch_size=_REQUESTS, on_error="raise")
 
 
 def has_directory(path: AnyPath) -> bool:

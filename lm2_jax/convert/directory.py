@@ -19,7 +19,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from lm2_jax.common.errors import UserError
-from lm2_jax.common.storage import AnyPath, StorePath, upload_tree
+from lm2_jax.common.storage import AnyPath, StorePath, to_path
+from lm2_jax.common.trees import copy_file, upload_tree
 from lm2_jax.common.untrusted import resolve_inside
 from lm2_jax.config import dump_config, load_config, replace
 from lm2_jax.convert.engine import Checkpoint, Entry, Track, abstract_params, check_names, check_values
@@ -71,7 +72,7 @@ def write(checkpoint: Checkpoint, directory: Path, track: Track) -> None:
     if config.tokenizer.path:
         load_tokenizer(config.tokenizer, checkpoint.origin)  # raises UserError if it is unusable
         name = "tokenizer.json" if config.tokenizer.kind == "tokenizers" else "tokenizer.model"
-        shutil.copyfile(config.tokenizer.path, directory / name)
+        copy_file(to_path(config.tokenizer.path), directory / name)
         config = replace(config, tokenizer={"path": name})
     (directory / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     write_tensors(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -194,7 +193,7 @@ def _identity(loaded: EvalModel) -> dict[str, Any]:
     }
 
 
-def _describe(files: Sequence[Path]) -> str:
+def _describe(files: Sequence[AnyPath]) -> str:
     return ", ".join(f"{path.name} ({path.stat().st_size} bytes)" for path in files)
 
 

@@ -23,6 +23,7 @@ import numpy as np
 from rich.table import Table
 
 from lm2_jax.common.errors import UserError
+from lm2_jax.common.local_copies import directory_of
 from lm2_jax.common.storage import AnyPath
 from lm2_jax.config import HarnessConfig, MmluConfig
 from lm2_jax.convert.tokenizer_files import write_tokenizer
@@ -48,10 +49,11 @@ def evaluate(loaded: EvalModel, output: AnyPath | None, log: Callable[[str], Non
         raise UserError(
             "eval.harness.tasks is missing: name tasks of lm-evaluation-harness, for example [arc_easy, lambada_openai]"
         )
-    if settings.include is not None and not Path(settings.include).is_dir():
+    include = None if settings.include is None else directory_of(settings.include, "eval.harness.include")
+    if include is not None and not include.is_dir():
         raise UserError(f"eval.harness.include: {settings.include} is no directory; name one with task files (.yaml)")
     with _metadata(loaded, settings.metadata) as metadata:
-        options = {"include_path": settings.include, "metadata": metadata}
+        options = {"include_path": include and str(include), "metadata": metadata}
         return run(loaded, output, log, settings, "harness", settings.tasks, options)
 
 

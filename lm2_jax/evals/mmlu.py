@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lm2_jax.common.errors import UserError
+from lm2_jax.common.local_copies import directory_of
 from lm2_jax.common.storage import AnyPath
 from lm2_jax.config import MmluConfig
 from lm2_jax.evals.harness import Result, draw, require_harness, run, tables
@@ -36,7 +37,7 @@ def evaluate(loaded: EvalModel, output: AnyPath | None, log: Callable[[str], Non
     if settings.path is None:
         wanted = [f"mmlu_{subject}" for subject in settings.subjects] if settings.subjects else ["mmlu"]
     else:
-        wanted = [_group(Path(settings.path), settings)]
+        wanted = [_group(directory_of(settings.path, "eval.mmlu.path"), settings)]
     return run(loaded, output, log, settings, "mmlu", wanted)
 
 

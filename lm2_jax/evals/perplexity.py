@@ -9,7 +9,6 @@ Axes: B lanes, S segments, T tokens, P positions of a document or of a lane's wi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -69,7 +68,7 @@ def evaluate(loaded: EvalModel, output: AnyPath | None, log: Callable[[str], Non
     }
 
 
-def _identity(loaded: EvalModel, source: DocumentSource, paths: list[Path]) -> dict[str, Any]:
+def _identity(loaded: EvalModel, source: DocumentSource, paths: list[AnyPath]) -> dict[str, Any]:
     """Everything that a document's loss depends on."""
     config = loaded.config
     return {

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lm2_jax.common.storage import AnyPath, writing
+from lm2_jax.common.storage import AnyPath
+from lm2_jax.common.trees import writing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

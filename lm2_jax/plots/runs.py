@@ -11,7 +11,8 @@ from typing import Any
 
 from lm2_jax.common.errors import UserError
 from lm2_jax.common.records import Record, read_records
-from lm2_jax.common.storage import AnyPath, to_path, writing
+from lm2_jax.common.storage import AnyPath, to_path
+from lm2_jax.common.trees import writing
 
 _SMOOTHED = 200  # points: of longer runs, neighbours are averaged
 _STYLES = ("-", "--", ":", "-.")
