@@ -54,3 +54,29 @@ def _warnings_of_this_test():
     from lm2_jax.common.errors import warn_once
 
     warn_once.cache_clear()
+
+
+@pytest.fixture
+def bucket(monkeypatch, tmp_path):
+    """A new bucket of an emulator, with an empty cache of this machine."""
+    from store_helpers import new_bucket
+
+    made = new_bucket()
+    for key, value in made.emulator.environment.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("LM2_JAX_CACHE", str(tmp_path / "cache"))
+    return made
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Waits between tries are short; a function that sets for how many seconds requests are tried again."""
+    import gcsfs.retry
+
+    from lm2_jax.common import gcs
+
+    async def sleep(seconds, sleep=gcsfs.retry.asyncio.sleep):
+        await sleep(min(seconds, 0.05))
+
+    monkeypatch.setattr("gcsfs.retry.asyncio.sleep", sleep)
+    return lambda seconds: monkeypatch.setattr(gcs, "PATIENCE_SECONDS", seconds)

@@ -6,6 +6,7 @@ until it is ended: `python tests/gcs_emulator.py PORT BUCKET...`.
 """
 
 import base64
+import bisect
 import contextlib
 import dataclasses
 import datetime
@@ -53,6 +54,7 @@ class Emulator:
         self._lock = threading.RLock()
         self._generations = itertools.count(int(time.time() * 1e6))
         self._uploads = {}  # of resumable sessions
+        self._sorted, self._changed = {}, set()  # names of each bucket in order, and buckets where they are others now
         self.latency, self.fault, self.requests = 0.0, lambda method, name: None, []
         self._port, self._server = port, None
         self.come_back()
@@ -96,6 +98,17 @@ class Emulator:
     def write(self, bucket, name, data):
         self.put(bucket, name, data, {})
 
+    def make_bucket(self, bucket):
+        self._buckets[bucket] = {}
+
+    def export(self, bucket, prefix, directory):
+        """Writes the objects whose names begin with a prefix as files; returns the directory."""
+        for name in self.names(bucket, prefix):
+            file = directory / name.removeprefix(prefix).lstrip("/")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(self.read(bucket, name))
+        return directory
+
     def age(self, bucket, name, seconds):
         """Makes an object so many seconds older."""
         stored = self._buckets[bucket][name]
@@ -121,6 +134,8 @@ class Emulator:
             objects = self.objects(bucket)
             _check(objects.get(name), query)
             now = _stamp(datetime.datetime.now(datetime.UTC))
+            if name not in objects:
+                self._changed.add(bucket)
             objects[name] = Stored(bytes(data), next(self._generations), now)
             return self.describe(bucket, name)
 
@@ -128,6 +143,7 @@ class Emulator:
         with self._lock:
             self.get(bucket, name, query)
             del self._buckets[bucket][name]
+            self._changed.add(bucket)
 
     def describe(self, bucket, name, stored=None):
         stored = stored or self._buckets[bucket][name]
@@ -150,10 +166,17 @@ class Emulator:
         start, end = query.get("startOffset", ""), query.get("endOffset")
         most, after = min(int(query.get("maxResults", PAGE)), PAGE), query.get("pageToken", "")
         with self._lock:
-            objects = dict(self.objects(bucket))
+            objects = self.objects(bucket)
+            if len(self._sorted.get(bucket, ())) != len(objects) or bucket in self._changed:
+                self._sorted[bucket] = sorted(objects)
+                self._changed.discard(bucket)
+            names = self._sorted.get(bucket, [])
         items, prefixes, last, token = [], [], "", None
-        for name in sorted(objects):
-            if not name.startswith(prefix) or name < start or (end and name >= end):
+        first = max(prefix, start, after)
+        for name in itertools.islice(names, bisect.bisect_left(names, first), None):
+            if not name.startswith(prefix) or (end and name >= end):
+                break
+            if name not in objects:  # removed meanwhile
                 continue
             head, found, _ = name[len(prefix) :].partition(delimiter) if delimiter else ("", "", "")
             entry = prefix + head + delimiter if found else name

@@ -92,9 +92,7 @@ class _Lease(threading.Thread):
                 self._write(found.version if found else "0")
             except FileExistsError:
                 if not self._over.is_set():
-                    print(
-                        f"error: {self._path}: {read(self._path)}; this process has lost it and ends", file=sys.stderr
-                    )
+                    print(f"error: {self._path}: lost, and so this process ends: {read(self._path)}", file=sys.stderr)
                     os._exit(1)
             except OSError:  # the next renewal may succeed
                 pass

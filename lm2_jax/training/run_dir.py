@@ -27,15 +27,9 @@ from lm2_jax.training.curriculum import Progress
 # Keys that may differ between a run directory and the command that resumes it: none of them changes what is learnt,
 # but for train.steps, which moves the learning rate's decay.
 _MAY_CHANGE = (
-    "train.run_dir",
-    "train.steps",
-    "train.max_skipped_steps",
-    "data.prefetch",
-    "data.cache_gb",
-    "checkpoint",
-    "eval",
+    "train.run_dir", "train.steps", "train.max_skipped_steps", "data.prefetch", "data.cache_gb", "checkpoint", "eval",
     "mesh",
-)
+)  # fmt: skip
 
 
 def open_run_dir(config: Config, origin: Origin | None) -> AnyPath:
