@@ -8,6 +8,7 @@ import sys
 
 from gcs_emulator import Emulator
 from helpers import REPOSITORY, Run
+from quick import xla_flags
 
 from lm2_jax.common.records import read_records
 from lm2_jax.common.storage import to_path
@@ -59,8 +60,9 @@ def new_bucket():
 class StoreRun(Run):
     """`helpers.Run` of a run directory `run` in a bucket, in a process with an empty folder and cache of its own."""
 
-    def __init__(self, config_file, bucket, folder, *arguments, run="run", script=None, **options):
+    def __init__(self, config_file, bucket, folder, *arguments, run="run", **options):
         self.bucket, self.run = bucket, run
+        self._left = set(bucket.unfinished(run))  # by an earlier process, until this one removes them
         folder.mkdir()
         environment = {"LM2_JAX_CACHE": str(folder / "cache"), "HOME": str(folder), **bucket.emulator.environment}
         environment |= dict(options.pop("environment", {}))
@@ -74,7 +76,9 @@ class StoreRun(Run):
         return max((json.loads(text.splitlines()[-1])["step"] for text in texts if text), default=0)
 
     def saves_under_way(self):
-        return self.bucket.unfinished(self.run)
+        under_way = self.bucket.unfinished(self.run)
+        self._left &= set(under_way)
+        return [step for step in under_way if step not in self._left]
 
     def situation(self):
         return (
@@ -100,7 +104,7 @@ def command(module, *arguments, bucket, folder, code=0):
 class _Command(Run):
     def __init__(self, module, arguments, log, environment):
         self.log = log
-        environment = {**os.environ, **environment, "PYTHONPATH": str(REPOSITORY)}
+        environment = {**os.environ, **environment, "PYTHONPATH": str(REPOSITORY), "XLA_FLAGS": xla_flags(devices=1)}
         with log.open("w") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", module, *map(str, arguments)],

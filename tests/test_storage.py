@@ -30,8 +30,8 @@ from lm2_jax.common.trees import move_tree, remove_tree
     ],
 )
 def test_paths_of_this_machine(text, meaning, monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    assert to_path(text) == Path(meaning.format(home="/home/me"))
+    monkeypatch.setenv("HOME", "/users/me")
+    assert to_path(text) == Path(meaning.format(home="/users/me"))
 
 
 @pytest.mark.parametrize("text", ["hdfs://a/b", "HDFS:/a/b", "http://a/b"])

@@ -217,9 +217,9 @@ class PreparedSource(DocumentSource):
 
     def __getitem__(self, index: int) -> Document:
         """Reads a document. Raises UserError if it is damaged."""
-        return self.read([index])[0]
+        return self.fetch([index])[0]
 
-    def read(self, indices: Sequence[int]) -> list[Document]:
+    def fetch(self, indices: Sequence[int]) -> list[Document]:
         """Reads documents; those that only the store has are asked for together."""
         places = [self._place(index) for index in indices]
         remote = [n for n, (number, _) in enumerate(places) if self._is_remote(number)]
