@@ -176,14 +176,14 @@ class StorePath:
         return Stat(info["size"], int(changed.timestamp() * 1e9) if changed else 0, str(version))
 
     def iterdir(self) -> Iterator[StorePath]:
-        """What is directly in the directory, sorted. Raises FileNotFoundError if it is not there."""
+        """The files and directories directly in it, sorted. Raises FileNotFoundError if it is not there."""
         with self.reported():
             names = self.filesystem.ls(self.key, detail=False)
         for name in sorted({name.strip("/") for name in names} - {self.key}):
             yield StorePath(self._scheme, PurePosixPath("/" + name))
 
     def glob(self, pattern: str) -> Iterator[StorePath]:
-        """What matches a pattern; one of a single part needs one listing."""
+        """The paths below it that match a pattern; one of a single part needs one listing."""
         if "/" not in pattern and "**" not in pattern:
             with contextlib.suppress(FileNotFoundError):
                 yield from [path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern)]

@@ -52,7 +52,7 @@ class DocumentSource(Protocol):
 
     def __getitem__(self, index: int) -> Document: ...
 
-    def fetch(self, indices: Sequence[int]) -> list[Document]:
+    def get_many(self, indices: Sequence[int]) -> list[Document]:
         """Documents by their numbers."""
         return [self[index] for index in indices]
 
@@ -281,9 +281,9 @@ class Subset(DocumentSource):
     def __getitem__(self, index: int) -> Document:
         return self._source[int(self._indices[index])]
 
-    def fetch(self, indices: Sequence[int]) -> list[Document]:
+    def get_many(self, indices: Sequence[int]) -> list[Document]:
         """See `DocumentSource`."""
-        return self._source.fetch([int(self._indices[index]) for index in indices])
+        return self._source.get_many([int(self._indices[index]) for index in indices])
 
     def __repr__(self) -> str:
         return f"Subset({len(self)} of {self._source!r})"
@@ -331,15 +331,15 @@ class Mixture(DocumentSource):
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> Document:
-        return self.fetch([index])[0]
+        return self.get_many([index])[0]
 
-    def fetch(self, indices: Sequence[int]) -> list[Document]:
+    def get_many(self, indices: Sequence[int]) -> list[Document]:
         """See `DocumentSource`; each source is asked once."""
         numbers = (np.searchsorted(self._starts, indices, side="right") - 1).tolist()
         found: dict[int, Document] = {}
         for number in set(numbers):
             here = [index for index, of in zip(indices, numbers, strict=True) if of == number]
-            documents = self._sources[number].fetch([index - int(self._starts[number]) for index in here])
+            documents = self._sources[number].get_many([index - int(self._starts[number]) for index in here])
             found |= dict(zip(here, documents, strict=True))
         return [found[index] for index in indices]
 

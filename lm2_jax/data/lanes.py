@@ -190,7 +190,7 @@ class LaneDataset(grain.IterDataset[Batch]):
     def read(self, placements: Sequence[tuple[int, Placement]]) -> list[tuple[int, Placement]]:
         """The (lane, placement) with the documents of this process's lanes, all read together."""
         unread = [n for n, (lane, p) in enumerate(placements) if lane in self.lanes.rows and p.document is None]
-        documents = self.source.fetch([self.ordinals[placements[n][1].ordinal] for n in unread])
+        documents = self.source.get_many([self.ordinals[placements[n][1].ordinal] for n in unread])
         found = dict(zip(unread, documents, strict=True))
         return [
             (lane, placed._replace(document=found.get(n, placed.document)))

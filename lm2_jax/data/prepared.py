@@ -217,9 +217,9 @@ class PreparedSource(DocumentSource):
 
     def __getitem__(self, index: int) -> Document:
         """Reads a document. Raises UserError if it is damaged."""
-        return self.fetch([index])[0]
+        return self.get_many([index])[0]
 
-    def fetch(self, indices: Sequence[int]) -> list[Document]:
+    def get_many(self, indices: Sequence[int]) -> list[Document]:
         """Reads documents; those that only the store has are asked for together."""
         places = [self._place(index) for index in indices]
         remote = [n for n, (number, _) in enumerate(places) if self._is_remote(number)]
@@ -249,7 +249,7 @@ class PreparedSource(DocumentSource):
     def _read_locally(self, number: int, record: int) -> bytes:
         path = self._shards[number][0]
         try:
-            file = self._stored.fetch(number) if number in self._stored else path
+            file = self._stored.make_local(number) if number in self._stored else path
             return self._reader(file).read([record])[0]
         except (OSError, RuntimeError, ValueError, IndexError) as error:
             reason = str(error).splitlines()[0].split("; ")[0]

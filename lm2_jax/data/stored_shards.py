@@ -65,7 +65,7 @@ class StoredShards:
         """The local copy of a shard; None while there is none."""
         return self._here.get(number)
 
-    def fetch(self, number: int) -> Path:
+    def make_local(self, number: int) -> Path:
         """The local copy of a shard, made now if there is none. Raises OSError if it cannot be read."""
         if number not in self._here:
             self._here[number] = _copy(self._shards[number], _directory())
