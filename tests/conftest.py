@@ -71,12 +71,10 @@ def bucket(monkeypatch, tmp_path):
 @pytest.fixture
 def impatient(monkeypatch):
     """Waits between tries are short; a function that sets for how many seconds requests are tried again."""
-    import gcsfs.retry
-
+    from lm2_jax.checkpoint import store
     from lm2_jax.common import gcs
 
-    async def sleep(seconds, sleep=gcsfs.retry.asyncio.sleep):
-        await sleep(min(seconds, 0.05))
-
-    monkeypatch.setattr("gcsfs.retry.asyncio.sleep", sleep)
+    monkeypatch.setattr(gcs, "_LONGEST_WAIT", 0.05)
+    monkeypatch.setattr(gcs, "_FIRST_WAIT", 0.05)
+    monkeypatch.setitem(store._RETRIES, "max_retries", 2)
     return lambda seconds: monkeypatch.setattr(gcs, "PATIENCE_SECONDS", seconds)

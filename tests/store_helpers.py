@@ -66,9 +66,7 @@ class StoreRun(Run):
         folder.mkdir()
         environment = {"LM2_JAX_CACHE": str(folder / "cache"), "HOME": str(folder), **bucket.emulator.environment}
         environment |= dict(options.pop("environment", {}))
-        super().__init__(
-            config_file, folder / "unused", *arguments, log=folder / "log", environment=environment, **options
-        )
+        super().__init__(config_file, folder, *arguments, log=folder / "log", environment=environment, **options)
 
     def logged_step(self):
         records = [name for name in self.bucket.names(f"{self.run}/metrics.jsonl")]

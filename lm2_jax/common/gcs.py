@@ -7,8 +7,10 @@ hour. It must be imported before Orbax opens a path of a bucket; making a `Store
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
+import random
 import time
 from typing import Any
 
@@ -18,6 +20,8 @@ from gcsfs.core import GCSFileSystem, quote
 from gcsfs.retry import is_retriable
 
 PATIENCE_SECONDS = 120.0  # for which failures of the network are tried again
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 16.0  # seconds between tries
+_request_once = GCSFileSystem._request.__wrapped__  # without gcsfs's own tries, six of them
 
 
 class PatientGcs(GCSFileSystem):
@@ -27,17 +31,24 @@ class PatientGcs(GCSFileSystem):
         if os.environ.get("STORAGE_EMULATOR_HOST"):
             settings.setdefault("token", "anon")
         super().__init__(*arguments, **settings | {"use_listings_cache": False})
+        self._gave_up = False
         self.requests_timeout = aiohttp.ClientTimeout(total=None, sock_connect=20, sock_read=60)
 
     async def _request(self, *arguments: Any, **settings: Any) -> Any:
-        since = time.monotonic()
+        began, wait = time.monotonic(), _FIRST_WAIT
         while True:
             try:
-                return await super()._request(*arguments, **settings)  # which tries six times
+                answer = await _request_once(self, *arguments, **settings)
+                self._gave_up = False
+                return answer
             except Exception as error:
-                passing = is_retriable(error) or isinstance(error, TimeoutError)
-                if not passing or time.monotonic() - since > PATIENCE_SECONDS:
+                if not (is_retriable(error) or isinstance(error, TimeoutError)):
                     raise
+                if self._gave_up or time.monotonic() - began > PATIENCE_SECONDS:
+                    self._gave_up = True  # a run that ends now does not wait once more for everything that it closes
+                    raise
+            await asyncio.sleep(wait * random.uniform(0.5, 1))
+            wait = min(2 * wait, _LONGEST_WAIT)
 
     def write_if(self, path: str, data: bytes, generation: int) -> int:
         """Writes an object whose generation is the given one (0: none is there); returns the new generation.
