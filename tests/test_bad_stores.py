@@ -103,9 +103,9 @@ def test_a_network_that_stays_away(gone, bucket, tmp_path, whole, impatient, mon
             self.wait()
             bucket.emulator.fault = lambda method, name: 503
 
-    monkeypatch.setattr(Checkpoints, "save", save_one)
     with quick_training():
-        with pytest.raises(TrainingFailed) as failure:
+        with monkeypatch.context() as patched, pytest.raises(TrainingFailed) as failure:
+            patched.setattr(Checkpoints, "save", save_one)
             train(config)
         assert "the store can be reached again, the same command resumes" in str(failure.value) or (
             "metrics.jsonl: cannot be written (the store cannot be reached" in str(failure.value)
