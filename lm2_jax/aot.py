@@ -11,6 +11,7 @@ import functools
 
 from lm2_jax.common.command_line import aot_arguments
 from lm2_jax.common.errors import TrainingFailed, UserError, run_command
+from lm2_jax.common.jax_stack import check_jax_stack
 from lm2_jax.common.storage import has_directory
 
 
@@ -19,6 +20,7 @@ def main() -> None:
     arguments = aot_arguments()
     if arguments.output is not None and not has_directory(arguments.output):
         raise UserError(f"--output: found {arguments.output}; its directory does not exist")
+    check_jax_stack("tpu")
 
     # imported late so that --help stays fast
     import json

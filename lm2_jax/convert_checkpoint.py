@@ -18,6 +18,7 @@ from rich.progress import track
 
 from lm2_jax.common.command_line import parser_for
 from lm2_jax.common.errors import UserError, run_command
+from lm2_jax.common.jax_stack import check_jax_stack
 from lm2_jax.common.local_copies import local_copy, local_tree
 from lm2_jax.common.storage import AnyPath, to_path
 
@@ -58,6 +59,7 @@ def main() -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="settings of the lm2_jax model; repeatable"
     )
     arguments = parser.parse_args()
+    check_jax_stack()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, leaving nothing behind
     convert(arguments.source, arguments.target, arguments.input, arguments.output, arguments.dtype, arguments.set)
 

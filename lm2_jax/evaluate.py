@@ -10,6 +10,7 @@ from types import ModuleType
 
 from lm2_jax.common.command_line import evaluate_arguments
 from lm2_jax.common.errors import UserError, run_command
+from lm2_jax.common.jax_stack import check_jax_stack
 from lm2_jax.common.storage import has_directory
 
 
@@ -19,6 +20,7 @@ def main() -> None:
     output = arguments.output
     if output is not None and (output.suffix != ".json" or not has_directory(output)):
         raise UserError(f"--output: found {output}; give a file that ends in .json, in a directory that exists")
+    check_jax_stack()
 
     # imported late so that --help stays fast
     import json

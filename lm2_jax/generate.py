@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm2_jax.common.command_line import generate_arguments
 from lm2_jax.common.errors import UserError, run_command
+from lm2_jax.common.jax_stack import check_jax_stack
 from lm2_jax.common.storage import has_directory, to_path
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def main() -> None:
     text = _prompt(arguments)
     if arguments.save_memory and not has_directory(to_path(arguments.save_memory, "--save-memory")):
         raise UserError(f"--save-memory: the directory of {arguments.save_memory} does not exist")
+    check_jax_stack()
 
     # imported late so that --help stays fast
     import numpy as np

@@ -9,6 +9,7 @@ import functools
 
 from lm2_jax.common.command_line import parser_for
 from lm2_jax.common.errors import UserError, run_command
+from lm2_jax.common.jax_stack import check_jax_stack
 
 
 def main() -> None:
@@ -18,6 +19,7 @@ def main() -> None:
     parser.add_argument("--segments", type=int, nargs="+", metavar="S", help="lengths of contexts; default 1 window")
     parser.add_argument("--count", type=int, default=512, metavar="B", help="questions at each length")
     arguments = parser.parse_args()
+    check_jax_stack()
 
     from lm2_jax.inspection.two_hops import (  # imported late so that --help stays fast
         make_questions,

@@ -10,6 +10,7 @@ import functools
 
 from lm2_jax.common.command_line import parser_for
 from lm2_jax.common.errors import run_command
+from lm2_jax.common.jax_stack import check_jax_stack
 from lm2_jax.common.storage import to_path
 
 
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48, metavar="K", help="last tokens to look at; default 48")
     parser.add_argument("--questions", type=int, default=512, metavar="B", help="stories to ask about; default 512")
     arguments = parser.parse_args()
+    check_jax_stack()
 
     from lm2_jax.inspection.report import inspect  # imported late so that --help stays fast
 

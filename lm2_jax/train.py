@@ -10,12 +10,14 @@ import functools
 
 from lm2_jax.common.command_line import train_arguments
 from lm2_jax.common.errors import run_command, store_failures
+from lm2_jax.common.jax_stack import check_jax_stack
 from lm2_jax.config import load_config
 
 
 def main() -> None:
     """The command."""
     arguments = train_arguments()
+    check_jax_stack()
     import jax  # imported late so that --help stays fast
 
     from lm2_jax.compiled.explain import explain_sharding

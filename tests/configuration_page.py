@@ -26,7 +26,8 @@ Every key a config may hold, with its type, its default and its meaning. This pa
 A config file holds any subset of these keys, and `--set section.key=value` overrides one of them (the value is YAML; a
 whole section may be set as `{key: value, ...}`). All mistakes are reported at once, each with the file, the key, the
 value found and what would be right. `config.yaml` in a run directory is the complete config that a run used. Where one
-text is meant, a list of one may be written without brackets. Start from a file in [`configs/`](../configs).
+text is meant, a list of one may be written without brackets. Start from one of [`configs/`](../configs): its name
+alone, as in `--config lm2_125m`, is enough, and finds it where lm2_jax is installed as a package too.
 """
 NAMES = {int: "integer", float: "number", str: "text", bool: "true or false"}
 SIGNS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}

@@ -24,5 +24,5 @@ def xla_knows(flag: str) -> bool:
     package = Path(importlib.util.find_spec("jaxlib").origin).parent
     for library in package.glob("libjax_common.*"):
         with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return content.find(flag.encode()) >= 0
+            return content.find(b"\0%b\0" % flag.encode()) >= 0  # a word by itself: names of former flags are kept too
     return False

@@ -27,6 +27,7 @@ print(json.dumps([lm2_jax.__version__, str(SHIPPED), shipped]))
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """A wheel of this checkout, built from a copy: setuptools leaves files behind."""
+    pytest.importorskip("setuptools", reason="setuptools is not installed (requirements-dev.txt)")
     source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("built")
     for folder in ("lm2_jax", "configs"):
         copytree(ROOT / folder, source / folder, ignore=ignore_patterns("__pycache__"))

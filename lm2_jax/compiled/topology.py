@@ -17,6 +17,7 @@ import jax
 from jax.experimental import topologies
 
 from lm2_jax.common.errors import UserError
+from lm2_jax.common.jax_stack import libtpu_of_jax
 from lm2_jax.compiled.chips import CHIPS, Chip
 
 _QUIET = {
@@ -66,7 +67,9 @@ def devices_of(topology: str, slices: int = 1) -> tuple[Sequence[Any], Chip]:
             f"--topology: found {topology}; write one of {', '.join(CHIPS)}, a colon and chips, as in v5e:4x4"
         )
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("libtpu is missing; it compiles for TPUs on any Linux machine: pip install 'libtpu==0.0.42.*'")
+        raise UserError(
+            f"libtpu is missing; it compiles for TPUs on any Linux machine: pip install 'libtpu{libtpu_of_jax()}'"
+        )
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if math.prod(int(n) for n in re.findall(r"\d+", topology.partition(":")[2])) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
