@@ -25,7 +25,7 @@ from lm2_jax.model import build_model
 from lm2_jax.training import loop
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-TIMES_AND_RATES = ("time", "tokens_per_second")
+TIMES_AND_RATES = ("time", "tokens_per_second", "step_seconds", "data_seconds", "mfu", "goodput")
 
 # Log, validation and checkpoint steps fall apart, so that a run is stopped between any two of them.
 TINY = """

@@ -12,11 +12,12 @@ from lm2_jax.plot_run import main
 from lm2_jax.plots.runs import PANELS, plot_runs, read_runs
 
 
-def write_run(path, steps=300, gates=True, finished=True):
+def write_run(path, steps=300, gates=True, finished=True, timed=True):
     path.mkdir(parents=True)
     records = [
         {"step": s, "tokens": 10 * s, "time": 5.0 + s, "loss": 1 / s, "lr": 1e-3, "tokens_per_second": 100.0}
         | {"grad_norm": None if s == 3 else 1.0, "accuracy": None, "segments": 2, "segment_length": 8}
+        | ({"step_seconds": 0.5, "data_seconds": 0.1, "mfu": None, "goodput": 0.9} if timed else {})
         | ({"memory_norm": 1.0, "gate_forget": 0.9, "gate_input": 0.1} if gates else {})
         for s in range(1, steps + 1)
     ]
@@ -49,11 +50,12 @@ def axes_of(monkeypatch, path, runs, panels):
 
 
 def test_each_run_has_a_curve_where_it_has_values(tmp_path, monkeypatch):
-    runs = read_runs([write_run(tmp_path / "a"), write_run(tmp_path / "b", gates=False, finished=False)])
+    runs = read_runs([write_run(tmp_path / "a"), write_run(tmp_path / "b", gates=False, finished=False, timed=False)])
     axes = axes_of(monkeypatch, tmp_path / "x.png", runs, list(PANELS))
     curves = {axis.get_title(): sum(len(line.get_xdata()) > 2 for line in axis.lines) for axis in axes}
     both = dict.fromkeys(("Loss", "Learning rate", "Throughput, tokens a second", "Gradient norm"), 2)
     alone = {"Accuracy by context length": 1, "Norm of a memory slot": 1, "Memory gates, mean": 2}
+    alone |= {"Seconds a step": 2, "Use of the devices": 1}
     assert curves == both | alone
 
 

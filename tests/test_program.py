@@ -15,11 +15,12 @@ from jax.sharding import AxisType, PartitionSpec
 
 from lm2_jax.common.errors import UserError
 from lm2_jax.compiled import costs, hlo
-from lm2_jax.compiled.chips import CHIPS, roofline
 from lm2_jax.compiled.explain import explain_sharding
 from lm2_jax.compiled.report import describe, too_large
+from lm2_jax.compiled.roofline import roofline
 from lm2_jax.config import load_config
 from lm2_jax.measurements.configs import table, topology_of
+from lm2_jax.parallel.chips import CHIPS
 
 ROOT = Path(__file__).parents[1]
 RECORDED = json.loads((ROOT / "tests" / "compiled_figures.json").read_text())

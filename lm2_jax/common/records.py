@@ -11,6 +11,11 @@ from lm2_jax.common.storage import AnyPath
 Record = dict[str, Any]
 
 
+def drawable(record: Record) -> dict[str, int | float]:
+    """The values of a record that can be drawn, against its step and time."""
+    return {k: v for k, v in record.items() if k not in ("step", "time") and isinstance(v, int | float)}
+
+
 def drop_records_after(path: AnyPath, step: int) -> None:
     """Cuts metrics.jsonl back to `step`, where a resumed run continues; a half-written last line goes too."""
     journal = Journal(path)

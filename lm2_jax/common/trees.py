@@ -71,6 +71,17 @@ def writing(path: AnyPath) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def writing_tree(directory: AnyPath) -> Iterator[Path]:
+    """A local directory to write into; in the end, what is there is in `directory`, beside what was there before."""
+    if isinstance(directory, Path):
+        yield directory
+        return
+    with tempfile.TemporaryDirectory() as here:
+        yield Path(here)
+        upload_tree(Path(here), directory)
+
+
+@contextlib.contextmanager
 def scratch_in(directory: AnyPath) -> Iterator[Path]:
     """A directory for what is not whole yet: `directory` itself, or for one of a store a temporary one."""
     if isinstance(directory, Path):

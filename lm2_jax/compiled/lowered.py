@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from lm2_jax.batch import Batch
 from lm2_jax.config import Config
 from lm2_jax.decoding import sampling
 from lm2_jax.model import build_model
+from lm2_jax.model.sizes import count_parameters
 from lm2_jax.parallel.mesh import abstract_batch, batch_sharding, make_mesh, memory_shardings, use_mesh
 from lm2_jax.training.state import StepConfig, abstract_state
 from lm2_jax.training.step import make_train_step
@@ -29,7 +29,7 @@ class Programs:
         self._settings = StepConfig.of(config)
         with use_mesh(self.mesh):
             self.state = abstract_state(self.model, self.mesh, self._settings)
-        self.parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.state.params))
+        self.parameters = count_parameters(self.state.params)
 
     def abstract_batch(self) -> Batch:
         """Shapes and shardings of a window of the last stage."""

@@ -15,9 +15,11 @@ import jax
 
 from lm2_jax.common.errors import TrainingFailed
 from lm2_jax.compiled import costs, hlo, topology
-from lm2_jax.compiled.chips import Chip, roofline
 from lm2_jax.compiled.lowered import Programs
+from lm2_jax.compiled.roofline import roofline
 from lm2_jax.config import Config
+from lm2_jax.model.sizes import model_flops
+from lm2_jax.parallel.chips import Chip
 from lm2_jax.tokenizer import with_vocabulary
 
 Figures = dict[str, Any]  # JSON
@@ -53,8 +55,8 @@ def compile_for(
         if program in (name, "both"):
             log(f"compiling the {name} step ...")
             lowered, tokens = lower()
-            model_flops = (6 if name == "train" else 2) * programs.parameters * tokens / len(devices)
-            text, figures[name] = _compile(lowered, chip, config, mesh_shape, model_flops)
+            flops = model_flops(programs.parameters, tokens, training=name == "train") / len(devices)
+            text, figures[name] = _compile(lowered, chip, config, mesh_shape, flops)
             if not figures[name]["fits"]:
                 continue
             figures[name] |= {
@@ -76,7 +78,7 @@ def compile_for(
 
 
 def _compile(
-    lowered: jax.stages.Lowered, chip: Chip, config: Config, mesh_shape: dict[str, int], model_flops: float
+    lowered: jax.stages.Lowered, chip: Chip, config: Config, mesh_shape: dict[str, int], flops: float
 ) -> tuple[str, Figures]:
     """The optimised program as text, and its figures; those of `too_large` if it does not fit the chip."""
     began = time.monotonic()
@@ -93,10 +95,10 @@ def _compile(
         "temp_bytes": memory.temp_size_in_bytes,
         "peak_bytes": memory.peak_memory_in_bytes,
         "limit_bytes": chip.memory,
-        "model_flops": model_flops,
+        "model_flops": flops,
         **dataclasses.asdict(counted),
         "wire_bytes": counted.wire_bytes,
-        "roofline": dataclasses.asdict(roofline(counted, chip, model_flops)),
+        "roofline": dataclasses.asdict(roofline(counted, chip, flops)),
         "compile_seconds": round(seconds, 1),
         "program": hashlib.sha256(lowered.as_text().encode()).hexdigest()[:16],
     }

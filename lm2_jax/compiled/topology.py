@@ -18,7 +18,7 @@ from jax.experimental import topologies
 
 from lm2_jax.common.errors import UserError
 from lm2_jax.common.jax_stack import libtpu_of_jax
-from lm2_jax.compiled.chips import CHIPS, Chip
+from lm2_jax.parallel.chips import CHIPS, Chip
 
 _QUIET = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",

@@ -8,22 +8,25 @@ and reported at once, each with the file, the key, the value found and what woul
 
 from __future__ import annotations
 
+from lm2_jax.config.evaluation import (
+    BabilongConfig,
+    BabilongTask,
+    EvalConfig,
+    HarnessConfig,
+    MmluConfig,
+    PerplexityConfig,
+)
 from lm2_jax.config.files import SHIPPED, dump_config, load_config, parse_config, replace, save_config
 from lm2_jax.config.sections import (
     LARGEST,
-    BabilongConfig,
-    BabilongTask,
     CheckpointConfig,
     DataConfig,
-    EvalConfig,
-    HarnessConfig,
     MemoryConfig,
     MeshConfig,
     MixtureConfig,
-    MmluConfig,
     ModelConfig,
     OptimConfig,
-    PerplexityConfig,
+    ProfileConfig,
     RopeScaling,
     StageConfig,
     StoriesConfig,

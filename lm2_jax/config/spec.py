@@ -8,10 +8,10 @@ from typing import Self
 
 from pydantic import model_validator
 
+from lm2_jax.config.evaluation import EvalConfig
 from lm2_jax.config.sections import (
     CheckpointConfig,
     DataConfig,
-    EvalConfig,
     MemoryConfig,
     MeshConfig,
     ModelConfig,
@@ -182,12 +182,14 @@ def _window_problems(config: Config) -> Iterator[str]:
 
 
 def _step_problems(config: Config) -> Iterator[str]:
-    """Problems of microbatches and warm-up."""
+    """Problems of microbatches, of warm-up and of the steps to trace."""
     data, optim, train = config.data, config.optim, config.train
     if data.batch_size % optim.accumulation_steps:
         yield f"optim.accumulation_steps {optim.accumulation_steps} does not divide data.batch_size {data.batch_size}"
     if optim.warmup_steps > train.steps:
         yield f"optim.warmup_steps {optim.warmup_steps} is above train.steps {train.steps}"
+    if train.profile and train.profile.last > train.steps:
+        yield f"train.profile ends with step {train.profile.last}, after train.steps {train.steps}"
 
 
 def _source_problems(config: Config) -> Iterator[str]:

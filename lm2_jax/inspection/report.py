@@ -6,7 +6,6 @@ import io
 import itertools
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from lm2_jax.common.errors import UserError
@@ -17,6 +16,7 @@ from lm2_jax.inspection.pictures import pictures, render, render_together
 from lm2_jax.inspection.reading import MemoryTrace, check_memory, read_text
 from lm2_jax.inspection.survival import Answers, Survival, answer_contexts, answers_by_age, make_contexts, probe
 from lm2_jax.loading import LoadedRun, load_run
+from lm2_jax.model.sizes import count_parameters
 from lm2_jax.tokenizer import Tokenizer, load_text_tokenizer, prompt_ids
 
 
@@ -105,7 +105,7 @@ def _write(run: LoadedRun, tokenizer: Tokenizer, inspected: _Inspected, title: s
     facts = {
         "kind": run.config.memory.kind,
         "memory": " x ".join(map(str, trace.slots_LNM.shape)) + " (banks, slots, width)",
-        "parameters": f"{sum(leaf.size for leaf in jax.tree.leaves(run.params)):,}",
+        "parameters": f"{count_parameters(run.params):,}",
         "read": inspected.source,
         "segment": f"{trace.segment_length} tokens",
     }

@@ -1,6 +1,8 @@
-"""How large a model is, and the model of a given size."""
+"""How large a model is, what its steps compute, and the model of a given size."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 
@@ -10,7 +12,17 @@ from lm2_jax.model import build_model
 
 def parameters(config: Config) -> int:
     """Number of parameters; `model.vocab_size` must be set."""
-    return sum(leaf.size for leaf in jax.tree.leaves(build_model(config).abstract_params()))
+    return count_parameters(build_model(config).abstract_params())
+
+
+def count_parameters(params: Any) -> int:
+    """Number of parameters in a tree of arrays, or of their shapes: the N of `model_flops`."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def model_flops(parameters: int, tokens: int, training: bool = True) -> float:
+    """FLOPs that a model needs for so many tokens, without recomputation: 6ND, or 2ND without a backward pass."""
+    return (6.0 if training else 2.0) * parameters * tokens
 
 
 def with_parameters(config: Config, count: int, multiple: int = 1) -> Config:

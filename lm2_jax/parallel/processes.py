@@ -172,11 +172,15 @@ def _exit(reason: str, code: int) -> NoReturn:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[int], bool]]:
-    """Makes SIGINT and SIGTERM ask the loop to save and stop; a second one ends the process at once.
+    """Makes SIGINT, SIGTERM and a pre-emption notice ask the loop to save and stop; a second signal ends the process.
 
     Yields a function to call after every step with that step's number; it returns True when it is time to stop. Several
-    processes stop after the same step, whichever of them was asked.
+    processes stop after the same step, whichever of them was asked, by jax's pre-emption service, which takes SIGTERM
+    for the notice. Raises UserError if they have no such service.
     """
+    has_service = distributed.global_state.preemption_sync_manager is not None
+    if not (has_service or is_alone()):
+        raise UserError("JAX_ENABLE_PREEMPTION_SERVICE: found false; leave it true: processes stop together by it")
     requested = threading.Event()
 
     def request(number: int, _: Any) -> None:
@@ -192,7 +196,7 @@ def stop_signals() -> Iterator[Callable[[int], bool]]:
     )
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        yield (lambda _: requested.is_set()) if is_alone() else multihost_utils.reached_preemption_sync_point
+        yield lambda step: requested.is_set() or (has_service and multihost_utils.reached_preemption_sync_point(step))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

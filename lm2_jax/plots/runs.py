@@ -100,6 +100,8 @@ PANELS = {
     "length": Panel("Accuracy by context length", {}, fraction=True),
     "lr": Panel("Learning rate", {"lr": "learning rate"}),
     "throughput": Panel("Throughput, tokens a second", {"tokens_per_second": "tokens a second"}),
+    "time": Panel("Seconds a step", {"step_seconds": "in all", "data_seconds": "waiting for data"}),
+    "use": Panel("Use of the devices", {"mfu": "MFU", "goodput": "goodput"}, fraction=True),
     "gradient": Panel("Gradient norm", {"grad_norm": "before clipping"}, log=True),
     "memory": Panel("Norm of a memory slot", {"memory_norm": "mean", "memory_norm_max": "largest"}),
     "gates": Panel(

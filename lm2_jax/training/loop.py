@@ -17,16 +17,19 @@ from lm2_jax.data.pipeline import Pipeline
 from lm2_jax.loading import load_memory, load_weights
 from lm2_jax.model import build_model
 from lm2_jax.model.decoder import Decoder
+from lm2_jax.model.sizes import count_parameters
 from lm2_jax.parallel.mesh import make_mesh, own_lanes, to_devices, use_mesh
 from lm2_jax.parallel.processes import is_alone, is_first, stop_signals
 from lm2_jax.tokenizer import check_vocabulary, load_tokenizer
 from lm2_jax.training.accuracy import accuracy_by_length
 from lm2_jax.training.curriculum import Curriculum, Progress
 from lm2_jax.training.metrics_log import MetricsLog
+from lm2_jax.training.profile import traced
 from lm2_jax.training.reporting import Reporter, SilentReporter
-from lm2_jax.training.run_dir import check_data, claim, open_run_dir, origin_of_run, write_summary
+from lm2_jax.training.run_dir import check_data, claim, open_run_dir, origin_of_run, time_so_far, write_summary
 from lm2_jax.training.state import StepConfig, TrainState, create_state, shardings_of
 from lm2_jax.training.step import make_fresh_memory, make_train_step
+from lm2_jax.training.timing import StepTimer
 from lm2_jax.training.validation import validate
 
 
@@ -45,30 +48,28 @@ def train(config: Config) -> dict[str, Any]:
     pipeline = Pipeline(config, tokenizer, None if is_alone() else own_lanes(mesh, B))
     run_dir = open_run_dir(config, origin)
 
-    with use_mesh(mesh), contextlib.ExitStack() as cleanup:
-        cleanup.enter_context(claim(run_dir))
-
+    with use_mesh(mesh), claim(run_dir), contextlib.ExitStack() as cleanup:
         # --- Model and state: resumed, or made where it will live ----------------------------------------------------
         model, settings = build_model(config), StepConfig.of(config)
-        train_step = make_train_step(model, mesh, settings)
         checkpoints = cleanup.enter_context(contextlib.closing(Checkpoints(run_dir, config.checkpoint)))
         state, progress, beginning = initial_state(config, model, mesh, checkpoints)
         progress = check_data(progress, pipeline, run_dir)
-        reporter = cleanup.enter_context(_open_reporter(run_dir, progress.step, config.train.steps))
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        reporter = cleanup.enter_context(_open_reporter(config, run_dir, progress.step))
+        parameters = count_parameters(state.params)
         reporter.log(f"{config.memory.kind}: {parameters:,} parameters, {_describe(mesh)}, run directory {run_dir}")
-        if beginning:
-            reporter.log(beginning)
+        reporter.log(beginning)
 
         # --- The loop ------------------------------------------------------------------------------------------------
-        curriculum = Curriculum(config, pipeline)
-        cleanup.callback(curriculum.close)
-        log = MetricsLog(reporter, len(config.stages), config.train.max_skipped_steps)
+        curriculum = cleanup.enter_context(contextlib.closing(Curriculum(config, pipeline)))
+        timer = StepTimer(*time_so_far(run_dir), parameters, mesh)
+        train_step = timer.timed(make_train_step(model, mesh, settings))
+        train_step = cleanup.enter_context(traced(train_step, config, run_dir, progress.step, timer, reporter.log))
+        log = MetricsLog(reporter, timer, config)
         stopping = False
         with stop_signals() as stop_requested:
             while progress.step < config.train.steps and not stopping:
                 stage, windows = curriculum.windows(progress)
-                batch = to_devices(mesh, B, next(windows))
+                batch = to_devices(mesh, B, timer.next_of(windows))
                 state, metrics = train_step(state, batch)
                 progress = progress.after_step(windows.get_state())
                 log.add(metrics, progress, stage)
@@ -78,7 +79,8 @@ def train(config: Config) -> dict[str, Any]:
                 validating = last or _due(progress.step, config.eval.every_steps)
                 saving = last or _due(progress.step, config.checkpoint.every_steps)
                 if validating:
-                    log.amend(validate(config, model, pipeline, mesh, state.params, stage))
+                    with log.pause():
+                        log.amend(validate(config, model, pipeline, mesh, state.params, stage))
                 if logging or validating or saving:
                     progress = log.flush(progress)
                 if curriculum.stage_is_over(progress, logging):
@@ -86,7 +88,8 @@ def train(config: Config) -> dict[str, Any]:
                 elif logging:
                     progress = progress.without_answers()
                 if saving:
-                    checkpoints.save(state, dataclasses.asdict(progress), config)
+                    with timer.pause():
+                        checkpoints.save(state, dataclasses.asdict(progress), config)
                 stopping = stop_requested(progress.step)
 
         if stopping:
@@ -104,8 +107,8 @@ def train(config: Config) -> dict[str, Any]:
 
 def initial_state(
     config: Config, model: Decoder, mesh: Mesh, checkpoints: Checkpoints
-) -> tuple[TrainState, Progress, str | None]:
-    """State and progress to start from, and where they come from: a checkpoint, train.init_from, or None (fresh)."""
+) -> tuple[TrainState, Progress, str]:
+    """State and progress to start from, and where they come from in words: a checkpoint, train.init_from or nowhere."""
     settings = StepConfig.of(config)
     state, shardings = create_state(model, mesh, settings), shardings_of(model, mesh, settings)
     restored = checkpoints.restore_latest(state, shardings)
@@ -113,7 +116,7 @@ def initial_state(
         return restored[0], Progress(**restored[1]), f"resuming after step {restored[1]['step']}"
     path = config.train.init_from
     if path is None:
-        return state, Progress(), None
+        return state, Progress(), "starting from new weights"
     params, memory = jax.device_put(load_weights(path, model), shardings.params), load_memory(path)
     if memory is not None and memory.shape == state.memory.shape:  # official: continues with the memory of the file
         memory = jax.device_put(memory, shardings.memory)
@@ -122,12 +125,12 @@ def initial_state(
     return state.replace(params=params, memory=memory), Progress(), f"starting from the weights of {path}"
 
 
-def _open_reporter(run_dir: AnyPath, first_step: int, last_step: int) -> Reporter | SilentReporter:
+def _open_reporter(config: Config, run_dir: AnyPath, first_step: int) -> Reporter | SilentReporter:
     """The first process reports, from `first_step` on; what an interrupted run recorded after it is dropped."""
     if not is_first():
         return SilentReporter()
     drop_records_after(run_dir / "metrics.jsonl", first_step)
-    return Reporter(run_dir, first_step, last_step)
+    return Reporter(config, run_dir, first_step)
 
 
 def _finish(

@@ -1,7 +1,8 @@
 """The run directory: which config may train in it, and the end of a run in files.
 
-A run directory holds config.yaml (complete), metrics.jsonl (one object a step), checkpoints/, tensorboard/, origin/
-(the small files of a pretrained model that it began with), and at the end summary.json and training.png.
+A run directory holds config.yaml (complete), started.json (when it was first started), metrics.jsonl (one object a
+step), checkpoints/, tensorboard/, origin/ (the small files of a pretrained model that it began with), and at the end
+summary.json and training.png.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from lm2_jax.common.errors import UserError
 from lm2_jax.common.files import lock_directory, write_atomically
-from lm2_jax.common.records import Record
+from lm2_jax.common.journal import Journal
+from lm2_jax.common.records import Record, read_records
 from lm2_jax.common.storage import AnyPath, to_path
 from lm2_jax.config import Config, dump_config, load_config
 from lm2_jax.data.pipeline import Pipeline
@@ -23,20 +26,22 @@ from lm2_jax.parallel.processes import is_first
 from lm2_jax.plots.runs import Run, plot_runs
 from lm2_jax.tokenizer import Origin, origin_beside, origin_in, origin_of_model
 from lm2_jax.training.curriculum import Progress
+from lm2_jax.training.trackers import check_trackers
 
 # Keys that may differ between a run directory and the command that resumes it: none of them changes what is learnt,
 # but for train.steps, which moves the learning rate's decay.
 _MAY_CHANGE = (
-    "train.run_dir", "train.steps", "train.max_skipped_steps", "data.prefetch", "data.cache_gb", "checkpoint", "eval",
-    "mesh",
+    "train.run_dir", "train.steps", "train.max_skipped_steps", "train.trackers", "train.profile", "data.prefetch",
+    "data.cache_gb", "checkpoint", "eval", "mesh",
 )  # fmt: skip
 
 
 def open_run_dir(config: Config, origin: Origin | None) -> AnyPath:
     """Creates the run directory, its config.yaml and its origin/.
 
-    Raises UserError if it belongs to a run of another config.
+    Raises UserError if it belongs to a run of another config, or if a tracker's package is missing.
     """
+    check_trackers(config)
     run_dir = to_path(config.train.run_dir, "train.run_dir")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -58,11 +63,32 @@ def open_run_dir(config: Config, origin: Origin | None) -> AnyPath:
     try:
         if is_first():
             write_atomically(run_dir / "config.yaml", dump_config(config))
+            if not (run_dir / "started.json").exists():
+                write_atomically(run_dir / "started.json", json.dumps({"time": time.time()}) + "\n")
             if origin is not None:
                 origin.copy_to(run_dir)
     except OSError as error:
         raise UserError(f"train.run_dir: {run_dir} cannot be written to ({error.strerror})") from None
     return run_dir
+
+
+def time_so_far(run_dir: AnyPath) -> tuple[float, float | None]:
+    """The run's first start, in seconds since the epoch, and the seconds in the steps of its metrics.jsonl.
+
+    The latter is None where it is not known: in processes that do not report, and for steps of an earlier version.
+    Raises UserError if the file with the first start is damaged.
+    """
+    if not is_first():
+        return time.time(), None
+    path = run_dir / "started.json"
+    try:
+        started = float(json.loads(path.read_text(encoding="utf-8"))["time"])
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{path}: holds no time; remove it, and goodput counts from the next start on") from None
+    metrics = run_dir / "metrics.jsonl"
+    records = read_records(metrics) if Journal(metrics).exists() else []
+    seconds = [record.get("step_seconds") for record in records]
+    return started, None if None in seconds else sum(seconds)
 
 
 def origin_of_run(config: Config) -> Origin | None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
+from lm2_jax.common.records import Record, drawable
 from lm2_jax.common.storage import AnyPath, StorePath
 
 _UPLOAD_SECONDS = 60.0
@@ -34,15 +33,10 @@ class Board(EventsWriter):
         # TensorBoard drops what an earlier process wrote of this step and later ones
         self.write_event(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
 
-    def add(self, record: Mapping[str, Any]) -> None:
+    def add(self, record: Record) -> None:
         """Adds the numbers of a record, at its step and time."""
-        values = [
-            scalar(key, value).value[0]
-            for key, value in record.items()
-            if key not in ("step", "time") and isinstance(value, int | float)
-        ]
         event = Event(step=record["step"], wall_time=record["time"])
-        event.summary.value.extend(values)
+        event.summary.value.extend(scalar(key, value).value[0] for key, value in drawable(record).items())
         self.write_event(event)
 
     def _begin(self, directory: AnyPath) -> None:
