@@ -1,11 +1,10 @@
 """Data, tokenizers and the small files of models in a bucket give what they give on a disk."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
-from helpers import REPOSITORY, assert_same_run, quick_training, short_config
+from helpers import assert_same_run, quick_training, short_config
 from prepare_helpers import BYTES, TEXTS, bin_shard, files_in, inputs_of, json_lines, parquet, settings_of, table, zstd
 
 from lm2_jax.common.errors import UserError
@@ -116,9 +115,6 @@ def test_an_interrupted_preparation_goes_on(bucket, places, monkeypatch):
 def test_a_tokenizer_and_the_files_beside_it(bucket, tmp_path):
     """Small files travel from a bucket into one, and are whole or not there."""
     model = tmp_path / "model"
-    shutil.copytree(REPOSITORY / "tests/data/tokenizer", model) if (
-        REPOSITORY / "tests/data/tokenizer"
-    ).is_dir() else None
     model.mkdir()
     (model / "generation_config.json").write_text('{"eos_token_id": 7}')
     (model / "README.md").write_text("---\nlicense: mit\n---\n")

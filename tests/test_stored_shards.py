@@ -119,6 +119,25 @@ def test_the_cache_keeps_its_size(bucket, tmp_path):
     assert len(data_requests(bucket)) == 1  # of the third shard
 
 
+def test_sources_share_the_cache(bucket, tmp_path):
+    """Two sources of a run hold together what one may, and none removes what the other has."""
+    sizes, sources = [], []
+    for number in range(2):
+        prepared(tmp_path / str(number), [20_000 + number], [30_000 + number])
+        sizes.append(max(path.stat().st_size for path in (tmp_path / str(number)).glob("*.arrayrecord")))
+    for number in range(2):
+        for file in (tmp_path / str(number)).iterdir():
+            bucket.path(f"{number}/{file.name}").upload(file)
+        sources.append(PreparedSource([f"{bucket.url}/{number}"], cache_bytes=int(3.5 * sizes[0])))
+    wait_for(lambda: [len(source._stored._here) for source in sources] == [2, 1])
+    cache = tmp_path / "cache" / "shards"
+    assert sum(file.stat().st_size for file in cache.iterdir()) <= 3.5 * sizes[0]
+    tokens_of(sources[0])
+    for file in cache.iterdir():  # another process makes room for data of its own
+        file.unlink()
+    assert all(len(tokens_of(source)) == 2 for source in sources)
+
+
 def test_files_of_another_writer_are_read_as_a_whole(bucket, tmp_path):
     """ArrayRecord may lay them out otherwise, which the records' checksums show."""
     documents = prepared(tmp_path / "prepared", [50, 60])

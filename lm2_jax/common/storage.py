@@ -58,6 +58,14 @@ def to_path(text: str | Path | StorePath, key: str = "") -> AnyPath:
     return StorePath(scheme, PurePosixPath("/" + rest))
 
 
+def to_local_path(text: str | Path) -> Path:
+    """`to_path` for what works on files of this machine only. Raises UserError for paths of a store too."""
+    path = to_path(text)
+    if isinstance(path, StorePath):
+        raise UserError(f"{path}: give a path of this machine here; copy it from or to the store by yourself")
+    return path
+
+
 class Stat(NamedTuple):
     """Size and time of an object, by the names that `Path.stat` has for them; `version` changes with every writing."""
 

@@ -38,6 +38,11 @@ class StoredShard(NamedTuple):
     digest: str
     ends: np.ndarray
 
+    @property
+    def file(self) -> str:
+        """Its name in the cache."""
+        return f"{self.digest}.arrayrecord"
+
 
 class StoredShards:
     """The shards of a source that are in a store, by their numbers in the source.
@@ -50,26 +55,24 @@ class StoredShards:
     def __init__(self, shards: dict[int, StoredShard], cache_bytes: int) -> None:
         self._shards = shards
         self._here: dict[int, Path] = {}
-        self._over = threading.Event()
-        wanted, left = [], cache_bytes
-        for number, shard in shards.items():
-            if shard.size <= left:
-                left -= shard.size
-                wanted.append(number)
+        wanted = _claim(self, cache_bytes)
         if wanted:
-            weakref.finalize(self, self._over.set)
-            arguments = [(number, shards[number]) for number in wanted], cache_bytes, self._here, self._over
+            over = threading.Event()
+            weakref.finalize(self, over.set)
+            arguments = wanted, cache_bytes, self._here, over
             threading.Thread(target=_fill_cache, args=arguments, name="shard cache", daemon=True).start()
 
     def local(self, number: int) -> Path | None:
         """The local copy of a shard; None while there is none."""
-        return self._here.get(number)
+        file = self._here.get(number)
+        return file if file is not None and file.exists() else None  # another process may have made room
 
     def make_local(self, number: int) -> Path:
         """The local copy of a shard, made now if there is none. Raises OSError if it cannot be read."""
-        if number not in self._here:
-            self._here[number] = _copy(self._shards[number], _directory())
-        return self._here[number]
+        file = self.local(number)
+        if file is None:
+            file = self._here[number] = _copy(self._shards[number])
+        return file
 
     def read(self, records: Sequence[tuple[int, int, int]]) -> list[bytes]:
         """Reads records from the store, (shard, record, bytes of it) each, a request each, many at a time.
@@ -85,31 +88,45 @@ class StoredShards:
         return number in self._shards
 
 
-def _directory() -> Path:
-    directory = cache_directory() / "shards"
-    directory.mkdir(parents=True, exist_ok=True)
-    return directory
+_LOCK = threading.Lock()
+_CLAIMS: dict[int, dict[str, int]] = {}  # of the sources of this process: bytes of the files that each wants to keep
 
 
-def _fill_cache(
-    wanted: Sequence[tuple[int, StoredShard]], cache_bytes: int, here: dict[int, Path], over: threading.Event
-) -> None:
+def _claim(source: StoredShards, cache_bytes: int) -> dict[int, StoredShard]:
+    """The shards of a source that go into the cache: as many as fit beside those of this process's other sources."""
+    wanted: dict[int, StoredShard] = {}
+    with _LOCK:
+        claimed = _claimed()
+        left = cache_bytes - sum(claimed.values())
+        for number, shard in source._shards.items():
+            if shard.file in claimed or shard.size <= left:
+                left -= 0 if shard.file in claimed else shard.size
+                wanted[number] = shard
+        _CLAIMS[id(source)] = {shard.file: shard.size for shard in wanted.values()}
+    weakref.finalize(source, _CLAIMS.pop, id(source), None)
+    return wanted
+
+
+def _claimed() -> dict[str, int]:
+    return {file: size for files in list(_CLAIMS.values()) for file, size in files.items()}
+
+
+def _fill_cache(wanted: dict[int, StoredShard], cache_bytes: int, here: dict[int, Path], over: threading.Event) -> None:
     """Copies shards until all are here. One that cannot be copied is left to those who read its documents."""
-    directory = _directory()
-    _make_room(directory, {f"{shard.digest}.arrayrecord" for _, shard in wanted}, wanted, cache_bytes)
-    for number, shard in wanted:
+    _make_room(cache_bytes)
+    for number, shard in wanted.items():
         if over.is_set():
             return
         with contextlib.suppress(OSError):
-            here[number] = _copy(shard, directory)
+            here[number] = _copy(shard)
 
 
-def _copy(shard: StoredShard, directory: Path) -> Path:
-    file = directory / f"{shard.digest}.arrayrecord"
+def _copy(shard: StoredShard) -> Path:
+    file = _directory() / shard.file
     if file.exists() and file.stat().st_size == shard.size:
         os.utime(file)
         return file
-    partial = directory / f".{shard.digest}.{os.getpid()}.{threading.get_ident()}"
+    partial = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         download(shard.path, shard.size, partial)
         partial.replace(file)
@@ -118,11 +135,12 @@ def _copy(shard: StoredShard, directory: Path) -> Path:
     return file
 
 
-def _make_room(directory: Path, keep: set[str], wanted: Sequence[tuple[int, StoredShard]], cache_bytes: int) -> None:
-    """Removes shards of other data, those first that were wanted longest ago, until all that is wanted fits."""
-    others = [file for file in directory.iterdir() if file.name not in keep]
-    room = cache_bytes - sum(shard.size for _, shard in wanted)
-    for file in sorted(others, key=_age, reverse=True):
+def _make_room(cache_bytes: int) -> None:
+    """Removes shards of other data, those first that were wanted longest ago, until all that is claimed fits."""
+    claimed = _claimed()
+    room = cache_bytes - sum(claimed.values())
+    others = [file for file in _directory().iterdir() if file.name not in claimed]
+    for file in sorted(others, key=_last_wanted, reverse=True):
         with contextlib.suppress(OSError):  # another process may remove it too
             size = file.stat().st_size
             if size <= room:
@@ -131,7 +149,13 @@ def _make_room(directory: Path, keep: set[str], wanted: Sequence[tuple[int, Stor
                 file.unlink()
 
 
-def _age(file: Path) -> float:
+def _directory() -> Path:
+    directory = cache_directory() / "shards"
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def _last_wanted(file: Path) -> float:
     try:
         return file.stat().st_mtime
     except OSError:
