@@ -15,6 +15,7 @@ import pytest
 from lm2_jax.common import lease
 from lm2_jax.common.errors import UserError
 from lm2_jax.common.files import lock_directory
+from lm2_jax.common.storage import StorePath
 
 
 @pytest.fixture(params=["store", "no locks"])
@@ -87,6 +88,33 @@ def test_a_lease_is_renewed(directory, monkeypatch):
         while path.stat().st_mtime_ns == before.st_mtime_ns:
             assert time.monotonic() < deadline
             time.sleep(0.01)
+
+
+def test_a_renewal_whose_answer_was_lost_is_one(bucket, monkeypatch):
+    """It was tried again, and the second try found another version than it replaces: its own."""
+    ended, write_if = [], StorePath.write_if
+
+    def answered_late(self, *arguments):
+        write_if(self, *arguments)
+        raise FileExistsError(errno.EEXIST, "it is there already", str(self))
+
+    monkeypatch.setattr(StorePath, "write_if", answered_late)
+    monkeypatch.setattr(lease, "RENEWAL_SECONDS", 0.05)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with lock_directory(bucket.path("run"), "taken"):
+        before = bucket.path("run/.lease").stat().version
+        time.sleep(0.5)
+        assert bucket.path("run/.lease").stat().version != before
+    assert not ended
+
+
+def test_ages_are_told_by_the_clock_of_the_store(directory, monkeypatch):
+    """A machine whose clock is wrong takes over no lease that is renewed."""
+    write(directory, age=10)
+    clock = time.time
+    monkeypatch.setattr(time, "time", lambda: clock() + 3600)
+    with pytest.raises(UserError, match=r"renewed 1\d seconds ago"), lock_directory(directory, "taken"):
+        pass
 
 
 _LOSER = """

@@ -64,9 +64,7 @@ class Journal:
 
     def rewrite(self, text: str) -> None:
         """Replaces the whole text, completely or not at all."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._close_file()
         write_atomically(self.path, text)
         if isinstance(self.path, StorePath):
             remove_tree(self._parts)
@@ -96,8 +94,11 @@ class Journal:
 
     def close(self) -> None:
         """Closes the file; makes one object of its parts, for people and other programs."""
+        self._close_file()
+        if isinstance(self.path, StorePath) and self._size is not None and self._parts.is_dir():
+            self.rewrite(self.read())
+
+    def _close_file(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
-        if isinstance(self.path, StorePath) and self._size is not None and self._parts.is_dir():
-            self.rewrite(self.read())

@@ -3,7 +3,7 @@
 A lease is a small file that names its holder, who renews it twice a minute. One that was not renewed for five minutes
 is nobody's, and neither is that of a process of this machine that is gone. In Google's store only one of two processes
 that want a lease gets it, since a writing is bound to what was read; elsewhere the second one may win, and the first
-ends once it sees that.
+ends once it sees that. Ages are told by the store's clock, or the file server's.
 """
 
 from __future__ import annotations
@@ -82,30 +82,31 @@ class _Lease(threading.Thread):
         self._holder = {**_this_process(), "token": uuid.uuid4().hex}
 
     def acquire(self, complaint: str) -> None:
+        """Takes the lease if it is nobody's. Raises UserError with `complaint` and the holder if it is not."""
         found = read(self._path)
         if found is not None and not found.is_over:
+            del _HELD[self._holder["token"]]
             raise UserError(f"{complaint} ({found})")
-        try:
+        with contextlib.suppress(FileExistsError):  # another process was faster, which is seen below
             self._write(found.version if found else "0")
-        except FileExistsError:  # another process was faster, or this one did not hear that it had succeeded
-            found = read(self._path)
-            if found is None or found.holder.get("token") != self._holder["token"]:
-                raise UserError(f"{complaint} ({found})") from None
-        _HELD[self._holder["token"]] = self
+        if found is not None and isinstance(self._path, Path):
+            time.sleep(1)  # two may have replaced it
+        if (found := read(self._path)) is None or not self._is_own(found):
+            del _HELD[self._holder["token"]]
+            raise UserError(f"{complaint} ({found})")
 
     def run(self) -> None:
+        """Renews the lease until it is given back."""
         while not self._over.wait(RENEWAL_SECONDS):
-            try:
+            with contextlib.suppress(OSError):  # the next renewal may succeed
                 found = read(self._path)
-                if found is not None and found.holder.get("token") != self._holder["token"]:
-                    raise FileExistsError
-                self._write(found.version if found else "0")
-            except FileExistsError:
-                if not self._over.is_set():
-                    print(f"error: {self._path}: lost, and so this process ends: {read(self._path)}", file=sys.stderr)
+                if found is not None and not self._is_own(found):
+                    print(f"error: {self._path}: lost, and so this process ends: {found}", file=sys.stderr, flush=True)
                     os._exit(1)
-            except OSError:  # the next renewal may succeed
-                pass
+                self._write(found.version if found else "0")
+
+    def _is_own(self, found: Found) -> bool:
+        return found.holder.get("token") == self._holder["token"]
 
     def release(self) -> None:
         """Ends the renewals and gives the lease back."""
@@ -114,7 +115,7 @@ class _Lease(threading.Thread):
         self.join()
         with contextlib.suppress(OSError):
             found = read(self._path)
-            if found is not None and found.holder.get("token") == self._holder["token"]:
+            if found is not None and self._is_own(found):
                 self._path.unlink(missing_ok=True)
 
     def _write(self, version: str) -> None:
@@ -139,12 +140,16 @@ def read(path: AnyPath) -> Found | None:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
+    now = path.with_name(f"{path.name}.{uuid.uuid4().hex}")  # a file of this moment tells the time there
+    now.write_text("")
+    age = (now.stat().st_mtime_ns - status.st_mtime_ns) / 1e9
+    now.unlink(missing_ok=True)
     try:
         holder = json.loads(text)
     except ValueError:  # half written, on a file system of this machine
         holder = {}
     version = status.version if isinstance(path, StorePath) else "1"
-    return Found(holder, time.time() - status.st_mtime_ns / 1e9, version)
+    return Found(holder, age, version)
 
 
 @functools.cache
