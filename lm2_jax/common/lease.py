@@ -85,8 +85,8 @@ class _Lease(threading.Thread):
         """Takes the lease if it is nobody's. Raises UserError with `complaint` and the holder if it is not."""
         found = read(self._path)
         if found is not None and not found.is_over:
-            del _HELD[self._holder["token"]]
             raise UserError(f"{complaint} ({found})")
+        _HELD[self._holder["token"]] = self
         with contextlib.suppress(FileExistsError):  # another process was faster, which is seen below
             self._write(found.version if found else "0")
         if found is not None and isinstance(self._path, Path):
