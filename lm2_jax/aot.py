@@ -12,12 +12,13 @@ import functools
 from lm2_jax.common.command_line import aot_arguments
 from lm2_jax.common.errors import TrainingFailed, UserError, run_command
 from lm2_jax.common.jax_stack import check_jax_stack
+from lm2_jax.common.storage import has_directory
 
 
 def main() -> None:
     """The command."""
     arguments = aot_arguments()
-    if arguments.output is not None and not arguments.output.absolute().parent.is_dir():
+    if arguments.output is not None and not has_directory(arguments.output):
         raise UserError(f"--output: found {arguments.output}; its directory does not exist")
     check_jax_stack("tpu")
 

@@ -14,6 +14,7 @@ from typing import Any
 from lm2_jax.common.command_line import bench_arguments
 from lm2_jax.common.errors import UserError, run_command
 from lm2_jax.common.jax_stack import check_jax_stack
+from lm2_jax.common.storage import has_directory
 
 
 def main() -> None:
@@ -21,7 +22,7 @@ def main() -> None:
     arguments = bench_arguments()
     if arguments.rounds < 1:
         raise UserError(f"--rounds: found {arguments.rounds}; expected 1 or more")
-    if arguments.output is not None and not arguments.output.absolute().parent.is_dir():
+    if arguments.output is not None and not has_directory(arguments.output):
         raise UserError(f"--output: found {arguments.output}; its directory does not exist")
     check_jax_stack()
 

@@ -19,6 +19,8 @@ from rich.progress import track
 from lm2_jax.common.command_line import parser_for
 from lm2_jax.common.errors import UserError, run_command
 from lm2_jax.common.jax_stack import check_jax_stack
+from lm2_jax.common.local_copies import local_copy, local_tree
+from lm2_jax.common.storage import AnyPath, to_path
 
 if TYPE_CHECKING:
     from lm2_jax.convert.engine import Checkpoint
@@ -42,12 +44,14 @@ def main() -> None:
     parser.add_argument("--to", dest="target", required=True, choices=FORMATS, help="format of --output")
     parser.add_argument(
         "--input",
-        type=Path,
+        type=to_path,
         required=True,
         metavar="PATH",
         help="a directory; official: or its state-dict file; gguf: a file",
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a directory that is not there yet")
+    parser.add_argument(
+        "--output", type=to_path, required=True, metavar="DIR", help="a directory that is not there yet"
+    )
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of what is written for others; lm2_jax is float32"
     )
@@ -60,12 +64,14 @@ def main() -> None:
     convert(arguments.source, arguments.target, arguments.input, arguments.output, arguments.dtype, arguments.set)
 
 
-def convert(source: str, target: str, path: Path, output: Path, dtype: str, overrides: list[str]) -> None:
+def convert(source: str, target: str, path: AnyPath, output: AnyPath, dtype: str, overrides: list[str]) -> None:
     """Reads a checkpoint of one format and writes it in another. Raises UserError, and then writes nothing."""
     from lm2_jax.convert import directory, gguf, huggingface, official  # imported late so that --help stays fast
 
     if not path.exists():
         raise UserError(f"--input: {path} is not there")
+    if source != "lm2_jax":
+        path = _here(path)
     with directory.new_directory(output) as partial, tempfile.TemporaryDirectory() as files:
         if source == "official":
             checkpoint = official.read(path, overrides, _track)
@@ -86,14 +92,14 @@ def convert(source: str, target: str, path: Path, output: Path, dtype: str, over
     print(f"{output}: {count:,} parameters, memory {checkpoint.config.memory.kind}")
 
 
-def read_own(path: Path, overrides: list[str]) -> Checkpoint:
+def read_own(path: AnyPath, overrides: list[str]) -> Checkpoint:
     """A converted directory, tensor by tensor; or a run directory or a checkpoint, whole."""
     from lm2_jax.convert import directory, engine
 
     if overrides:
         raise UserError("--set: an lm2_jax checkpoint has its settings; they cannot be changed by converting it")
     if directory.is_converted(path):
-        return directory.read(path, _track)
+        return directory.read(local_tree(path), _track)
     from lm2_jax.loading import load_run, read_progress
     from lm2_jax.model import lora
     from lm2_jax.tokenizer import origin_of_model
@@ -102,6 +108,18 @@ def read_own(path: Path, overrides: list[str]) -> Checkpoint:
     config, params = lora.without(config), lora.merge(params, config.model)
     origin = origin_of_model(config.tokenizer, path)
     return engine.Checkpoint(config, engine.from_arrays(params, path), origin=origin, trained=read_progress(path))
+
+
+def _here(path: AnyPath) -> Path:
+    """An input on this machine: a directory, or a file with those beside it. Raises UserError if it cannot be read."""
+    if isinstance(path, Path):
+        return path
+    try:
+        if path.suffix == ".gguf":
+            return local_copy(path)
+        return local_tree(path) if path.is_dir() else local_tree(path.parent) / path.name
+    except OSError as error:
+        raise UserError(f"--input: {path} cannot be read ({error.strerror})") from None
 
 
 def _track(items: Iterable, title: str) -> Iterable:

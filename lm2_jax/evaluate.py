@@ -11,13 +11,14 @@ from types import ModuleType
 from lm2_jax.common.command_line import evaluate_arguments
 from lm2_jax.common.errors import UserError, run_command
 from lm2_jax.common.jax_stack import check_jax_stack
+from lm2_jax.common.storage import has_directory
 
 
 def main() -> None:
     """The command."""
     arguments = evaluate_arguments()
     output = arguments.output
-    if output is not None and (output.suffix != ".json" or not output.absolute().parent.is_dir()):
+    if output is not None and (output.suffix != ".json" or not has_directory(output)):
         raise UserError(f"--output: found {output}; give a file that ends in .json, in a directory that exists")
     check_jax_stack()
 

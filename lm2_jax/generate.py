@@ -8,12 +8,12 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm2_jax.common.command_line import generate_arguments
 from lm2_jax.common.errors import UserError, run_command
 from lm2_jax.common.jax_stack import check_jax_stack
+from lm2_jax.common.storage import has_directory, to_path
 
 if TYPE_CHECKING:
     from lm2_jax.tokenizer import Origin
@@ -23,7 +23,7 @@ def main() -> None:
     """The command."""
     arguments = generate_arguments()
     text = _prompt(arguments)
-    if arguments.save_memory and not Path(arguments.save_memory).absolute().parent.is_dir():
+    if arguments.save_memory and not has_directory(to_path(arguments.save_memory, "--save-memory")):
         raise UserError(f"--save-memory: the directory of {arguments.save_memory} does not exist")
     check_jax_stack()
 
@@ -89,7 +89,7 @@ def _prompt(arguments: argparse.Namespace) -> str:
     if text is None:
         origin = f"--prompt-file: {arguments.prompt_file}"
         try:
-            text = Path(arguments.prompt_file).read_text(encoding="utf-8")
+            text = to_path(arguments.prompt_file, "--prompt-file").read_text(encoding="utf-8")
         except OSError as error:
             raise UserError(f"{origin} cannot be read ({error.strerror})") from None
         except UnicodeDecodeError as error:

@@ -7,11 +7,11 @@ its own (with a question at the end), and many more to see how long a fact survi
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 from lm2_jax.common.command_line import parser_for
 from lm2_jax.common.errors import run_command
 from lm2_jax.common.jax_stack import check_jax_stack
+from lm2_jax.common.storage import to_path
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument(
         "--checkpoint", required=True, metavar="PATH", help="a run directory, a checkpoint, or a converted one"
     )
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="made if it is not there")
+    parser.add_argument("--output", required=True, type=to_path, metavar="DIR", help="made if it is not there")
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text to read; default: a story, if trained on stories")
     parser.add_argument("--segments", type=int, metavar="S", help="read so many; default: all, or 4 windows of a story")
     parser.add_argument("--tokens", type=int, default=48, metavar="K", help="last tokens to look at; default 48")

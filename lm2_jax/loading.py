@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +15,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from lm2_jax.checkpoint.checksums import array_checksums
 from lm2_jax.checkpoint.frozen import restore_frozen
 from lm2_jax.checkpoint.manager import DamagedError
+from lm2_jax.checkpoint.store import complete_steps, orbax_path
 from lm2_jax.common.errors import UserError, first_line
+from lm2_jax.common.local_copies import local_tree
+from lm2_jax.common.storage import AnyPath, to_path
 from lm2_jax.config import Config, load_config
 from lm2_jax.convert import directory as converted
 from lm2_jax.convert.engine import table_key
@@ -42,7 +44,7 @@ class LoadedRun(NamedTuple):
     params: Any
 
 
-def load(path: str | Path) -> tuple[Decoder, Any]:
+def load(path: str | AnyPath) -> tuple[Decoder, Any]:
     """The model and its parameters from a run directory (its newest checkpoint), one checkpoint, or a converted one.
 
     Returns the linen module and the tree under "params". Raises UserError if there is no readable checkpoint.
@@ -51,13 +53,11 @@ def load(path: str | Path) -> tuple[Decoder, Any]:
     return model, params
 
 
-def load_run(path: str | Path) -> LoadedRun:
+def load_run(path: str | AnyPath) -> LoadedRun:
     """Does what `load` does, and returns the run's config as well."""
-    path = Path(path).absolute()
-    if not path.is_dir():
-        raise UserError(f"{path}: no such directory; give a run directory, one of its checkpoints, or a converted one")
+    path = _existing(path, "; give a run directory, one of its checkpoints, or a converted one")
     if converted.is_converted(path):
-        found = converted.read(path)
+        found = converted.read(local_tree(path))
         params = unflatten_dict({p: jnp.asarray(t.read()) for p, t in found.params.items()}, sep="/")
         return LoadedRun(found.config, build_model(found.config), params)
     checkpoint = _checkpoint_of(path)
@@ -67,7 +67,7 @@ def load_run(path: str | Path) -> LoadedRun:
         return LoadedRun(config, model, _read_params(checkpoint, config, model))
 
 
-def _read_params(path: Path, config: Config, model: Decoder) -> Any:
+def _read_params(path: AnyPath, config: Config, model: Decoder) -> Any:
     """The whole tree of parameters of a checkpoint, float32. Raises UserError if it cannot be read, or is damaged."""
     on_one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_one), model.abstract_params())
@@ -75,7 +75,7 @@ def _read_params(path: Path, config: Config, model: Decoder) -> Any:
     frozen = jax.tree.map(lambda x: x.update(dtype=config.train.frozen_dtype), frozen)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            params = checkpointer.restore(path / "params", trained)
+            params = checkpointer.restore(orbax_path(path / "params"), trained)
         progress = json.loads((path / "progress" / "metadata").read_text(encoding="utf-8"))
         if array_checksums(params) != progress["checksums"][: len(jax.tree.leaves(params))]:
             raise DamagedError("parameters fail their checksums")
@@ -85,17 +85,17 @@ def _read_params(path: Path, config: Config, model: Decoder) -> Any:
     return join_params(params, jax.tree.map(lambda x: x.astype("float32"), frozen))
 
 
-def read_progress(path: str | Path) -> dict[str, int]:
+def read_progress(path: str | AnyPath) -> dict[str, int]:
     """`step` and `tokens` of a run directory's newest checkpoint, or of one checkpoint, that `load_run` has read."""
-    text = (_checkpoint_of(Path(path).absolute()) / "progress" / "metadata").read_text(encoding="utf-8")
+    text = (_checkpoint_of(to_path(path).absolute()) / "progress" / "metadata").read_text(encoding="utf-8")
     progress = json.loads(text)
     return {key: progress[key] for key in ("step", "tokens")}
 
 
-def _checkpoint_of(path: Path) -> Path:
+def _checkpoint_of(path: AnyPath) -> AnyPath:
     """The newest checkpoint of a run directory; a checkpoint itself. Raises UserError if it is neither."""
     if (path / "config.yaml").is_file():
-        steps = [int(p.name) for p in (path / "checkpoints").glob("*") if p.name.isdigit()]
+        steps = complete_steps(path / "checkpoints")
         if not steps:
             raise UserError(f"{path}: a run directory without a checkpoint")
         return path / "checkpoints" / str(max(steps))
@@ -104,12 +104,21 @@ def _checkpoint_of(path: Path) -> Path:
     return path
 
 
-def load_memory(path: str | Path) -> Any:
+def _existing(path: str | AnyPath, remedy: str = "") -> AnyPath:
+    """The directory of a path. Raises UserError if there is none."""
+    path = to_path(path).absolute()
+    try:
+        if path.is_dir():
+            return path
+    except OSError as error:  # of a store
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    raise UserError(f"{path}: no such directory{remedy}")
+
+
+def load_memory(path: str | AnyPath) -> Any:
     """The start memory that a converted directory carries (official: memory_bank [B,N,N]); None if it carries none."""
-    path = Path(path).absolute()
-    if not path.is_dir():
-        raise UserError(f"{path}: no such directory")
-    memory = converted.read(path).memory if converted.is_converted(path) else None
+    path = _existing(path)
+    memory = converted.read(local_tree(path)).memory if converted.is_converted(path) else None
     return None if memory is None else jnp.asarray(memory)
 
 

@@ -12,13 +12,13 @@ import functools
 import os
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from lm2_jax.common.command_line import parser_for
 from lm2_jax.common.errors import UserError, run_command
+from lm2_jax.common.storage import to_path
 from lm2_jax.config import pattern_problem
 from lm2_jax.data.prepare.inputs import open_inputs
 from lm2_jax.data.prepare.inspection import describe, inspect
@@ -40,7 +40,7 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--input", nargs="+", metavar="FILE_OR_GLOB_OR_HUB_ID", help="read in sorted order, hub data sets last")
-    add("--output", type=Path, metavar="DIR", help="a new directory, or an unfinished one to resume")
+    add("--output", type=to_path, metavar="DIR", help="a new directory, or an unfinished one to resume")
     add("--tokenizer", metavar="NAME_OR_FILE", help="bytes, a file (any kind), or a hub repository with tokenizer.json")
     add("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes that tokenise; default: one a core")
     add("--on-error", choices=("stop", "skip"), default="stop", help="at a damaged document; default: stop")
@@ -51,7 +51,12 @@ def main() -> None:
     add("--shard-mb", type=float, default=256, metavar="MB", help="text in a shard; default: 256")
     add("--runner", choices=("local", "beam"), default="local", help="beam: Apache Beam, also on many machines")
     add("--beam-options", default="", metavar="TEXT", help='for Beam, such as "--runner=DataflowRunner --region=..."')
-    add("--inspect", type=Path, metavar="DIR", help="show what a prepared directory holds, and check every byte of it")
+    add(
+        "--inspect",
+        type=to_path,
+        metavar="DIR",
+        help="show what a prepared directory holds, and check every byte of it",
+    )
     args = parser.parse_args()
     if args.inspect:
         inspect(args.inspect)

@@ -11,10 +11,10 @@ from __future__ import annotations
 import argparse
 import functools
 import time
-from pathlib import Path
 
 from lm2_jax.common.command_line import parser_for
 from lm2_jax.common.errors import UserError, run_command
+from lm2_jax.common.storage import to_local_path
 from lm2_jax.study.cells import OPTIONS, Plan
 from lm2_jax.study.presets import PRESETS, Preset
 from lm2_jax.study.runner import CellRunner
@@ -23,12 +23,22 @@ from lm2_jax.study.runner import CellRunner
 def main() -> None:
     """The command."""
     parser = parser_for("reproduce_babilong", __doc__, "--output runs/study --preset smoke")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="cells, tables and pictures go here")
+    parser.add_argument(
+        "--output", type=to_local_path, required=True, metavar="DIR", help="cells, tables and pictures go here"
+    )
     parser.add_argument("--preset", choices=PRESETS, default="smoke", help="the size of the study")
-    parser.add_argument("--babi", type=Path, metavar="DIR", help="bAbI v1.2 files (en-10k); without: the generator")
-    parser.add_argument("--background", type=Path, metavar="FILE", help="preset full: text to scatter facts in")
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="preset full: Llama 3's tokenizer.model")
-    parser.add_argument("--start", type=Path, metavar="DIR", help="start from the weights DIR/lm2, DIR/rmt, DIR/none")
+    parser.add_argument(
+        "--babi", type=to_local_path, metavar="DIR", help="bAbI v1.2 files (en-10k); without: the generator"
+    )
+    parser.add_argument(
+        "--background", type=to_local_path, metavar="FILE", help="preset full: text to scatter facts in"
+    )
+    parser.add_argument(
+        "--tokenizer", type=to_local_path, metavar="FILE", help="preset full: Llama 3's tokenizer.model"
+    )
+    parser.add_argument(
+        "--start", type=to_local_path, metavar="DIR", help="start from the weights DIR/lm2, DIR/rmt, DIR/none"
+    )
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="cells at a time; they share the cores")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="cells to train, such as 'ablation-*'")
     parser.add_argument("--hours", type=float, default=1e9, metavar="H", help="begin no cell after so many hours")

@@ -9,7 +9,7 @@ import contextlib
 import functools
 
 from lm2_jax.common.command_line import train_arguments
-from lm2_jax.common.errors import run_command
+from lm2_jax.common.errors import run_command, store_failures
 from lm2_jax.common.jax_stack import check_jax_stack
 from lm2_jax.config import load_config
 
@@ -33,7 +33,7 @@ def main() -> None:
     if arguments.explain_sharding:
         print(explain_sharding(with_vocabulary(config), jax.devices()))
         return
-    with joined() if arguments.distributed else contextlib.nullcontext():
+    with joined() if arguments.distributed else contextlib.nullcontext(), store_failures():
         train(config)
 
 

@@ -6,11 +6,11 @@ Then set tokenizer.kind to the kind and tokenizer.path to the output. The same i
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 from lm2_jax.common.command_line import parser_for
 from lm2_jax.common.errors import UserError, run_command
 from lm2_jax.common.files import expand_paths
+from lm2_jax.common.storage import to_path
 from lm2_jax.config import TokenizerConfig
 from lm2_jax.data.texts import is_text_ending
 from lm2_jax.tokenizer import load_tokenizer
@@ -26,7 +26,7 @@ def main() -> None:
         "--input 'corpus/**/*.txt' --output corpus.model --vocab-size 8000 --kind sentencepiece",
     )
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE_OR_GLOB", help="UTF-8 text files")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="where the tokenizer is written")
+    parser.add_argument("--output", type=to_path, required=True, metavar="FILE", help="where the tokenizer is written")
     parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens, control tokens included")
     parser.add_argument(
         "--kind",

@@ -54,3 +54,27 @@ def _warnings_of_this_test():
     from lm2_jax.common.errors import warn_once
 
     warn_once.cache_clear()
+
+
+@pytest.fixture
+def bucket(monkeypatch, tmp_path):
+    """A new bucket of an emulator, with an empty cache of this machine."""
+    from store_helpers import new_bucket
+
+    made = new_bucket()
+    for key, value in made.emulator.environment.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("LM2_JAX_CACHE", str(tmp_path / "cache"))
+    return made
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Waits between tries are short; a function that sets for how many seconds requests are tried again."""
+    from lm2_jax.checkpoint import store
+    from lm2_jax.common import gcs
+
+    monkeypatch.setattr(gcs, "_LONGEST_WAIT", 0.05)
+    monkeypatch.setattr(gcs, "_FIRST_WAIT", 0.05)
+    monkeypatch.setitem(store._RETRIES, "max_retries", 2)
+    return lambda seconds: monkeypatch.setattr(gcs, "PATIENCE_SECONDS", seconds)

@@ -208,7 +208,7 @@ def test_run_directory_of_another_config(fails):
         "  model.d_ff: 32 in the run directory, 16 now",
         "  train.seed: 7 in the run directory, 0 now",
         "What may change between runs: train.run_dir, train.steps, train.max_skipped_steps, train.trackers, "
-        "train.profile, data.prefetch, checkpoint, eval, mesh",
+        "train.profile, data.prefetch, data.cache_gb, checkpoint, eval, mesh",
     ]
     assert Path("other/config.yaml").read_text() == saved
 

@@ -108,7 +108,7 @@ TERMS = {
     "flatten_dict, unflatten_dict": "by_path as_tree",
 }
 BETTER = {name: term for term, names in TERMS.items() for name in names.split()}
-MAY_BE_NAMED = {}  # name: why it may be
+MAY_BE_NAMED = {"readable": "a method of io.RawIOBase"}  # name: why it may be
 
 
 def _definitions(tree):

@@ -15,7 +15,6 @@ import shutil
 import sys
 import zlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,7 +23,10 @@ from orbax.checkpoint import checkpoint_managers
 
 from lm2_jax.checkpoint.checksums import array_checksums
 from lm2_jax.checkpoint.frozen import restore_frozen, save_frozen
+from lm2_jax.checkpoint.store import orbax_path, remove_incomplete
 from lm2_jax.common.errors import TrainingFailed, UserError, first_line
+from lm2_jax.common.storage import AnyPath, StorePath
+from lm2_jax.common.trees import move_tree
 from lm2_jax.config import CheckpointConfig, Config
 from lm2_jax.parallel.processes import for_all, is_first, wait_for_all
 
@@ -39,7 +41,7 @@ class DamagedError(Exception):
 class Checkpoints:
     """The checkpoints of one run directory."""
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig, read_only: bool = False) -> None:
+    def __init__(self, run_dir: AnyPath, config: CheckpointConfig, read_only: bool = False) -> None:
         """Opens run_dir/checkpoints, creating it if needed, and removes what an interrupted save left behind.
 
         read_only: creates and removes nothing. Raises UserError if the directory cannot be created.
@@ -49,6 +51,7 @@ class Checkpoints:
         self.directory = (run_dir / "checkpoints").absolute()
         self._config = config
         self._read_only = read_only
+        self._frozen_checksums: list[int] | None = None  # of this run, once they are saved
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -64,7 +67,11 @@ class Checkpoints:
                 self.directory.mkdir(exist_ok=True)
             except OSError as error:
                 raise UserError(f"{self.directory} is no directory to save checkpoints in ({error.strerror})") from None
-        return ocp.CheckpointManager(self.directory, options=options)
+            if isinstance(self.directory, StorePath):
+                if is_first():
+                    remove_incomplete(self.directory)
+                wait_for_all(f"complete checkpoints of {self.directory}")
+        return ocp.CheckpointManager(orbax_path(self.directory), options=options)
 
     def save(self, state: State, progress: Progress, config: Config) -> None:
         """Starts to save; returns once the arrays are copied. The checkpoint appears under its step when complete.
@@ -77,20 +84,26 @@ class Checkpoints:
         params, training = _split(state)
         checksums = _checksums(params, training, progress)
         with self._writing():
-            needed = 2**20 + sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-            free = shutil.disk_usage(self.directory).free
-            if free < needed:  # Orbax would notice late, with a long traceback
-                raise OSError(errno.ENOSPC, f"it needs {needed:,} bytes, the disk has {free:,} left")
-            frozen = save_frozen(self.directory.parent, state.frozen)
+            unsaved = (params, training, state.frozen if self._frozen_checksums is None else {})
+            self._check_space(2**20 + sum(leaf.nbytes for leaf in jax.tree.leaves(unsaved)))
+            if self._frozen_checksums is None:
+                self._frozen_checksums = save_frozen(self.directory.parent, state.frozen)
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     params=ocp.args.StandardSave(params),
                     training=ocp.args.StandardSave(training),
-                    progress=ocp.args.JsonSave({**progress, "checksums": checksums, "frozen": frozen}),
+                    progress=ocp.args.JsonSave({**progress, "checksums": checksums, "frozen": self._frozen_checksums}),
                     config=ocp.args.JsonSave(config.model_dump(mode="json")),
                 ),
             )
+
+    def _check_space(self, needed: int) -> None:
+        if isinstance(self.directory, StorePath):
+            return
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:  # Orbax would notice late, with a long traceback
+            raise OSError(errno.ENOSPC, f"it needs {needed:,} bytes, the disk has {free:,} left")
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, newest first."""
@@ -139,8 +152,9 @@ class Checkpoints:
         except Exception as error:  # whatever Orbax or TensorStore make of a full or failing disk
             left = f"the newest intact one is {max(self.steps())}" if self.steps() else "there is none yet"
             raise TrainingFailed(
-                f"{self.directory}: a checkpoint could not be saved ({first_line(error)}); {left}. When the disk can "
-                "be written to again, the same command resumes"
+                f"{self.directory}: a checkpoint could not be saved ({first_line(error)}); {left}. When the "
+                f"{'store can be reached' if isinstance(self.directory, StorePath) else 'disk can be written to'} "
+                "again, the same command resumes"
             ) from error
 
     def restore(self, step: int, like: State, shardings: State) -> tuple[State, dict[str, Any]]:
@@ -171,7 +185,7 @@ class Checkpoints:
         frozen = restore_frozen(self.directory.parent, targets.frozen, frozen)
         return like.replace(params=restored.params, frozen=frozen, **restored.training), restored.progress
 
-    def _move_aside(self, step: int) -> Path:
+    def _move_aside(self, step: int) -> AnyPath:
         self._manager.close()
         aside = self.directory.parent / "damaged_checkpoints"
         aside.mkdir(exist_ok=True)
@@ -180,7 +194,7 @@ class Checkpoints:
             number += 1
         wait_for_all(f"name for {step}")
         if is_first():
-            (self.directory / str(step)).rename(target)
+            move_tree(self.directory / str(step), target)
         wait_for_all(f"moved {step}")
         self._manager = self._open()
         return target

@@ -9,6 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from lm2_jax.common.storage import to_path
+
 EVALUATION_TASKS = ("perplexity", "babilong", "mmlu", "harness")
 
 _CONFIG = "a YAML config, or the name of one that comes along, such as lm2_125m"
@@ -59,7 +61,7 @@ def train_arguments() -> argparse.Namespace:
     )
     wanted = parser.add_mutually_exclusive_group(required=True)
     wanted.add_argument("--config", metavar="FILE_OR_NAME", help=_CONFIG)
-    wanted.add_argument("--verify", type=Path, metavar="RUN_DIR", help="check a run directory without changing it")
+    wanted.add_argument("--verify", type=to_path, metavar="RUN_DIR", help="check a run directory without changing it")
     add_set(parser)
     parser.add_argument("--explain-sharding", action="store_true", help="show how arrays are sharded, and stop")
     parser.add_argument(
@@ -90,7 +92,7 @@ def evaluate_arguments() -> argparse.Namespace:
         help="what to measure; settings are eval.TASK (see docs/configuration.md)",
     )
     add_set(parser)
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the result, and pictures next to it")
+    parser.add_argument("--output", type=to_path, metavar="FILE.json", help="write the result, and pictures next to it")
     return parser.parse_args()
 
 
@@ -143,8 +145,8 @@ def aot_arguments() -> argparse.Namespace:
     parser.add_argument("--topology", required=True, metavar="NAME", help="v5e:1x1 to 16x16, v6e:4x4, v5p:2x2x1, ...")
     parser.add_argument("--slices", type=int, default=1, help="number of slices, joined by the data-centre network")
     parser.add_argument("--program", choices=("train", "decode", "both"), default="both", help="default both")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures")
-    parser.add_argument("--hlo", type=Path, metavar="DIRECTORY", help="keep the optimised programs as text")
+    parser.add_argument("--output", type=to_path, metavar="FILE.json", help="write the figures")
+    parser.add_argument("--hlo", type=to_path, metavar="DIRECTORY", help="keep the optimised programs as text")
     parser.add_argument("--explain-sharding", action="store_true", help="show how arrays are sharded, and stop")
     return parser.parse_args()
 
@@ -159,7 +161,7 @@ def bench_arguments() -> argparse.Namespace:
         "--config configs/lm2_125m.yaml --set data.batch_size=4 --only decoding",
     )
     add_config(parser)
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures")
+    parser.add_argument("--output", type=to_path, metavar="FILE.json", help="write the figures")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="runs of every program, in turns; default 5")
     parser.add_argument("--only", default="", metavar="TEXT", help="only the tables whose titles contain this text")
     return parser.parse_args()

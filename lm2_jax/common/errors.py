@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 
@@ -19,6 +20,21 @@ class UserError(Exception):
 
 class TrainingFailed(Exception):
     """A run that cannot continue (for example, too many non-finite steps). Printed without a traceback; exit code 1."""
+
+
+@contextlib.contextmanager
+def store_failures() -> Iterator[None]:
+    """Turns failures of an object store that nobody expected there into UserError (no bucket, no permission) or
+    TrainingFailed (the network).
+    """
+    try:
+        yield
+    except OSError as error:
+        if "://" not in str(error.filename):
+            raise
+        known = FileNotFoundError, PermissionError
+        kind = UserError if isinstance(error, known) else TrainingFailed
+        raise kind(f"{error.filename}: {error.strerror}") from error
 
 
 @functools.cache
@@ -44,7 +60,8 @@ def run_command(main: Callable[[], None], interrupted: str = "interrupted") -> N
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)
     try:
-        main()
+        with store_failures():
+            main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from lm2_jax.common.errors import UserError
+from lm2_jax.common.storage import AnyPath
 
 _LONGEST_SHOWN = 200
 LONGEST_JSON = 1 << 24  # bytes of a header, an index or a config, which become some 30 times as many when read
 
 
-def read_limited(path: Path, most: int) -> bytes:
+def read_limited(path: AnyPath, most: int) -> bytes:
     """The bytes of a file. Raises UserError if there are more than `most`, OSError if it cannot be read."""
     data = bytearray()
     with path.open("rb") as file:

@@ -18,6 +18,7 @@ import pydantic
 import yaml
 
 from lm2_jax.common.errors import UserError
+from lm2_jax.common.storage import AnyPath, to_path
 from lm2_jax.common.untrusted import read_limited, short_repr
 from lm2_jax.config.sections import Section
 from lm2_jax.config.spec import Config
@@ -30,7 +31,7 @@ _MOST_EXPANDED = 1 << 20  # characters of a document whose aliases are expanded
 _EXPECTED = {"model_type": "should be a section with keys", "tuple_type": "should be a list, [a, b]"}
 
 
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+def load_config(path: str | AnyPath, overrides: Iterable[str] = ()) -> Config:
     """Reads a YAML config and applies overrides of the form "a.b=c" (the value is YAML).
 
     path: a file, or the bare name of a config that comes with lm2_jax, such as "lm2_125m".
@@ -38,7 +39,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     Raises UserError with every problem found: unreadable file, unknown keys (with a suggestion), wrong types, values
     that do not fit together.
     """
-    shipped, path = _shipped(str(path)), Path(path)
+    shipped, path = _shipped(str(path)), to_path(path)
     try:
         text = read_limited(shipped or path, _LONGEST).decode()
     except FileNotFoundError:
@@ -71,9 +72,9 @@ def parse_config(text: str, overrides: Iterable[str] = (), where: str = "config"
     return _validate(values, where, overridden, problems)
 
 
-def save_config(config: Config, path: str | Path) -> None:
+def save_config(config: Config, path: str | AnyPath) -> None:
     """Writes the complete config as YAML that `load_config` reads back to an equal one."""
-    Path(path).write_text(dump_config(config), encoding="utf-8")
+    to_path(path).write_text(dump_config(config), encoding="utf-8")
 
 
 def dump_config(config: Config) -> str:

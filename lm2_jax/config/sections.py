@@ -194,6 +194,7 @@ class DataConfig(Section):
     batch_size: PositiveInt = 32  # lanes B (stateful batch rows) over all devices
     boundaries: Literal["segment", "packed", "stream"] = "segment"  # where a document may begin; stream: all are one
     prefetch: NonNegativeInt = 2  # windows prepared ahead by a thread; 0: none
+    cache_gb: NonNegativeFloat = 100.0  # prepared shards in a store: the most that are kept on this machine; 0: none
 
     @model_validator(mode="after")
     def _source_has_data(self) -> Self:

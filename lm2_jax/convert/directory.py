@@ -12,12 +12,15 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from lm2_jax.common.errors import UserError
+from lm2_jax.common.storage import AnyPath, StorePath, to_path
+from lm2_jax.common.trees import copy_file, upload_tree
 from lm2_jax.common.untrusted import resolve_inside
 from lm2_jax.config import dump_config, load_config, replace
 from lm2_jax.convert.engine import Checkpoint, Entry, Track, abstract_params, check_names, check_values
@@ -29,7 +32,7 @@ from lm2_jax.tokenizer import load_tokenizer, origin_in
 _MEMORY = "memory.safetensors"
 
 
-def is_converted(path: Path) -> bool:
+def is_converted(path: AnyPath) -> bool:
     """True if a directory is a converted one, and not a run directory or a checkpoint."""
     return (path / "config.yaml").is_file() and bool(list(path.glob("params*.safetensors*")))
 
@@ -69,7 +72,7 @@ def write(checkpoint: Checkpoint, directory: Path, track: Track) -> None:
     if config.tokenizer.path:
         load_tokenizer(config.tokenizer, checkpoint.origin)  # raises UserError if it is unusable
         name = "tokenizer.json" if config.tokenizer.kind == "tokenizers" else "tokenizer.model"
-        shutil.copyfile(config.tokenizer.path, directory / name)
+        copy_file(to_path(config.tokenizer.path), directory / name)
         config = replace(config, tokenizer={"path": name})
     (directory / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     write_tensors(
@@ -82,11 +85,15 @@ def write(checkpoint: Checkpoint, directory: Path, track: Track) -> None:
 
 
 @contextlib.contextmanager
-def new_directory(output: Path) -> Iterator[Path]:
+def new_directory(output: AnyPath) -> Iterator[Path]:
     """An empty directory that becomes `output` on success, and is removed on failure.
 
     Raises UserError if `output` is there already, or cannot be made or written.
     """
+    if isinstance(output, StorePath):
+        with _uploaded(output) as directory:
+            yield directory
+        return
     whole = Path(os.path.abspath(output))
     try:
         if os.path.lexists(whole) and not (whole.is_dir() and not any(whole.iterdir())):
@@ -104,3 +111,16 @@ def new_directory(output: Path) -> Iterator[Path]:
         raise UserError(f"--output: {output} cannot be written ({error})") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _uploaded(output: StorePath) -> Iterator[Path]:
+    """`new_directory` in a store: the file by which a converted directory is recognised is uploaded last."""
+    try:
+        if output.exists():
+            raise UserError(f"--output: {output} is there already; give another directory, or remove it")
+        with tempfile.TemporaryDirectory() as directory:
+            yield Path(directory)
+            upload_tree(Path(directory), output, last=("config.yaml", "config.json"))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--output: {output} cannot be written ({error})") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from lm2_jax.common.errors import warn_once
+from lm2_jax.common.storage import to_path
+from lm2_jax.common.trees import copy_file
 from lm2_jax.config import Config
 from lm2_jax.convert.sentencepiece_model import convert_sentencepiece
 from lm2_jax.tokenizer import (
@@ -56,7 +57,7 @@ def write_tokenizer(config: Config, origin: Origin | None, directory: Path) -> N
         return
     kind, path = config.tokenizer.kind, config.tokenizer.path
     if kind == "sentencepiece":
-        shutil.copyfile(path, directory / "tokenizer.model")
+        copy_file(to_path(path), directory / "tokenizer.model")
     ours = load_tokenizer(config.tokenizer, origin)
     tokenizer = _MAKE[kind](path)
     if tokenizer is None:
@@ -65,7 +66,7 @@ def write_tokenizer(config: Config, origin: Origin | None, directory: Path) -> N
     if _puts_around(tokenizer, ours.special.prefix_ids) or kind != "tokenizers":
         tokenizer.save(str(directory / "tokenizer.json"))
     else:
-        shutil.copyfile(path, directory / "tokenizer.json")
+        copy_file(to_path(path), directory / "tokenizer.json")
     named = {"bos_token": ours.special.bos_id, "eos_token": ours.special.eos_id, "pad_token": ours.special.pad_id}
     settings = {
         "clean_up_tokenization_spaces": False,
@@ -100,15 +101,15 @@ def _puts_around(tokenizer: Tokenizer, prefix_ids: Sequence[int]) -> bool:
 
 
 def _tokenizers(path: str) -> Tokenizer:
-    return Tokenizer.from_file(path)
+    return Tokenizer.from_buffer(to_path(path).read_bytes())
 
 
 def _sentencepiece(path: str) -> Tokenizer | None:
-    return convert_sentencepiece(Path(path).read_bytes())
+    return convert_sentencepiece(to_path(path).read_bytes())
 
 
 def _llama3(path: str) -> Tokenizer:
-    return convert_llama3(Path(path).read_bytes())
+    return convert_llama3(to_path(path).read_bytes())
 
 
 def _bytes(_: None) -> Tokenizer:

@@ -15,6 +15,8 @@ import numpy as np
 
 from lm2_jax.common.errors import UserError
 from lm2_jax.common.files import expand_paths
+from lm2_jax.common.local_copies import local_copy
+from lm2_jax.common.storage import AnyPath
 from lm2_jax.data.texts import bom_size, check_line, cut_text, decode_text, json_text, read_lines, tokenize
 from lm2_jax.tokenizer import Tokenizer
 
@@ -50,6 +52,10 @@ class DocumentSource(Protocol):
 
     def __getitem__(self, index: int) -> Document: ...
 
+    def get_many(self, indices: Sequence[int]) -> list[Document]:
+        """Documents by their numbers."""
+        return [self[index] for index in indices]
+
     def ordinals(self, seed: int) -> grain.MapDataset[int]:
         """The order of reading, without end: ordinal p + e * len(self) -> the number of document p of epoch e.
 
@@ -66,21 +72,23 @@ class _FileSource(DocumentSource, abc.ABC):
     Raises UserError with the problems of all files, or if there is no document at all.
     """
 
-    def __init__(self, paths: Sequence[str | Path], key: str) -> None:
-        self._paths = expand_paths(paths, key)
+    def __init__(self, paths: Sequence[str | AnyPath], key: str) -> None:
+        paths = expand_paths(paths, key)
+        self._paths: list[Path] = []  # of a store's files, their copies
         spans, problems = array("q"), []
-        for number, path in enumerate(self._paths):
+        for number, path in enumerate(paths):
             try:
-                for start, end in self._find(path):
+                self._paths.append(local_copy(path))
+                for start, end in self._find(self._paths[-1]):
                     spans.extend((number, start, end))
             except UserError as error:
-                problems.append(str(error))
+                problems.append(str(error).replace(str(self._paths[-1]), str(path)))
             except OSError as error:
                 problems.append(f"{path}: cannot be read ({error.strerror})")
         if problems:
             raise UserError("\n".join(problems))
         if not spans:
-            raise UserError(f"{key}: no documents; all files are empty: {', '.join(map(str, self._paths))}")
+            raise UserError(f"{key}: no documents; all files are empty: {', '.join(map(str, paths))}")
         self._spans = np.array(spans, np.int64).reshape(-1, 3)  # file number, first byte, byte after the last
 
     @abc.abstractmethod
@@ -126,7 +134,7 @@ class TextSource(_FileSource):
 
     def __init__(
         self,
-        paths: Sequence[str | Path],
+        paths: Sequence[str | AnyPath],
         tokenizer: Tokenizer,
         separator: str | None = None,
         key: str = "data.path",
@@ -158,7 +166,7 @@ class JsonLinesSource(_FileSource):
       key: the setting that `paths` come from, for messages.
     """
 
-    def __init__(self, paths: Sequence[str | Path], tokenizer: Tokenizer, key: str = "data.path") -> None:
+    def __init__(self, paths: Sequence[str | AnyPath], tokenizer: Tokenizer, key: str = "data.path") -> None:
         self._tokenizer = tokenizer
         super().__init__(paths, key)
 
@@ -195,7 +203,7 @@ class BinSource(_FileSource):
     _CHUNK = 1 << 22  # tokens checked at a time
 
     def __init__(
-        self, paths: Sequence[str | Path], vocab_size: int, bos_id: int = 128_000, key: str = "data.path"
+        self, paths: Sequence[str | AnyPath], vocab_size: int, bos_id: int = 128_000, key: str = "data.path"
     ) -> None:
         self._vocab_size = vocab_size
         self._bos_id = bos_id
@@ -273,6 +281,10 @@ class Subset(DocumentSource):
     def __getitem__(self, index: int) -> Document:
         return self._source[int(self._indices[index])]
 
+    def get_many(self, indices: Sequence[int]) -> list[Document]:
+        """See `DocumentSource`."""
+        return self._source.get_many([int(self._indices[index]) for index in indices])
+
     def __repr__(self) -> str:
         return f"Subset({len(self)} of {self._source!r})"
 
@@ -319,8 +331,17 @@ class Mixture(DocumentSource):
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> Document:
-        number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self._sources[number][index - int(self._starts[number])]
+        return self.get_many([index])[0]
+
+    def get_many(self, indices: Sequence[int]) -> list[Document]:
+        """See `DocumentSource`; each source is asked once."""
+        numbers = (np.searchsorted(self._starts, indices, side="right") - 1).tolist()
+        found: dict[int, Document] = {}
+        for number in set(numbers):
+            here = [index for index, of in zip(indices, numbers, strict=True) if of == number]
+            documents = self._sources[number].get_many([index - int(self._starts[number]) for index in here])
+            found |= dict(zip(here, documents, strict=True))
+        return [found[index] for index in indices]
 
     def __repr__(self) -> str:
         weighted = zip(self._weights, self._sources, strict=True)

@@ -48,7 +48,7 @@ class Placement(NamedTuple):
     """A document and where it lies in its lane, counted in positions from the window's start."""
 
     ordinal: int
-    document: Document | None  # None: in another process's lane
+    document: Document | None  # None: not read yet, or in another process's lane
     start: int  # negative: -start positions were read in earlier windows
     length: int  # tokens of the document
 
@@ -180,12 +180,22 @@ class LaneDataset(grain.IterDataset[Batch]):
         return LaneIterator(self)
 
     def place(self, ordinal: int, lane: int, start: int) -> Placement:
-        """Places the document `ordinal` at `start` of a lane; it is read if the lane is this process's."""
+        """Places the document `ordinal` at `start` of a lane; it is read here if its length is not known without."""
         number = self.ordinals[ordinal]
-        if lane in self.lanes.rows or self.source.lengths is None:
+        if self.source.lengths is None:
             document = self.source[number]
             return Placement(ordinal, document if lane in self.lanes.rows else None, start, len(document.tokens))
         return Placement(ordinal, None, start, int(self.source.lengths[number]))
+
+    def read(self, placements: Sequence[tuple[int, Placement]]) -> list[tuple[int, Placement]]:
+        """The (lane, placement) with the documents of this process's lanes, all read together."""
+        unread = [n for n, (lane, p) in enumerate(placements) if lane in self.lanes.rows and p.document is None]
+        documents = self.source.get_many([self.ordinals[placements[n][1].ordinal] for n in unread])
+        found = dict(zip(unread, documents, strict=True))
+        return [
+            (lane, placed._replace(document=found.get(n, placed.document)))
+            for n, (lane, placed) in enumerate(placements)
+        ]
 
     def place_next(self, ordinal: int, lane: int, start: int) -> Placement:
         """Places the first document at or after `ordinal` that has a target. Raises UserError if an epoch has none."""
@@ -220,7 +230,7 @@ class LaneIterator(grain.DatasetIterator[Batch]):
             next_ordinal = placement.ordinal + 1
             return placement
 
-        placements = lanes.fill(self._reading, next_placement)
+        placements = dataset.read(lanes.fill(self._reading, next_placement))
         window = lanes.lay_out(placements)
         self._reading, self._next = lanes.reading_after(placements), next_ordinal
         return window

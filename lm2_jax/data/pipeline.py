@@ -8,6 +8,8 @@ from pathlib import Path
 
 from lm2_jax.common.errors import UserError
 from lm2_jax.common.files import content_digest, expand_paths
+from lm2_jax.common.local_copies import local_copy
+from lm2_jax.common.storage import AnyPath, to_path
 from lm2_jax.config import Config, DataConfig, StageConfig
 from lm2_jax.data.babi.sources import QuestionSource, StoryFiles, StorySource
 from lm2_jax.data.documents import BinSource, DocumentSource, JsonLinesSource, Mixture, TextSource, split_documents
@@ -68,7 +70,9 @@ class Pipeline:
             if data.source == "prepared" and key != "background":
                 lines += [f"{key} {_manifest_digest(path)}" for path in paths]
             elif paths:
-                lines += [f"{key} {path.name} {describe(path)}" for path in expand_paths(paths, f"data.{key}")]
+                lines += [
+                    f"{key} {path.name} {describe(local_copy(path))}" for path in expand_paths(paths, f"data.{key}")
+                ]
         lines += [f"mixture {_manifest_digest(part.path)} {part.weight!r}" for part in data.mixture]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
@@ -165,7 +169,7 @@ class Pipeline:
         if data.source == "bin":
             return BinSource(paths, self._config.model.vocab_size, data.begin_id, key=key)
         if data.source == "prepared":
-            return PreparedSource(paths, self._tokenizer.fingerprint(), key=key)
+            return PreparedSource(paths, self._tokenizer.fingerprint(), key, int(data.cache_gb * 1e9))
         if data.source == "jsonl":
             return JsonLinesSource(paths, self._tokenizer, key=key)
         return TextSource(paths, self._tokenizer, data.document_separator, key=key)
@@ -176,12 +180,14 @@ class Pipeline:
         return LaneDataset(source, source.ordinals(self._config.train.seed), lanes)
 
 
-def held_out_files(data: DataConfig) -> list[Path]:
+def held_out_files(data: DataConfig) -> list[AnyPath]:
     """Lists the files that hold a run's validation documents: manifests where data is prepared."""
     paths = data.validation_path or data.path or tuple(part.path for part in data.mixture)
-    return [Path(path) / MANIFEST for path in paths] if data.source == "prepared" else expand_paths(paths, "data.path")
+    return (
+        [to_path(path) / MANIFEST for path in paths] if data.source == "prepared" else expand_paths(paths, "data.path")
+    )
 
 
 def _manifest_digest(directory: str) -> str:
     """A digest that changes with anything in a prepared directory, since its manifest holds checksums."""
-    return hashlib.sha256((Path(directory) / MANIFEST).read_bytes()).hexdigest()
+    return hashlib.sha256((to_path(directory) / MANIFEST).read_bytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Prepared data: a directory of token shards with a manifest; how it is written, read and checked.
+"""Prepared data: a directory of token shards with a manifest; how it is read and checked.
 
     manifest.json              inputs, tokenizer and settings it was made with; size and checksum of every shard
     00000-00000.arrayrecord    a record a document: CRC-32 (4 bytes), then its ids as little-endian uint16 or uint32
@@ -11,34 +11,38 @@ which lanes read documents follows from the index alone.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import io
-import os
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import pydantic
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordReader
 from pydantic import BaseModel, ConfigDict, Field
 
-from lm2_jax.common.errors import UserError
+from lm2_jax.common.errors import TrainingFailed, UserError
+from lm2_jax.common.files import sha256_of
+from lm2_jax.common.local_copies import local_copy
+from lm2_jax.common.storage import AnyPath, StorePath, to_path
 from lm2_jax.common.untrusted import read_limited, short_repr
 from lm2_jax.config import TokenizerConfig
-from lm2_jax.data.documents import BinSource, Document, DocumentSource
+from lm2_jax.data.documents import Document, DocumentSource
+from lm2_jax.data.shard_layout import chunk_ends
+from lm2_jax.data.stored_shards import StoredShard, StoredShards
 
 Format = Literal["arrayrecord", "bin"]
 MANIFEST = "manifest.json"
 _REMEDY = "copy it again, or prepare again"
 _VERSION = 1
 _LARGEST_MANIFEST = 1 << 28  # bytes: of a million inputs or shards
-_UNCOMPRESSED = "group_size:1,uncompressed"  # a document can be read without its neighbours
 _RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
+_INDICES = 32  # read from a store at a time
 _OPEN_SHARDS = 512  # at a time, per source; many systems allow a process 1,024 open files
 
 
@@ -92,9 +96,9 @@ def id_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-def read_manifest(directory: str | Path, key: str = "data.path") -> Manifest:
+def read_manifest(directory: str | AnyPath, key: str = "data.path") -> Manifest:
     """Reads a directory's manifest. Raises UserError if it is missing, damaged, or of another version."""
-    path = Path(directory) / MANIFEST
+    path = to_path(directory, key) / MANIFEST
     try:
         manifest = Manifest.model_validate_json(read_limited(path, _LARGEST_MANIFEST))
     except FileNotFoundError:
@@ -122,20 +126,26 @@ def make_manifest(**values: Any) -> str:
     return Manifest(version=_VERSION, **sums, **values).model_dump_json(indent=1) + "\n"
 
 
-def read_index(directory: str | Path, manifest: Manifest) -> np.ndarray:
+def read_index(directory: str | AnyPath, manifest: Manifest) -> np.ndarray:
     """Reads tokens and bytes of text of every document, int32 [documents, 2]; -1 where the bytes are not known.
 
     Raises UserError for an index that disagrees with the manifest.
     """
-    return np.concatenate([_read_index(index_path(Path(directory), shard.name), shard) for shard in manifest.shards])
+    paths = [index_path(to_path(directory), shard.name) for shard in manifest.shards]
+    with ThreadPoolExecutor(_INDICES if isinstance(paths[0], StorePath) else 1) as pool:
+        return np.concatenate(list(pool.map(_read_index, paths, manifest.shards)))
 
 
-def _read_index(path: Path, shard: Shard) -> np.ndarray:
+def _read_index(path: AnyPath, shard: Shard) -> np.ndarray:
+    try:
+        file = local_copy(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {_REMEDY}") from None
     header = io.BytesIO()
     layout = {"descr": "<i4", "fortran_order": False, "shape": (shard.documents, 2)}
     np.lib.format.write_array_header_1_0(header, layout)
-    start, size = len(header.getvalue()), path.stat().st_size
-    data = path.read_bytes() if size == start + 8 * shard.documents else b""
+    start, size = len(header.getvalue()), file.stat().st_size
+    data = file.read_bytes() if size == start + 8 * shard.documents else b""
     if hashlib.sha256(data).hexdigest() != shard.index_sha256:
         raise UserError(f"{path}: is damaged (its SHA-256 is not the manifest's); {_REMEDY}")
     index = np.frombuffer(data, "<i4", offset=start).reshape(-1, 2) if data.startswith(header.getvalue()) else None
@@ -144,106 +154,14 @@ def _read_index(path: Path, shard: Shard) -> np.ndarray:
     return index
 
 
-# --- Writing -------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Encoded:
-    """Consecutive documents, tokenised.
-
-    Attributes:
-      tokens: int32 [sum of tokens], one document after the other.
-      index: int32 [documents, 2], tokens of each and bytes of its text (-1: not known).
-    """
-
-    tokens: np.ndarray
-    index: np.ndarray
-
-    def documents(self) -> list[np.ndarray]:
-        """The tokens of each document."""
-        return np.split(self.tokens, np.cumsum(self.index[:-1, 0])) if len(self.index) else []
-
-
-def write_shard(
-    directory: Path, scratch: Path, name: str, format: Format, encoded: Iterable[Encoded], vocab_size: int
-) -> Shard:
-    """Writes the documents as one shard; its files appear in `directory` once they are whole and on the disk.
-
-    A shard without a document has no files.
-    """
-    scratch.mkdir(parents=True, exist_ok=True)
-    data, index_file = scratch / f"{name}.partial", scratch / f"{name}.index.partial"
-    indices = [np.zeros((0, 2), np.int32)]
-
-    def documents() -> Iterator[np.ndarray]:
-        for consecutive in encoded:
-            indices.append(consecutive.index)
-            yield from consecutive.documents()
-
-    _WRITERS[format](data, documents(), id_dtype(vocab_size))
-    index = np.concatenate(indices)
-    with index_file.open("wb") as file:
-        np.save(file, index)
-    shard = Shard(
-        name=name,
-        documents=len(index),
-        tokens=int(index[:, 0].sum(dtype=np.int64)),
-        text_bytes=int(index[:, 1].clip(0).sum(dtype=np.int64)),
-        bytes=data.stat().st_size,
-        sha256=_sha256(data),
-        index_sha256=_sha256(index_file),
-    )
-    for file, target in ((data, data_file(directory, name, format)), (index_file, index_path(directory, name))):
-        if len(index):
-            _sync(file)
-            file.replace(target)
-        else:
-            file.unlink()
-    return shard
-
-
-def data_file(directory: Path, name: str, format: Format) -> Path:
+def data_file(directory: AnyPath, name: str, format: Format) -> AnyPath:
     """The path of a shard's documents."""
     return directory / f"{name}.{format}"
 
 
-def index_path(directory: Path, name: str) -> Path:
+def index_path(directory: AnyPath, name: str) -> AnyPath:
     """The path of a shard's index."""
     return directory / f"{name}.index.npy"
-
-
-def _write_array_record(path: Path, documents: Iterable[np.ndarray], dtype: np.dtype) -> None:
-    writer = ArrayRecordWriter(str(path), _UNCOMPRESSED)
-    for tokens in documents:
-        data = tokens.astype(dtype).tobytes()
-        writer.write(struct.pack("<I", zlib.crc32(data)) + data)
-    writer.close()
-
-
-def _write_bin(path: Path, documents: Iterable[np.ndarray], dtype: np.dtype) -> None:
-    """Writes the official layout; see `documents.BinSource`."""
-    header, count = np.zeros(BinSource.HEADER_BYTES // 4, "<i4"), 0
-    with path.open("wb") as file:
-        file.write(header.tobytes())
-        for tokens in documents:
-            count += len(tokens)
-            file.write(tokens.astype("<u4").tobytes())
-        header[:3] = BinSource.MAGIC, BinSource.VERSION, count
-        file.seek(0)
-        file.write(header.tobytes())
-
-
-_WRITERS = {"arrayrecord": _write_array_record, "bin": _write_bin}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 # --- Reading -------------------------------------------------------------------------------------------------------
@@ -258,6 +176,7 @@ class PreparedSource(DocumentSource):
       directories: written by lm2_jax.prepare_data.
       fingerprint: of the tokenizer that must have made the ids; None: any.
       key: the setting that `directories` come from, for messages.
+      cache_bytes: of shards in a store, the most that are kept on this machine; see `stored_shards.py`.
 
     Attributes:
       lengths: int32 [documents], tokens of each.
@@ -267,44 +186,87 @@ class PreparedSource(DocumentSource):
     """
 
     def __init__(
-        self, directories: Sequence[str | Path], fingerprint: str | None = None, key: str = "data.path"
+        self,
+        directories: Sequence[str | AnyPath],
+        fingerprint: str | None = None,
+        key: str = "data.path",
+        cache_bytes: int = 0,
     ) -> None:
-        self._arguments = (directories, fingerprint, key)
-        self._shards: list[tuple[Path, Shard, np.dtype]] = []
+        self._arguments = (directories, fingerprint, key, cache_bytes)
+        self._shards: list[tuple[AnyPath, Shard, np.dtype]] = []
         indices, problems = [], []
         for directory in directories:
             try:
-                manifest = _check(Path(directory), fingerprint, key)
+                directory = to_path(directory, key)
+                manifest = _check(directory, fingerprint, key)
                 indices.append(read_index(directory, manifest))
             except UserError as error:
                 problems.append(str(error))
                 continue
             dtype = id_dtype(manifest.tokenizer.vocab_size)
-            self._shards += [(data_file(Path(directory), s.name, "arrayrecord"), s, dtype) for s in manifest.shards]
+            self._shards += [(data_file(directory, s.name, "arrayrecord"), s, dtype) for s in manifest.shards]
         if problems:
             raise UserError("\n".join(problems))
         self.lengths, self._text_bytes = np.concatenate(indices).T
         self._starts = np.cumsum([0, *(shard.documents for _, shard, _ in self._shards)])  # of each shard's documents
         self._reader = functools.lru_cache(_OPEN_SHARDS)(_open_reader)  # a cache per source: a file may be replaced
+        self._stored = StoredShards(dict(self._in_store()), cache_bytes)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> Document:
         """Reads a document. Raises UserError if it is damaged."""
-        number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        path, _, dtype = self._shards[number]
-        record = int(index - self._starts[number])
+        return self.get_many([index])[0]
+
+    def get_many(self, indices: Sequence[int]) -> list[Document]:
+        """Reads documents; those that only the store has are asked for together."""
+        places = [self._place(index) for index in indices]
+        remote = [n for n, (number, _) in enumerate(places) if self._is_remote(number)]
+        wanted = [(*places[n], self._record_bytes(indices[n], places[n][0])) for n in remote]
         try:
-            (data,) = self._reader(path).read([record])
-        except (RuntimeError, ValueError, IndexError) as error:
-            reason = str(error).splitlines()[0].split("; ")[0]
-            raise UserError(f"{path}: record {record} is damaged ({reason}); {_REMEDY}") from None
+            found = dict(zip(remote, self._stored.read(wanted), strict=True))
+        except OSError as error:
+            raise TrainingFailed(f"{error.filename}: the documents cannot be read ({error.strerror})") from None
+        return [self._document(indices[n], *place, found.get(n)) for n, place in enumerate(places)]
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The number of a document's shard, and the document's number in it."""
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return number, int(index - self._starts[number])
+
+    def _document(self, index: int, number: int, record: int, data: bytes | None) -> Document:
+        """The document of a record, whose bytes are read, if they are not given. Raises UserError if it is damaged."""
+        path, _, dtype = self._shards[number]
         length, text_bytes = int(self.lengths[index]), int(self._text_bytes[index])
-        if len(data) != 4 + length * dtype.itemsize or zlib.crc32(data[4:]) != struct.unpack_from("<I", data)[0]:
+        if data is None or not _is_sound(data, self._record_bytes(index, number)):  # or written by another ArrayRecord
+            data = self._read_locally(number, record)
+        if not _is_sound(data, self._record_bytes(index, number)):
             raise UserError(f"{path}: record {record} is damaged (its CRC-32 does not match); {_REMEDY}")
         tokens = np.frombuffer(data, dtype, offset=4).astype(np.int32)
         return Document(tokens, np.zeros(length, bool), None if text_bytes < 0 else text_bytes)
+
+    def _read_locally(self, number: int, record: int) -> bytes:
+        path = self._shards[number][0]
+        try:
+            file = self._stored.make_local(number) if number in self._stored else path
+            return self._reader(file).read([record])[0]
+        except (OSError, RuntimeError, ValueError, IndexError) as error:
+            reason = str(error).splitlines()[0].split("; ")[0]
+            raise UserError(f"{path}: record {record} is damaged ({reason}); {_REMEDY}") from None
+
+    def _is_remote(self, number: int) -> bool:
+        return number in self._stored and self._stored.local(number) is None
+
+    def _record_bytes(self, index: int, number: int) -> int:
+        return 4 + int(self.lengths[index]) * self._shards[number][2].itemsize
+
+    def _in_store(self) -> Iterator[tuple[int, StoredShard]]:
+        for number, (path, shard, dtype) in enumerate(self._shards):
+            if isinstance(path, StorePath):
+                lengths = self.lengths[self._starts[number] : self._starts[number + 1]]
+                ends = chunk_ends(4 + lengths.astype(np.int64) * dtype.itemsize)
+                yield number, StoredShard(path, shard.bytes, shard.sha256, ends)
 
     def __repr__(self) -> str:
         directories, *_ = self._arguments
@@ -318,25 +280,30 @@ def _open_reader(path: Path) -> ArrayRecordReader:
     return ArrayRecordReader(str(path), _RANDOM_ACCESS)
 
 
-def verify(directory: str | Path, manifest: Manifest) -> None:
+def _is_sound(record: bytes, size: int) -> bool:
+    return len(record) == size and zlib.crc32(record[4:]) == struct.unpack_from("<I", record)[0]
+
+
+def verify(directory: str | AnyPath, manifest: Manifest) -> None:
     """Reads every byte of every shard. Raises UserError naming all that disagree with the manifest."""
-    problems = []
+    directory = to_path(directory)
+    problems, sizes = [], _sizes(directory)
     for shard in manifest.shards:
-        file = data_file(Path(directory), shard.name, manifest.format)
-        if problem := _problem(Path(directory), shard, manifest.format):
+        file = data_file(directory, shard.name, manifest.format)
+        if problem := _problem(directory, shard, manifest.format, sizes):
             problems.append(problem)
             continue
-        if _sha256(file) != shard.sha256:
+        if sha256_of(file) != shard.sha256:
             problems.append(f"{file}: is damaged (its SHA-256 is not the manifest's); {_REMEDY}")
         try:
-            _read_index(index_path(Path(directory), shard.name), shard)
+            _read_index(index_path(directory, shard.name), shard)
         except UserError as error:
             problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
 
 
-def _check(directory: Path, fingerprint: str | None, key: str) -> Manifest:
+def _check(directory: AnyPath, fingerprint: str | None, key: str) -> Manifest:
     """Reads the manifest of a directory to train on, and checks tokenizer, format and files."""
     manifest = read_manifest(directory, key)
     made_with = manifest.tokenizer
@@ -349,31 +316,39 @@ def _check(directory: Path, fingerprint: str | None, key: str) -> Manifest:
         )
     if manifest.format != "arrayrecord":
         raise UserError(f"{key}: {directory} holds .bin shards; data.source bin reads them")
-    problems = [problem for shard in manifest.shards if (problem := _problem(directory, shard, manifest.format))]
+    sizes = _sizes(directory)
+    problems = [problem for shard in manifest.shards if (problem := _problem(directory, shard, manifest.format, sizes))]
     if problems:
         raise UserError("\n".join(problems))
     return manifest
 
 
-def _problem(directory: Path, shard: Shard, format: Format) -> str | None:
+def _sizes(directory: AnyPath) -> dict[str, int] | None:
+    """Bytes of the files of a directory in a store, which one listing tells; None for one of this machine."""
+    return directory.sizes() if isinstance(directory, StorePath) else None
+
+
+def _problem(directory: AnyPath, shard: Shard, format: Format, sizes: dict[str, int] | None) -> str | None:
     """The first sign that a shard is not whole, without reading it; None if there is none."""
     data, index = data_file(directory, shard.name, format), index_path(directory, shard.name)
-    if missing := [str(path) for path in (data, index) if not path.is_file()]:
+    if missing := [
+        str(path) for path in (data, index) if not (path.is_file() if sizes is None else path.name in sizes)
+    ]:
         return f"{', '.join(missing)}: missing, though the manifest names it; {_REMEDY}"
-    if (size := data.stat().st_size) != shard.bytes:
+    if (size := data.stat().st_size if sizes is None else sizes[data.name]) != shard.bytes:
         return f"{data}: {size} bytes, the manifest says {shard.bytes}; {_REMEDY}"
     return None
 
 
-def tokenizer_of(directory: str | Path, manifest: Manifest) -> TokenizerConfig:
+def tokenizer_of(directory: str | AnyPath, manifest: Manifest) -> TokenizerConfig:
     """The settings of a directory's tokenizer, whose file is the copy beside the manifest.
 
     Raises UserError for a manifest that names none.
     """
     made_with = manifest.tokenizer
     try:
-        path = str(Path(directory) / made_with.file) if made_with.file else None
+        path = str(to_path(directory) / made_with.file) if made_with.file else None
         return TokenizerConfig(kind=made_with.kind, path=path)
     except pydantic.ValidationError:
         named = f"{short_repr(made_with.kind)} of {made_with.file or 'no file'}"
-        raise UserError(f"{Path(directory) / MANIFEST}: {named} is no tokenizer; {_REMEDY}") from None
+        raise UserError(f"{to_path(directory) / MANIFEST}: {named} is no tokenizer; {_REMEDY}") from None

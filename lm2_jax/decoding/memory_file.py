@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +18,9 @@ import safetensors.flax
 
 from lm2_jax.checkpoint.checksums import array_checksums
 from lm2_jax.common.errors import UserError
+from lm2_jax.common.files import write_bytes_atomically
+from lm2_jax.common.local_copies import local_copy
+from lm2_jax.common.storage import AnyPath, to_path
 from lm2_jax.common.untrusted import short_repr
 from lm2_jax.config import MemoryConfig, ModelConfig
 from lm2_jax.decoding import sampling
@@ -31,26 +33,24 @@ _LONGEST_OWNER = 1 << 20  # characters
 _DEFAULTS = {"model": ModelConfig().model_dump(mode="json"), "memory": MemoryConfig().model_dump(mode="json")}
 
 
-def save_state(path: str | Path, model: Decoder, params: Any, state: DecodeState) -> None:
+def save_state(path: str | AnyPath, model: Decoder, params: Any, state: DecodeState) -> None:
     """Writes the file, completely or not at all. Raises UserError if it cannot be written."""
     metadata = {_KEY: json.dumps(_owner(model, params) | {"segment_length": state.segment_length})}
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+    path = to_path(path, "--save-memory")
     try:
-        partial.write_bytes(safetensors.flax.save(_named(state), metadata))
-        partial.replace(path)
+        write_bytes_atomically(path, safetensors.flax.save(_named(state), metadata))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-def load_state(path: str | Path, model: Decoder, params: Any) -> DecodeState:
+def load_state(path: str | AnyPath, model: Decoder, params: Any) -> DecodeState:
     """Reads a file that `save_state` wrote with this model.
 
     Raises UserError, with everything that is wrong, if it is not such a file, belongs to another model, or has missing,
     unknown or misshapen arrays.
     """
     try:
-        with safetensors.safe_open(path, "flax") as file:
+        with safetensors.safe_open(local_copy(to_path(path, "--load-memory")), "flax") as file:
             saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             text = (file.metadata() or {})[_KEY]
             if len(text) > _LONGEST_OWNER:

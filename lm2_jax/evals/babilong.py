@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from lm2_jax.common.errors import UserError
 from lm2_jax.common.files import content_digest, expand_paths
 from lm2_jax.common.progress import Progress
 from lm2_jax.common.statistics import wilson_interval
+from lm2_jax.common.storage import AnyPath
 from lm2_jax.config import BabilongConfig, BabilongTask
 from lm2_jax.data.babi.babilong import (
     BuiltSamples,
@@ -79,7 +79,7 @@ class _Cell:
 _KEY = ("task", "length", "source", "index")
 
 
-def evaluate(loaded: EvalModel, output: Path | None, log: Callable[[str], None]) -> Result:
+def evaluate(loaded: EvalModel, output: AnyPath | None, log: Callable[[str], None]) -> Result:
     """Asks eval.babilong.samples questions of every task at every length, the shortest first.
 
     Answers are greedy, and end at the end token or the first full stop (nothing after it counts). Finished samples are
@@ -193,7 +193,7 @@ def _identity(loaded: EvalModel) -> dict[str, Any]:
     }
 
 
-def _describe(files: Sequence[Path]) -> str:
+def _describe(files: Sequence[AnyPath]) -> str:
     return ", ".join(f"{path.name} ({path.stat().st_size} bytes)" for path in files)
 
 
@@ -243,7 +243,7 @@ def tables(result: Result) -> list[Table]:
     return [table]
 
 
-def draw(result: Result, output: Path) -> list[Path]:
+def draw(result: Result, output: AnyPath) -> list[AnyPath]:
     """Draws a heat map of tasks and lengths, and accuracy against length; returns the paths, beside `output`."""
     cells = result["cells"]
     return plots.draw_accuracy(cells, _tasks(cells), _lengths(cells), output)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from lm2_jax.common.errors import UserError
 from lm2_jax.common.files import expand_paths
+from lm2_jax.common.storage import AnyPath
 from lm2_jax.data.documents import BinSource, Document, DocumentSource, JsonLinesSource, TextSource
 from lm2_jax.data.pipeline import Pipeline, held_out_files
 from lm2_jax.data.texts import is_text_ending
@@ -15,7 +14,7 @@ _KEY = "eval.perplexity.path"
 _KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".bin": "bin"}
 
 
-def open_documents(loaded: EvalModel) -> tuple[DocumentSource, list[Path]]:
+def open_documents(loaded: EvalModel) -> tuple[DocumentSource, list[AnyPath]]:
     """The documents of eval.perplexity.path, or else the run's validation documents, and the files that hold them.
 
     Raises UserError for files that are missing, damaged or of several kinds, and if nothing was held out.
@@ -39,7 +38,7 @@ def open_documents(loaded: EvalModel) -> tuple[DocumentSource, list[Path]]:
     return TextSource(paths, loaded.tokenizer, settings.document_separator, _KEY), paths
 
 
-def _kind(path: Path) -> str:
+def _kind(path: AnyPath) -> str:
     """The kind of document that a file's ending tells. Raises UserError for one that tells none."""
     kind = _KINDS.get(path.suffix.lower(), "text" if is_text_ending(path.suffix) else None)
     if kind is None:
@@ -50,7 +49,7 @@ def _kind(path: Path) -> str:
     return kind
 
 
-def _held_out_documents(loaded: EvalModel) -> tuple[DocumentSource, list[Path]]:
+def _held_out_documents(loaded: EvalModel) -> tuple[DocumentSource, list[AnyPath]]:
     config = loaded.config
     if config.data.source == "stories":
         raise UserError(f"{_KEY} is missing: name text files, JSON lines or .bin shards to read")

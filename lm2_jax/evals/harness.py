@@ -23,6 +23,8 @@ import numpy as np
 from rich.table import Table
 
 from lm2_jax.common.errors import UserError
+from lm2_jax.common.local_copies import directory_of
+from lm2_jax.common.storage import AnyPath
 from lm2_jax.config import HarnessConfig, MmluConfig
 from lm2_jax.convert.tokenizer_files import write_tokenizer
 from lm2_jax.evals import plots
@@ -35,7 +37,7 @@ _BOOTSTRAPS = 1000  # samples for the standard errors of metrics that are not me
 _SEED, _NUMPY_SEED, _FEWSHOT_SEED = 0, 1234, 1234  # the harness's own
 
 
-def evaluate(loaded: EvalModel, output: Path | None, log: Callable[[str], None]) -> Result:
+def evaluate(loaded: EvalModel, output: AnyPath | None, log: Callable[[str], None]) -> Result:
     """Runs eval.harness.tasks. Finished requests are kept beside `output`, and are not repeated.
 
     Returns JSON: `scores`, a row for each task or group and each metric (task, metric, value, its standard error where
@@ -47,16 +49,17 @@ def evaluate(loaded: EvalModel, output: Path | None, log: Callable[[str], None])
         raise UserError(
             "eval.harness.tasks is missing: name tasks of lm-evaluation-harness, for example [arc_easy, lambada_openai]"
         )
-    if settings.include is not None and not Path(settings.include).is_dir():
+    include = None if settings.include is None else directory_of(settings.include, "eval.harness.include")
+    if include is not None and not include.is_dir():
         raise UserError(f"eval.harness.include: {settings.include} is no directory; name one with task files (.yaml)")
     with _metadata(loaded, settings.metadata) as metadata:
-        options = {"include_path": settings.include, "metadata": metadata}
+        options = {"include_path": include and str(include), "metadata": metadata}
         return run(loaded, output, log, settings, "harness", settings.tasks, options)
 
 
 def run(
     loaded: EvalModel,
-    output: Path | None,
+    output: AnyPath | None,
     log: Callable[[str], None],
     settings: HarnessConfig | MmluConfig,
     name: str,
@@ -219,6 +222,6 @@ def tables(result: Result) -> list[Table]:
     return [table]
 
 
-def draw(result: Result, output: Path) -> list[Path]:
+def draw(result: Result, output: AnyPath) -> list[AnyPath]:
     """Draws a panel for each metric with a bar for each task; returns the picture's path, beside `output`."""
     return plots.draw_scores(result, output)

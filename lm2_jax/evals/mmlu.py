@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lm2_jax.common.errors import UserError
+from lm2_jax.common.local_copies import directory_of
+from lm2_jax.common.storage import AnyPath
 from lm2_jax.config import MmluConfig
 from lm2_jax.evals.harness import Result, draw, require_harness, run, tables
 from lm2_jax.evals.model import EvalModel
@@ -24,7 +26,7 @@ _COLUMNS = ("question", "choice0", "choice1", "choice2", "choice3", "answer")
 _TEST = "_test.csv"
 
 
-def evaluate(loaded: EvalModel, output: Path | None, log: Callable[[str], None]) -> Result:
+def evaluate(loaded: EvalModel, output: AnyPath | None, log: Callable[[str], None]) -> Result:
     """Asks the questions of eval.mmlu, each after `shots` solved ones of its subject.
 
     The result has the form of `harness.evaluate`; the group mmlu is the mean over all questions.
@@ -35,7 +37,7 @@ def evaluate(loaded: EvalModel, output: Path | None, log: Callable[[str], None])
     if settings.path is None:
         wanted = [f"mmlu_{subject}" for subject in settings.subjects] if settings.subjects else ["mmlu"]
     else:
-        wanted = [_group(Path(settings.path), settings)]
+        wanted = [_group(directory_of(settings.path, "eval.mmlu.path"), settings)]
     return run(loaded, output, log, settings, "mmlu", wanted)
 
 

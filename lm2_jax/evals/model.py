@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ from jax.sharding import Mesh
 
 from lm2_jax.checkpoint.checksums import array_checksums
 from lm2_jax.common.errors import UserError
+from lm2_jax.common.storage import AnyPath
 from lm2_jax.config import Config, dump_config, parse_config, replace
 from lm2_jax.loading import load_run
 from lm2_jax.model import build_model
@@ -79,7 +79,7 @@ class EvalModel:
         return memory_shardings(self.mesh, memory, self.model.lane_axis)
 
 
-def load_for_evaluation(checkpoint: str | Path, overrides: Sequence[str] = ()) -> EvalModel:
+def load_for_evaluation(checkpoint: str | AnyPath, overrides: Sequence[str] = ()) -> EvalModel:
     """Loads a run directory, one of its checkpoints, or a converted directory.
 
     overrides: settings "a.b=c"; those of the sections model and memory cannot be changed.

@@ -9,7 +9,6 @@ Axes: B lanes, S segments, T tokens, P positions of a document or of a lane's wi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ from lm2_jax.batch import Batch
 from lm2_jax.common.errors import UserError
 from lm2_jax.common.files import content_digest
 from lm2_jax.common.progress import Progress
+from lm2_jax.common.storage import AnyPath
 from lm2_jax.data.documents import BinSource, DocumentSource
 from lm2_jax.data.lanes import Lanes, Placement
 from lm2_jax.evals import plots
@@ -36,7 +36,7 @@ Result = dict[str, Any]
 _REPORT_SECONDS = 5.0
 
 
-def evaluate(loaded: EvalModel, output: Path | None, log: Callable[[str], None]) -> Result:
+def evaluate(loaded: EvalModel, output: AnyPath | None, log: Callable[[str], None]) -> Result:
     """Reads every document of eval.perplexity.path, or of what the run held out.
 
     Finished documents are kept beside `output`, and are not read again. `log` receives progress lines.
@@ -68,7 +68,7 @@ def evaluate(loaded: EvalModel, output: Path | None, log: Callable[[str], None])
     }
 
 
-def _identity(loaded: EvalModel, source: DocumentSource, paths: list[Path]) -> dict[str, Any]:
+def _identity(loaded: EvalModel, source: DocumentSource, paths: list[AnyPath]) -> dict[str, Any]:
     """Everything that a document's loss depends on."""
     config = loaded.config
     return {
@@ -181,6 +181,6 @@ def tables(result: Result) -> list[Table]:
     return [totals, by_distance]
 
 
-def draw(result: Result, output: Path) -> list[Path]:
+def draw(result: Result, output: AnyPath) -> list[AnyPath]:
     """Draws the loss by segment index; returns the picture's path, beside `output`."""
     return plots.draw_loss_by_segment(result, output)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from lm2_jax.common.storage import AnyPath
+from lm2_jax.common.trees import writing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,15 +27,16 @@ def _new_figure(width: float, height: float) -> Figure:
     return Figure((width, height), layout="constrained")
 
 
-def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=120)
+def _save(figure: Figure, path: AnyPath) -> AnyPath:
+    with writing(path) as file:
+        figure.savefig(file, dpi=120)
     return path
 
 
 # --- Perplexity ----------------------------------------------------------------------------------------------------
 
 
-def draw_loss_by_segment(result: Mapping[str, Any], output: Path) -> list[Path]:
+def draw_loss_by_segment(result: Mapping[str, Any], output: AnyPath) -> list[AnyPath]:
     """One picture beside `output`: the loss against the segment's index, from the JSON of `perplexity.evaluate`."""
     rows = result["by_segment"]
     tokens, means = (np.array([row[name] for row in rows]) for name in ("tokens", "nats_per_token"))
@@ -60,7 +63,7 @@ def draw_loss_by_segment(result: Mapping[str, Any], output: Path) -> list[Path]:
 # --- BABILong ------------------------------------------------------------------------------------------------------
 
 
-def draw_accuracy(cells: Rows, tasks: Sequence[str], lengths: Sequence[str], output: Path) -> list[Path]:
+def draw_accuracy(cells: Rows, tasks: Sequence[str], lengths: Sequence[str], output: AnyPath) -> list[AnyPath]:
     """Two pictures beside `output`: a heat map of tasks and lengths, and accuracy against length.
 
     cells: those of `babilong.evaluate`; the order of tasks and lengths is that of the axes.
@@ -112,7 +115,7 @@ def _curves(cells: Rows, tasks: Sequence[str], lengths: Sequence[str]) -> Figure
 # --- lm-evaluation-harness -----------------------------------------------------------------------------------------
 
 
-def draw_scores(result: Mapping[str, Any], output: Path) -> list[Path]:
+def draw_scores(result: Mapping[str, Any], output: AnyPath) -> list[AnyPath]:
     """One picture beside `output`, from the JSON of `harness.evaluate`: a panel per metric, a bar per task."""
     metrics = list(dict.fromkeys(row["metric"] for row in result["scores"]))
     panels = [[row for row in result["scores"] if row["metric"] == metric] for metric in metrics]

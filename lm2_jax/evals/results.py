@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from lm2_jax.common.errors import UserError
-from lm2_jax.common.files import write_atomically
+from lm2_jax.common.journal import Journal
+from lm2_jax.common.storage import AnyPath
 
 Record = dict[str, Any]
 _LATER_KEYS = ("contents",)  # of an identity, which files of earlier versions lack
@@ -26,14 +25,14 @@ class ResultLog:
     Raises UserError if the file holds records of another evaluation, or cannot be read or written.
     """
 
-    def __init__(self, path: Path | None, identity: Record, key: Sequence[str]) -> None:
-        self._path, self._key = path, tuple(key)
+    def __init__(self, path: AnyPath | None, identity: Record, key: Sequence[str]) -> None:
+        self._journal, self._key = None if path is None else Journal(path), tuple(key)
         self._records: dict[tuple, Record] = {}
         if path is None:
             return
         identity = json.loads(json.dumps(identity))
         try:
-            text = path.read_text(encoding="utf-8") if path.exists() else ""
+            text = self._journal.read() if self._journal.exists() else ""
             whole = text[: text.rfind("\n") + 1] or json.dumps(identity) + "\n"  # a killed run may leave half a line
             head, *records = map(json.loads, whole.splitlines())
             self._records = {self._key_of(record): record for record in records}
@@ -52,7 +51,7 @@ class ResultLog:
                 f"{identity[name]!r} now); remove it to start again, or give another --output"
             )
         if whole != text:
-            write_atomically(path, whole)
+            self._journal.rewrite(whole)
 
     def __contains__(self, key: tuple) -> bool:
         return key in self._records
@@ -64,16 +63,14 @@ class ResultLog:
         """Adds records, and writes them durably."""
         records = list(records)
         self._records |= {self._key_of(record): record for record in records}
-        if self._path is not None and records:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
-                file.flush()
-                os.fsync(file.fileno())
+        if self._journal is not None and records:
+            self._journal.write("".join(json.dumps(record) + "\n" for record in records))
+            self._journal.flush()
 
     def _key_of(self, record: Record) -> tuple:
         return tuple(record[name] for name in self._key)
 
 
-def finished_path(output: Path | None) -> Path | None:
+def finished_path(output: AnyPath | None) -> AnyPath | None:
     """Path of an evaluation's finished records, beside its output."""
     return None if output is None else output.with_suffix(".finished.jsonl")

@@ -6,10 +6,10 @@ import base64
 import html
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
+from lm2_jax.common.storage import AnyPath
 from lm2_jax.inspection.pictures import HeatMap, Picture
 from lm2_jax.inspection.reading import MemoryTrace
 
@@ -55,7 +55,7 @@ figcaption { color: #57606a; font-size: 0.9rem; }
 
 
 def write_page(
-    path: Path,
+    path: AnyPath,
     title: str,
     facts: Mapping[str, str],
     pictures: Sequence[tuple[Picture, bytes, Sequence[HeatMap]]],

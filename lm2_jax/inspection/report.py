@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import itertools
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from lm2_jax.common.errors import UserError
+from lm2_jax.common.storage import AnyPath, to_path
+from lm2_jax.common.trees import writing
 from lm2_jax.inspection.page import write_page
 from lm2_jax.inspection.pictures import pictures, render, render_together
 from lm2_jax.inspection.reading import MemoryTrace, check_memory, read_text
@@ -21,12 +22,12 @@ from lm2_jax.tokenizer import Tokenizer, load_text_tokenizer, prompt_ids
 
 def inspect(
     checkpoint: str,
-    output: Path,
+    output: AnyPath,
     text: str | None = None,
     segments: int | None = None,
     tokens: int = 48,
     questions: int = 512,
-) -> list[Path]:
+) -> list[AnyPath]:
     """Looks into the memory of a checkpoint; writes pictures and a page.
 
     Args:
@@ -71,7 +72,7 @@ def _read_file(run: LoadedRun, tokenizer: Tokenizer, path: str, segments: int | 
     T = run.model.spec.segment_length
     ids_n = prompt_ids(tokenizer, _text(path))[: None if segments is None else segments * T]
     trace = read_text(run.model, run.params, ids_n, tokens)
-    return _Inspected(trace, f"{Path(path).name}, {len(ids_n):,} tokens", probe(trace.traces_SF, ids_n, T))
+    return _Inspected(trace, f"{to_path(path).name}, {len(ids_n):,} tokens", probe(trace.traces_SF, ids_n, T))
 
 
 def _read_story(run: LoadedRun, tokenizer: Tokenizer, segments: int | None, tokens: int, questions: int) -> _Inspected:
@@ -88,7 +89,7 @@ def _read_story(run: LoadedRun, tokenizer: Tokenizer, segments: int | None, toke
     return _Inspected(trace, source, answers_by_age(answers), answers)
 
 
-def _write(run: LoadedRun, tokenizer: Tokenizer, inspected: _Inspected, title: str, output: Path) -> list[Path]:
+def _write(run: LoadedRun, tokenizer: Tokenizer, inspected: _Inspected, title: str, output: AnyPath) -> list[AnyPath]:
     output.mkdir(parents=True, exist_ok=True)
     trace, words_K = inspected.trace, _words(tokenizer, inspected.trace.last_ids_K)
     drawn, written = [], []
@@ -99,7 +100,8 @@ def _write(run: LoadedRun, tokenizer: Tokenizer, inspected: _Inspected, title: s
         written.append(output / f"{picture.name}.png")
         written[-1].write_bytes(buffer.getvalue())
     overview = [picture for picture, *_ in drawn if picture.name in ("tokens", "writes", "survival")]
-    render_together(overview, output / "overview.png", f"{title}\n{inspected.source}")
+    with writing(output / "overview.png") as file:
+        render_together(overview, file, f"{title}\n{inspected.source}")
     facts = {
         "kind": run.config.memory.kind,
         "memory": " x ".join(map(str, trace.slots_LNM.shape)) + " (banks, slots, width)",
@@ -113,7 +115,7 @@ def _write(run: LoadedRun, tokenizer: Tokenizer, inspected: _Inspected, title: s
 
 def _text(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return to_path(path, "--text").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--text: {path} cannot be read as a UTF-8 text file ({error})") from None
 

@@ -16,14 +16,19 @@ from pathlib import Path
 
 from lm2_jax.common.command_line import parser_for
 from lm2_jax.common.errors import TrainingFailed, UserError, run_command
+from lm2_jax.common.storage import to_local_path
 from lm2_jax.config import SHIPPED
 
 
 def main() -> None:
     """The command."""
     parser = parser_for("measurements.configs", __doc__, "--output docs/results/compiled")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIRECTORY", help="where figures are kept")
-    parser.add_argument("--configs", type=Path, default=SHIPPED, metavar="DIRECTORY", help="default: the shipped")
+    parser.add_argument(
+        "--output", type=to_local_path, required=True, metavar="DIRECTORY", help="where figures are kept"
+    )
+    parser.add_argument(
+        "--configs", type=to_local_path, default=SHIPPED, metavar="DIRECTORY", help="default: the shipped"
+    )
     arguments = parser.parse_args()
     configs = {path: topology_of(path) for path in sorted(arguments.configs.glob("*.yaml"))}
     arguments.output.mkdir(parents=True, exist_ok=True)

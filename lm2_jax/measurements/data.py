@@ -20,6 +20,7 @@ import tokenizers
 from lm2_jax.common.command_line import parser_for
 from lm2_jax.common.errors import run_command
 from lm2_jax.common.files import expand_paths
+from lm2_jax.common.storage import to_local_path
 from lm2_jax.config import parse_config
 from lm2_jax.data.prepared import read_manifest, tokenizer_of
 from lm2_jax.tokenizer import load_tokenizer
@@ -40,7 +41,7 @@ def main() -> None:
     what = {"corpus": make_corpus, "preparing": preparing, "kills": kills, "lanes": lanes}
     parser.add_argument("what", choices=tuple(what))
     parser.add_argument("--input", nargs="+", required=True, help="books; JSON lines; a prepared directory")
-    parser.add_argument("--output", type=Path, help="JSON lines to write; a new directory")
+    parser.add_argument("--output", type=to_local_path, help="JSON lines to write; a new directory")
     parser.add_argument("--tokenizer", help="a tokenizer.json")
     parser.add_argument("--megabytes", type=float, default=200, help="of the corpus")
     parser.add_argument("--workers", type=int, default=2)

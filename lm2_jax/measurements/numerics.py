@@ -19,6 +19,7 @@ import numpy as np
 
 from lm2_jax.common.command_line import parser_for
 from lm2_jax.common.errors import TrainingFailed, UserError, run_command
+from lm2_jax.common.storage import to_local_path
 from lm2_jax.config import Config, replace
 from lm2_jax.tokenizer import load_tokenizer
 
@@ -35,7 +36,7 @@ def main() -> None:
     )
     parser.add_argument("--checkpoint", required=True, metavar="RUN_DIR")
     parser.add_argument("--segments", type=int, default=100_000, metavar="N")
-    parser.add_argument("--output", type=Path, required=True, metavar="PREFIX")
+    parser.add_argument("--output", type=to_local_path, required=True, metavar="PREFIX")
     arguments = parser.parse_args()
     if arguments.segments < BLOCK:
         raise UserError(f"--segments: found {arguments.segments}; expected {BLOCK} or more")

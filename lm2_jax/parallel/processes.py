@@ -20,6 +20,7 @@ import numpy as np
 from jax._src import distributed  # the client of the coordination service has no public name
 from jax.experimental import multihost_utils
 
+from lm2_jax.common import lease
 from lm2_jax.common.errors import TrainingFailed, UserError
 
 _BEAT_SECONDS = 2.0  # between heartbeats
@@ -165,6 +166,7 @@ def _exit(reason: str, code: int) -> NoReturn:
     """Ends the process at once: threads that wait for a dead peer could not be joined."""
     print(f"error: {reason}", file=sys.stderr, flush=True)
     sys.stdout.flush()
+    lease.give_back()
     os._exit(code)
 
 

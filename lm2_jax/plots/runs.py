@@ -7,11 +7,12 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from lm2_jax.common.errors import UserError
 from lm2_jax.common.records import Record, read_records
+from lm2_jax.common.storage import AnyPath, to_path
+from lm2_jax.common.trees import writing
 
 _SMOOTHED = 200  # points: of longer runs, neighbours are averaged
 _STYLES = ("-", "--", ":", "-.")
@@ -33,9 +34,9 @@ class Run:
     accuracy: Sequence[Mapping[str, Any]]
 
 
-def read_runs(run_dirs: Sequence[str | Path]) -> list[Run]:
+def read_runs(run_dirs: Sequence[str | AnyPath]) -> list[Run]:
     """Runs by their directories, named by what tells them apart. Raises UserError with all that cannot be used."""
-    paths, runs, problems = [Path(path) for path in run_dirs], [], []
+    paths, runs, problems = [to_path(path) for path in run_dirs], [], []
     for path, name in zip(paths, _names(paths), strict=True):
         try:
             records = read_records(path / "metrics.jsonl")
@@ -52,13 +53,17 @@ def read_runs(run_dirs: Sequence[str | Path]) -> list[Run]:
     return runs
 
 
-def _names(paths: Sequence[Path]) -> list[str]:
+def _names(paths: Sequence[AnyPath]) -> list[str]:
     """The last parts of the paths, as many as make them different."""
-    for parts in range(1, 1 + max(len(path.parts) for path in paths)):
-        names = ["/".join(path.parts[-parts:]) for path in paths]
+    for parts in range(1, 1 + max(len(_parts(path)) for path in paths)):
+        names = ["/".join(_parts(path)[-parts:]) for path in paths]
         if len(set(names)) == len(names):
             return names
     return [f"{path} ({number})" for number, path in enumerate(paths, 1)]
+
+
+def _parts(path: AnyPath) -> list[str]:
+    return str(path).split("/")
 
 
 # --- Panels --------------------------------------------------------------------------------------------------------
@@ -107,7 +112,7 @@ PANELS = {
 AXES = {"step": "step", "tokens": "tokens read", "time": "minutes since the run's first step"}
 
 
-def plot_runs(path: str | Path, runs: Sequence[Run], panels: Sequence[str] = tuple(PANELS), x: str = "step") -> None:
+def plot_runs(path: str | AnyPath, runs: Sequence[Run], panels: Sequence[str] = tuple(PANELS), x: str = "step") -> None:
     """One PNG with a panel for everything that the runs have; a colour is a run, a line style one of several values.
 
     Args:
@@ -138,7 +143,8 @@ def plot_runs(path: str | Path, runs: Sequence[Run], panels: Sequence[str] = tup
         axis.legend(fontsize=8)
     for axis in axes[len(drawn_panels) :]:
         axis.set_axis_off()
-    figure.savefig(path, dpi=110)
+    with writing(to_path(path)) as file:
+        figure.savefig(file, dpi=110)
 
 
 def _draw_lines(axis: Any, values: Mapping[str, str], runs: Sequence[Run], x: str) -> None:

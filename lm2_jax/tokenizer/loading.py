@@ -12,6 +12,7 @@ import huggingface_hub
 import tokenizers
 
 from lm2_jax.common.errors import UserError, warn_once
+from lm2_jax.common.storage import AnyPath, to_path
 from lm2_jax.common.untrusted import read_limited
 from lm2_jax.config import Config, TokenizerConfig
 from lm2_jax.tokenizer.kinds import (
@@ -53,7 +54,7 @@ def load_tokenizer(config: TokenizerConfig, origin: Origin | None = None) -> Tok
 
 def _load_file(config: TokenizerConfig, find: FindSpecialTokens) -> Tokenizer:
     try:
-        data = read_limited(Path(config.path), _LONGEST_FILE)
+        data = read_limited(to_path(config.path, "tokenizer.path"), _LONGEST_FILE)
     except OSError as error:
         raise UserError(f"tokenizer.path: {config.path} cannot be read ({error.strerror})") from None
     try:
@@ -80,7 +81,7 @@ def find_tokenizer(name: str) -> TokenizerConfig:
     """
     if name == "bytes":
         return TokenizerConfig(kind="bytes")
-    path = Path(name)
+    path = to_path(name, "--tokenizer")
     if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         try:
             path = Path(huggingface_hub.hf_hub_download(name, "tokenizer.json"))
@@ -111,7 +112,7 @@ def _download_origin(name: str) -> None:
             huggingface_hub.hf_hub_download(name, file)
 
 
-def load_text_tokenizer(config: Config, checkpoint: str | Path) -> Tokenizer:
+def load_text_tokenizer(config: Config, checkpoint: str | AnyPath) -> Tokenizer:
     """The tokenizer of a trained model. Raises UserError if its config names none, or as `load_tokenizer` does."""
     if not config.has_tokenizer:
         raise UserError(

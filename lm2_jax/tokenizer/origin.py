@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from lm2_jax.common.errors import UserError, warn_once
+from lm2_jax.common.local_copies import local_tree
+from lm2_jax.common.storage import AnyPath, StorePath, to_path
 from lm2_jax.common.untrusted import LONGEST_JSON, read_json, read_limited, resolve_inside, short_repr
 from lm2_jax.config import TokenizerConfig
 
 DIRECTORY = "origin"
 _TEMPLATE = "chat_template.jinja"
 FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", _TEMPLATE)
+_COMPLETE = ".complete"  # in a store, where a directory comes file by file
 CARD = "README.md"  # the model card, which states the licence
 _TOP_K = 50  # of transformers, where do_sample is on and top_k not given
 _NEUTRAL = {"repetition_penalty": 1.0, "min_p": 0.0, "typical_p": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1}
@@ -89,9 +92,15 @@ class Origin:
             value = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}.get("default")
         return value if isinstance(value, str) else None
 
-    def copy_to(self, directory: Path) -> None:
+    def copy_to(self, directory: AnyPath) -> None:
         """Copies the files into an `origin/` in `directory`, all or none, unless one is there."""
         target = directory / DIRECTORY
+        if isinstance(target, StorePath):
+            if not (target / _COMPLETE).exists():
+                for name in filter(self.has, (*FILES, CARD)):
+                    (target / name).upload(resolve_inside(self.directory, name))
+                (target / _COMPLETE).write_text("")
+            return
         if target.exists():
             return
         partial = directory / f".{DIRECTORY}.partial"
@@ -115,27 +124,31 @@ class Origin:
         return read_json(self.directory / name) if self.has(name) else {}
 
 
-def origin_in(directory: Path) -> Origin | None:
+def origin_in(directory: AnyPath) -> Origin | None:
     """The origin that a converted directory, a prepared data set or a run keeps; None if it keeps none."""
     kept = directory / DIRECTORY
+    if isinstance(kept, StorePath):
+        return Origin(local_tree(kept)) if (kept / _COMPLETE).exists() else None
     if kept.is_symlink():
         raise UserError(f"{kept}: links to elsewhere; put the directory itself there")
     return Origin(kept) if kept.is_dir() else None
 
 
-def origin_beside(file: str | Path | None) -> Origin | None:
+def origin_beside(file: str | AnyPath | None) -> Origin | None:
     """The origin of a tokenizer's file: an `origin/` beside it, or the files there; None for a bare file or no file."""
     if file is None:
         return None
-    directory = Path(file).absolute().parent
+    directory = to_path(file).absolute().parent
     kept = origin_in(directory)
     if kept is not None:
         return kept
-    return Origin(directory) if any((directory / name).is_file() for name in FILES) else None
+    if not any((directory / name).is_file() for name in FILES):
+        return None
+    return Origin(local_tree(directory, (*FILES, CARD)))
 
 
-def origin_of_model(tokenizer: TokenizerConfig, checkpoint: str | Path) -> Origin | None:
+def origin_of_model(tokenizer: TokenizerConfig, checkpoint: str | AnyPath) -> Origin | None:
     """The origin that a run directory, one of its checkpoints or a converted one keeps; or its tokenizer's."""
-    path = Path(checkpoint).absolute()
+    path = to_path(checkpoint).absolute()
     run = path.parent.parent if path.parent.name == "checkpoints" else path
     return origin_in(run) or origin_beside(tokenizer.path)

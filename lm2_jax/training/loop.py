@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ from jax.sharding import Mesh
 
 from lm2_jax.checkpoint.manager import Checkpoints
 from lm2_jax.common.records import drop_records_after, read_records
+from lm2_jax.common.storage import AnyPath
 from lm2_jax.config import Config
 from lm2_jax.data.pipeline import Pipeline
 from lm2_jax.loading import load_memory, load_weights
@@ -126,7 +126,7 @@ def initial_state(
     return state.replace(memory=memory), Progress(), f"starting from the weights of {path}"
 
 
-def _open_reporter(config: Config, run_dir: Path, first_step: int) -> Reporter | SilentReporter:
+def _open_reporter(config: Config, run_dir: AnyPath, first_step: int) -> Reporter | SilentReporter:
     """The first process reports, from `first_step` on; what an interrupted run recorded after it is dropped."""
     if not is_first():
         return SilentReporter()
@@ -134,7 +134,9 @@ def _open_reporter(config: Config, run_dir: Path, first_step: int) -> Reporter |
     return Reporter(config, run_dir, first_step)
 
 
-def _finish(run_dir: Path, progress: Progress, parameters: int, table: list[Any], reporter: Reporter) -> dict[str, Any]:
+def _finish(
+    run_dir: AnyPath, progress: Progress, parameters: int, table: list[Any], reporter: Reporter
+) -> dict[str, Any]:
     records = read_records(run_dir / "metrics.jsonl")
     summary = {
         "step": progress.step,

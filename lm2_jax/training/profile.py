@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from lm2_jax.batch import Batch
+from lm2_jax.common.storage import AnyPath
+from lm2_jax.common.trees import writing_tree
 from lm2_jax.config import Config, ProfileConfig
 from lm2_jax.parallel.processes import is_first
 from lm2_jax.training.timing import StepTimer, TrainStep
@@ -17,7 +18,7 @@ from lm2_jax.training.timing import StepTimer, TrainStep
 
 @contextlib.contextmanager
 def traced(
-    step: TrainStep, config: Config, run_dir: Path, done: int, timer: StepTimer, log: Callable[[str], None]
+    step: TrainStep, config: Config, run_dir: AnyPath, done: int, timer: StepTimer, log: Callable[[str], None]
 ) -> Iterator[TrainStep]:
     """The step, which writes the trace that train.profile asks for into the run's tensorboard/; the first process does.
 
@@ -42,7 +43,7 @@ class _TracedStep:
         self,
         step: TrainStep,
         profile: ProfileConfig,
-        directory: Path,
+        directory: AnyPath,
         done: int,
         timer: StepTimer,
         log: Callable[[str], None],
@@ -50,6 +51,7 @@ class _TracedStep:
         self._step, self._number, self._directory, self._timer, self._log = step, done, directory, timer, log
         self._first, self._last = max(profile.start, done + 1), profile.last
         self._tracing = False
+        self._here = contextlib.ExitStack()
 
     def __call__(self, state: Any, batch: Batch) -> tuple[Any, Any]:
         self._number += 1
@@ -66,7 +68,7 @@ class _TracedStep:
         options = jax.profiler.ProfileOptions()
         # JAX would name a trace by the second in which it ends, and the later of two overwrites the other
         options.session_id = f"steps_{self._first}_to_{self._last}"
-        jax.profiler.start_trace(self._directory, profiler_options=options)
+        jax.profiler.start_trace(self._here.enter_context(writing_tree(self._directory)), profiler_options=options)
         self._tracing = True
 
     def end(self) -> None:
@@ -77,7 +79,8 @@ class _TracedStep:
         with self._timer.pause():
             try:
                 jax.profiler.stop_trace()
-            except jax.errors.JaxRuntimeError as error:  # a full disk, most likely
+                self._here.close()
+            except (jax.errors.JaxRuntimeError, OSError) as error:  # a full disk, most likely
                 self._log(f"warning: train.profile: the trace could not be written ({str(error).splitlines()[0]})")
             else:
                 self._log(f"written: a trace of steps {self._first} to {self._number} in {self._directory}")

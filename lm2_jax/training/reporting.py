@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -16,8 +14,10 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from lm2_jax.common.errors import TrainingFailed
+from lm2_jax.common.journal import Journal
 from lm2_jax.common.progress import clock
 from lm2_jax.common.records import Record
+from lm2_jax.common.storage import AnyPath
 from lm2_jax.config import Config
 from lm2_jax.training.trackers import open_trackers
 
@@ -25,10 +25,10 @@ from lm2_jax.training.trackers import open_trackers
 class Reporter:
     """Writes one record per step; use as a context manager."""
 
-    def __init__(self, config: Config, run_dir: Path, first_step: int) -> None:
+    def __init__(self, config: Config, run_dir: AnyPath, first_step: int) -> None:
         """first_step: the step after which this process begins."""
         self.console = Console(highlight=False, soft_wrap=True)
-        self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        self._file = Journal(run_dir / "metrics.jsonl")
         self._trackers = open_trackers(config, run_dir, first_step + 1)
         self._last = config.train.steps
         self._stage, self._stage_first, self._stage_began = "", first_step, time.monotonic()
@@ -64,13 +64,12 @@ class Reporter:
                 for tracker in self._trackers:
                     tracker.add(record)
             self._file.flush()
-            os.fsync(self._file.fileno())
             for tracker in self._trackers:
                 tracker.flush()
         except OSError as error:
             raise TrainingFailed(
-                f"{self._file.name}: cannot be written ({error.strerror}). When the disk can be written to again, the "
-                "same command resumes from the newest checkpoint"
+                f"{self._file}: cannot be written ({error.strerror}). When it can be written to again, the same "
+                "command resumes from the newest checkpoint"
             ) from None
 
     def show(self, record: Record, stage: str) -> None:

@@ -12,12 +12,13 @@ import dataclasses
 import json
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from lm2_jax.common.errors import UserError
 from lm2_jax.common.files import lock_directory, write_atomically
+from lm2_jax.common.journal import Journal
 from lm2_jax.common.records import Record, read_records
+from lm2_jax.common.storage import AnyPath, to_path
 from lm2_jax.config import Config, dump_config, load_config
 from lm2_jax.data.pipeline import Pipeline
 from lm2_jax.loading import differences
@@ -31,17 +32,17 @@ from lm2_jax.training.trackers import check_trackers
 # but for train.steps, which moves the learning rate's decay.
 _MAY_CHANGE = (
     "train.run_dir", "train.steps", "train.max_skipped_steps", "train.trackers", "train.profile", "data.prefetch",
-    "checkpoint", "eval", "mesh",
+    "data.cache_gb", "checkpoint", "eval", "mesh",
 )  # fmt: skip
 
 
-def open_run_dir(config: Config, origin: Origin | None) -> Path:
+def open_run_dir(config: Config, origin: Origin | None) -> AnyPath:
     """Creates the run directory, its config.yaml and its origin/.
 
     Raises UserError if it belongs to a run of another config, or if a tracker's package is missing.
     """
     check_trackers(config)
-    run_dir = Path(config.train.run_dir)
+    run_dir = to_path(config.train.run_dir, "train.run_dir")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -71,7 +72,7 @@ def open_run_dir(config: Config, origin: Origin | None) -> Path:
     return run_dir
 
 
-def time_so_far(run_dir: Path) -> tuple[float, float | None]:
+def time_so_far(run_dir: AnyPath) -> tuple[float, float | None]:
     """The run's first start, in seconds since the epoch, and the seconds in the steps of its metrics.jsonl.
 
     The latter is None where it is not known: in processes that do not report, and for steps of an earlier version.
@@ -84,13 +85,15 @@ def time_so_far(run_dir: Path) -> tuple[float, float | None]:
         started = float(json.loads(path.read_text(encoding="utf-8"))["time"])
     except (ValueError, TypeError, KeyError):
         raise UserError(f"{path}: holds no time; remove it, and goodput counts from the next start on") from None
-    seconds = [record.get("step_seconds") for record in read_records(run_dir / "metrics.jsonl")]
+    metrics = run_dir / "metrics.jsonl"
+    records = read_records(metrics) if Journal(metrics).exists() else []
+    seconds = [record.get("step_seconds") for record in records]
     return started, None if None in seconds else sum(seconds)
 
 
 def origin_of_run(config: Config) -> Origin | None:
     """The small files of the model that a run began with: its own, those of train.init_from, or the tokenizer's."""
-    run_dir, weights = Path(config.train.run_dir), config.train.init_from
+    run_dir, weights = to_path(config.train.run_dir, "train.run_dir"), config.train.init_from
     return (
         origin_in(run_dir)
         or (origin_of_model(config.tokenizer, weights) if weights else None)
@@ -98,19 +101,19 @@ def origin_of_run(config: Config) -> Origin | None:
     )
 
 
-def claim(run_dir: Path) -> contextlib.AbstractContextManager[None]:
+def claim(run_dir: AnyPath) -> contextlib.AbstractContextManager[None]:
     """Locks the run directory for this run. Raises UserError, on entering, if another process trains in it."""
     taken = f"{run_dir}: another process trains in it; wait, or give another train.run_dir"
     return lock_directory(run_dir, taken) if is_first() else contextlib.nullcontext()
 
 
-def read_run_config(run_dir: Path) -> Config | None:
+def read_run_config(run_dir: AnyPath) -> Config | None:
     """The config that a run directory was started with; None if it holds none."""
     path = run_dir / "config.yaml"
     return load_config(path) if path.exists() else None
 
 
-def check_data(progress: Progress, pipeline: Pipeline, run_dir: Path) -> Progress:
+def check_data(progress: Progress, pipeline: Pipeline, run_dir: AnyPath) -> Progress:
     """The progress with the fingerprint of the data.
 
     Raises UserError if files or tokenizer are not those that a resumed data position refers to. Of a run that an
@@ -125,7 +128,7 @@ def check_data(progress: Progress, pipeline: Pipeline, run_dir: Path) -> Progres
     return dataclasses.replace(progress, data_fingerprint=fingerprint)
 
 
-def write_summary(run_dir: Path, summary: dict[str, Any], records: Sequence[Record]) -> list[Path]:
+def write_summary(run_dir: AnyPath, summary: dict[str, Any], records: Sequence[Record]) -> list[AnyPath]:
     """Writes summary.json and, if any loss was finite, training.png; returns the files written."""
     written = [run_dir / "summary.json"]
     write_atomically(written[0], json.dumps(summary, indent=1) + "\n")

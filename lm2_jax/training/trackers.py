@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 from typing import Any, Protocol
 
 from lm2_jax.common.errors import UserError
 from lm2_jax.common.records import Record
+from lm2_jax.common.storage import AnyPath
 from lm2_jax.config import Config
 
 
@@ -30,7 +30,7 @@ def check_trackers(config: Config) -> None:
         raise UserError("train.trackers: found wandb, whose package is missing; pip install wandb, or leave it out")
 
 
-def open_trackers(config: Config, run_dir: Path, first_step: int) -> list[Tracker]:
+def open_trackers(config: Config, run_dir: AnyPath, first_step: int) -> list[Tracker]:
     """The trackers of a run that begins, or goes on, with `first_step`."""
     trackers: list[Tracker] = []
     if "tensorboard" in config.train.trackers:

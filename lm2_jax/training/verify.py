@@ -6,12 +6,13 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 
 from lm2_jax.checkpoint.manager import Checkpoints, DamagedError
 from lm2_jax.common.errors import TrainingFailed, UserError
+from lm2_jax.common.journal import Journal
+from lm2_jax.common.storage import AnyPath
 from lm2_jax.config import replace
 from lm2_jax.model import build_model
 from lm2_jax.parallel.mesh import make_mesh, use_mesh
@@ -28,7 +29,7 @@ class Finding:
     detail: str = ""
 
 
-def verify(run_dir: Path) -> None:
+def verify(run_dir: AnyPath) -> None:
     """Prints what is sound in a run directory and what is not. Raises TrainingFailed if anything is not."""
     unsound = 0
     for finding in verify_run(run_dir):
@@ -38,7 +39,7 @@ def verify(run_dir: Path) -> None:
         raise TrainingFailed(f"{run_dir}: {unsound} part(s) unsound")
 
 
-def verify_run(run_dir: Path) -> Iterator[Finding]:
+def verify_run(run_dir: AnyPath) -> Iterator[Finding]:
     """Findings on config.yaml, every checkpoint (newest first), metrics.jsonl and summary.json.
 
     Every array of a checkpoint is read and compared with its checksum. Raises UserError if it is not a run directory.
@@ -69,11 +70,11 @@ def verify_run(run_dir: Path) -> Iterator[Finding]:
         yield _summary(run_dir)
 
 
-def _metrics(run_dir: Path, newest: int) -> Finding:
+def _metrics(run_dir: AnyPath, newest: int) -> Finding:
     """Checks that no step is missing up to the newest checkpoint, to which a resumed run cuts its metrics back."""
     part = "metrics.jsonl"
     try:
-        lines = (run_dir / part).read_text(encoding="utf-8").splitlines()
+        lines = Journal(run_dir / part).read().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         return Finding(part, f"cannot be read ({error})")
     step = 0
@@ -92,7 +93,7 @@ def _metrics(run_dir: Path, newest: int) -> Finding:
     return Finding(part, "", f"steps 1 to {step}")
 
 
-def _summary(run_dir: Path) -> Finding:
+def _summary(run_dir: AnyPath) -> Finding:
     try:
         summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
         return Finding("summary.json", "", f"complete, step {summary['step']}")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import uuid
-from pathlib import Path
 
 import wandb
 
 from lm2_jax.common.files import write_atomically
 from lm2_jax.common.records import Record, drawable
+from lm2_jax.common.storage import AnyPath
+from lm2_jax.common.trees import writing_tree
 from lm2_jax.config import Config
 
 _LAST_WORDS = 60.0  # seconds that the end of a run waits for an upload; the rest stays in files
@@ -22,10 +24,11 @@ class WandbRun:
     wandb's own environment (WANDB_PROJECT, WANDB_MODE and so on) says where it goes.
     """
 
-    def __init__(self, config: Config, run_dir: Path) -> None:
+    def __init__(self, config: Config, run_dir: AnyPath) -> None:
+        self._here = contextlib.ExitStack()
         settings = wandb.Settings(silent=True, console="off", finish_timeout=_LAST_WORDS)
         run = {
-            "dir": str(run_dir),
+            "dir": str(self._here.enter_context(writing_tree(run_dir))),
             "id": _run_id(run_dir),
             "resume": "allow",
             "name": run_dir.name,
@@ -55,9 +58,10 @@ class WandbRun:
     def close(self) -> None:
         """Waits for the last records, for a minute at most."""
         self._run.finish(exit_code=0)
+        self._here.close()
 
 
-def _run_id(run_dir: Path) -> str:
+def _run_id(run_dir: AnyPath) -> str:
     path = run_dir / "wandb" / "run_id"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)

@@ -11,12 +11,13 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lm2_jax.common.errors import UserError
+from lm2_jax.common.local_copies import local_copy
+from lm2_jax.common.storage import AnyPath, to_path
 from lm2_jax.config import BabilongTask, StoriesConfig
 from lm2_jax.data.babi.background import Books, builtin_sentences
 from lm2_jax.data.babi.files import Story, is_held_out, question_samples, read_babi
@@ -119,12 +120,12 @@ class BuiltSamples:
         return taken
 
 
-def babi_questions(directory: str | Path, task: BabilongTask, seed: int) -> tuple[list[Story], list[Path]]:
+def babi_questions(directory: str | AnyPath, task: BabilongTask, seed: int) -> tuple[list[Story], list[AnyPath]]:
     """Reads every question of a task, in a shuffled order, and lists the files they come from.
 
     Files are qaN_*test.txt of the directory, or, if a task has none, all its qaN_*.txt. Raises UserError without any.
     """
-    directory = Path(directory)
+    directory = to_path(directory, "eval.babilong.babi")
     files = sorted(directory.glob(f"{task}_*test.txt")) or sorted(directory.glob(f"{task}_*.txt"))
     if not files:
         what = f"holds no {task}_*.txt" if directory.is_dir() else "is no directory"
@@ -154,22 +155,23 @@ def generated_questions(task: BabilongTask, config: StoriesConfig, seed: int, co
 # --- Reading -------------------------------------------------------------------------------------------------------
 
 
-def find_samples(directory: str | Path, task: BabilongTask, length: str) -> list[Path]:
+def find_samples(directory: str | AnyPath, task: BabilongTask, length: str) -> list[AnyPath]:
     """Finds the files with the samples of a task and a length, in a directory downloaded from the hub (or like it).
 
     {length}/{task}.json, .jsonl, .parquet or -*.parquet (RMT-team/babilong-1k-samples), or {task}/{length}.json and so
     on; either also inside data/ (RMT-team/babilong). Raises UserError without any.
     """
-    for folder in (Path(directory), Path(directory) / "data"):
+    directory = to_path(directory, "eval.babilong.path")
+    for folder in (directory, directory / "data"):
         for name in (f"{length}/{task}", f"{task}/{length}"):
             for ending in (".json", ".jsonl", ".parquet", "-*.parquet"):
                 if files := sorted(folder.glob(name + ending)):
                     return files
-    what = f"holds no {length}/{task}.json or .parquet" if Path(directory).is_dir() else "is no directory"
+    what = f"holds no {length}/{task}.json or .parquet" if directory.is_dir() else "is no directory"
     raise UserError(f"eval.babilong.path: {directory} {what}; download RMT-team/babilong, or ask for what it holds")
 
 
-def read_samples(files: Sequence[Path]) -> list[Sample]:
+def read_samples(files: Sequence[AnyPath]) -> list[Sample]:
     """Reads the files of `find_samples`. Raises UserError for one that cannot be read, is empty or lacks a column."""
     samples = [_to_sample(row, f"{path}: row {n}") for path in files for n, row in enumerate(_rows(path))]
     if not samples:
@@ -177,7 +179,7 @@ def read_samples(files: Sequence[Path]) -> list[Sample]:
     return samples
 
 
-def _rows(path: Path) -> list[Any]:
+def _rows(path: AnyPath) -> list[Any]:
     if path.suffix == ".parquet":
         return _parquet_rows(path)
     try:
@@ -191,13 +193,13 @@ def _rows(path: Path) -> list[Any]:
         raise UserError(f"{path}: is neither a JSON list nor JSON lines ({error})") from None
 
 
-def _parquet_rows(path: Path) -> list[Any]:
+def _parquet_rows(path: AnyPath) -> list[Any]:
     try:
         import pyarrow.parquet
     except ImportError:
         raise UserError(f"{path}: parquet needs pyarrow; pip install pyarrow, or take the JSON files") from None
     try:
-        return pyarrow.parquet.read_table(path).to_pylist()
+        return pyarrow.parquet.read_table(local_copy(path)).to_pylist()
     except (OSError, ValueError) as error:  # pyarrow's own errors are among them
         raise UserError(f"{path}: cannot be read as parquet ({error})") from None
 

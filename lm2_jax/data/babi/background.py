@@ -6,12 +6,12 @@ import bisect
 import re
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from pathlib import Path
 
 import numpy as np
 
 from lm2_jax.common.errors import UserError
 from lm2_jax.common.files import expand_paths
+from lm2_jax.common.storage import AnyPath
 
 _SLOTS = {
     "ADJECTIVE": "old quiet bright small heavy gentle golden cold warm dusty silver narrow famous curious simple tall",
@@ -112,7 +112,7 @@ def split_sentences(text: str) -> list[str]:
     return _SENTENCE_END.split(" ".join(text.split()))
 
 
-def _read_text(path: Path, key: str) -> str:
+def _read_text(path: AnyPath, key: str) -> str:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -122,7 +122,7 @@ def _read_text(path: Path, key: str) -> str:
     return text
 
 
-def _usable_sentences(path: Path) -> list[str]:
+def _usable_sentences(path: AnyPath) -> list[str]:
     text = _read_text(path, "data.background")
     sentences = [sentence for sentence in split_sentences(text)[1:-1] if len(sentence.split()) >= _FEWEST_WORDS]
     if not sentences:

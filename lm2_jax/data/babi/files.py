@@ -6,9 +6,9 @@ import dataclasses
 import re
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 
 from lm2_jax.common.errors import UserError
+from lm2_jax.common.storage import AnyPath, to_path
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ Story = tuple[Line, ...]
 _HELD_OUT_SHARE = 8  # one story in so many is held out
 
 
-def read_babi(path: str | Path) -> list[Story]:
+def read_babi(path: str | AnyPath) -> list[Story]:
     """Reads the stories of one bAbI file, with their questions.
 
     Lines are `ID text`, questions `ID text<tab>answer<tab>supports` (some copies have | for the tabs); IDs count
@@ -40,7 +40,7 @@ def read_babi(path: str | Path) -> list[Story]:
     Raises UserError, with the file and the line, for a file that is missing, empty or not UTF-8, a line without a
     number or out of order, and a question without an answer.
     """
-    path = Path(path)
+    path = to_path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gzip
-import hashlib
 import importlib
 import io
 import re
@@ -18,7 +17,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from lm2_jax.common.errors import UserError
-from lm2_jax.common.files import content_digest, expand_paths
+from lm2_jax.common.files import content_digest, expand_paths, sha256_of
+from lm2_jax.common.storage import AnyPath
 from lm2_jax.data.documents import BinSource
 from lm2_jax.data.prepare.chunks import Chunk, Input, Unreachable, arrow_error, chunked, reading, require
 from lm2_jax.data.texts import (
@@ -107,7 +107,7 @@ def _is_hub_id(name: str) -> bool:
 class FileInput:
     """A file to prepare, told apart by name, size, time and a checksum of samples, once prepared of all its bytes."""
 
-    path: Path
+    path: AnyPath
 
     @property
     def name(self) -> str:
@@ -127,8 +127,7 @@ class FileInput:
 
     def identity(self) -> dict[str, Any]:
         """See `Input`."""
-        with self.path.open("rb") as file:
-            return {"name": self.name, "bytes": self.size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return {"name": self.name, "bytes": self.size, "sha256": sha256_of(self.path)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +199,7 @@ class BinInput(FileInput):
 
 
 @contextlib.contextmanager
-def _unpacked(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+def _unpacked(path: AnyPath) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """Opens a file, unpacked if it ends in .gz or .zst; and the file as it is, whose `tell` shows progress."""
     with reading(str(path)):
         file = path.open("rb")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from lm2_jax.common.storage import AnyPath
+from lm2_jax.common.trees import writing
 from lm2_jax.data.documents import BinSource, DocumentSource
 from lm2_jax.data.prepared import (
     Manifest,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def inspect(directory: Path) -> None:
+def inspect(directory: AnyPath) -> None:
     """Checks a directory, prints counts, lengths, documents and padding, and writes lengths.png into it.
 
     Raises UserError if the directory is not whole.
@@ -50,7 +51,8 @@ def inspect(directory: Path) -> None:
     for number in sorted({0, len(source) // 2, len(source) - 1}):
         text = tokenizer.decode(source[number].tokens)
         print(f"document {number}, {lengths[number]:,} tokens: {text[:300]!r}{'...' if len(text) > 300 else ''}")
-    plot_lengths(lengths).savefig(directory / "lengths.png", dpi=150)
+    with writing(directory / "lengths.png") as file:
+        plot_lengths(lengths).savefig(file, dpi=150)
     print(f"written: {directory / 'lengths.png'}")
 
 
@@ -62,7 +64,7 @@ def describe(manifest: Manifest) -> str:
     return text
 
 
-def _open(directory: Path, manifest: Manifest) -> DocumentSource:
+def _open(directory: AnyPath, manifest: Manifest) -> DocumentSource:
     if manifest.format == "bin":
         paths = [data_file(directory, shard.name, "bin") for shard in manifest.shards]
         bos_id, *_ = load_tokenizer(tokenizer_of(directory, manifest)).special.prefix_ids

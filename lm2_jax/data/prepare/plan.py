@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import shutil
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from lm2_jax.common.errors import UserError
 from lm2_jax.common.files import lock_directory, write_atomically
+from lm2_jax.common.storage import AnyPath, to_path
+from lm2_jax.common.trees import copy_file, move_file, remove_tree
 from lm2_jax.common.untrusted import short_repr
 from lm2_jax.data.prepare.chunks import Input
 from lm2_jax.data.prepare.shards import PROBLEMS_KEPT, MakeShards, Report, Settings, group_inputs, raise_first
@@ -50,7 +50,7 @@ def prepare(inputs: Sequence[Input], settings: Settings, runner: MakeShards) -> 
     }
     if (output / MANIFEST).exists():
         manifest = _finished(plan, inputs, settings)
-        shutil.rmtree(progress_dir, ignore_errors=True)  # left by a run killed after its manifest
+        remove_tree(progress_dir)  # left by a run killed after its manifest
         return manifest
     try:
         progress_dir.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def prepare(inputs: Sequence[Input], settings: Settings, runner: MakeShards) -> 
         reports = _reports(progress_dir)
         raise_first(_problems(reports), settings)
         manifest = _finish(reports, settings, tokenizer)
-        shutil.rmtree(progress_dir)
+    remove_tree(progress_dir)
     return manifest
 
 
@@ -127,7 +127,7 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [f"{key}: {short_repr(there)} there, {short_repr(here)} now" for key, there, here in pairs if there != here]
 
 
-def _reports(progress_dir: Path) -> dict[str, Report]:
+def _reports(progress_dir: AnyPath) -> dict[str, Report]:
     """Reads the reports of all whole shards, by name, in order."""
     paths = sorted(path for path in progress_dir.glob("*.json") if path.name != _PLAN)
     return {path.stem: Report.model_validate_json(path.read_bytes()) for path in paths}
@@ -148,7 +148,7 @@ def _finish(reports: dict[str, Report], settings: Settings, tokenizer: Tokenizer
         for shard, name in zip(shards, names, strict=True):
             for at in (functools.partial(data_file, format="bin"), index_path):
                 if (before := at(settings.output, shard.name)).exists():
-                    before.replace(at(settings.output, name))
+                    move_file(before, at(settings.output, name))
         shards = [shard.model_copy(update={"name": name}) for shard, name in zip(shards, names, strict=True)]
     text = make_manifest(
         format=settings.format,
@@ -169,7 +169,7 @@ def _keep_tokenizer(settings: Settings, tokenizer: Tokenizer) -> TokenizerRecord
     file = None
     if path is not None:
         file = "tokenizer.json" if kind == "tokenizers" else "tokenizer.model"
-        shutil.copyfile(path, settings.output / file)
+        copy_file(to_path(path), settings.output / file)
         if (origin := origin_beside(path)) is not None:
             origin.copy_to(settings.output)
     return TokenizerRecord(kind=kind, file=file, fingerprint=tokenizer.fingerprint(), vocab_size=tokenizer.vocab_size)

@@ -20,7 +20,6 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -28,9 +27,12 @@ from pydantic import BaseModel, ConfigDict
 
 from lm2_jax.common.errors import UserError
 from lm2_jax.common.files import write_atomically
+from lm2_jax.common.storage import AnyPath
+from lm2_jax.common.trees import scratch_in
 from lm2_jax.config import TokenizerConfig
 from lm2_jax.data.prepare.chunks import Chunk, Input, Unreachable
-from lm2_jax.data.prepared import Encoded, Format, Shard, write_shard
+from lm2_jax.data.prepared import Format, Shard
+from lm2_jax.data.shard_writing import Encoded, write_shard
 from lm2_jax.data.texts import tokenize
 from lm2_jax.tokenizer import Tokenizer, load_tokenizer
 
@@ -45,7 +47,7 @@ class Settings:
 
     Attributes:
       tokenizer: its kind and file.
-      output: the directory to fill.
+      output: the directory to fill, of this machine or of a store.
       format: arrayrecord for training here; bin for the official layout (begin token, text, no end token).
       shard_bytes: of raw documents in a shard.
       on_error: skip damaged documents, or stop at the first.
@@ -53,7 +55,7 @@ class Settings:
     """
 
     tokenizer: TokenizerConfig
-    output: Path
+    output: AnyPath
     format: Format = "arrayrecord"
     shard_bytes: int = 256_000_000
     on_error: Literal["stop", "skip"] = "stop"
@@ -62,7 +64,7 @@ class Settings:
     split: str = "train"
 
     @property
-    def progress_dir(self) -> Path:
+    def progress_dir(self) -> AnyPath:
         """The directory of unfinished work."""
         return self.output / _PROGRESS
 
@@ -209,7 +211,8 @@ def finish_shard(name: str, results: Iterable[Result], settings: Settings, vocab
                 sources.append(result.source)
             yield result
 
-    shard = write_shard(settings.output, settings.progress_dir, name, settings.format, noted(), vocab_size)
+    with scratch_in(settings.progress_dir) as scratch:
+        shard = write_shard(settings.output, scratch, name, settings.format, noted(), vocab_size)
     report = Report(shard=shard, empty=empty, skipped=len(problems), problems=problems[:PROBLEMS_KEPT], sources=sources)
     write_atomically(settings.progress_dir / f"{name}.json", report.model_dump_json())
     return report
