@@ -192,9 +192,11 @@ def test_frozen_parameters_of_another_run_are_noticed(frozen_run, tmp_path):
 
 def test_additions_to_a_model_of_another_scale_are_refused(tmp_path):
     path = random_checkpoint(tmp_path / "with", "model.lora.rank=2", "model.lora.alpha=2")
-    model = build_model(replace(lm2_jax.config.load_config(path / "config.yaml"), model={"lora": {"rank": 2, "alpha": 4.0}}))
+    model = build_model(
+        replace(lm2_jax.config.load_config(path / "config.yaml"), model={"lora": {"rank": 2, "alpha": 4.0}})
+    )
     initial = model.init_params(jax.random.key(0))
-    with pytest.raises(UserError, match=r"model\.lora\.alpha / rank: 1\.0 there, 2\.0 here"):
+    with pytest.raises(UserError, match=r"lora\.alpha / rank: 1\.0 there, 2\.0 here"):
         load_weights(str(path), model, initial)
 
 
