@@ -47,17 +47,12 @@ def with_addition(
     """The module's weight `name` with its addition, whose parameters are made here; the weight alone without one."""
     if lora is None or name not in lora.weights:
         return weight
-    (inputs, outputs), rank = weight.shape, lora.rank
-    scaled, zeros = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-1), nn.initializers.zeros
-    # A's columns are as large as a projection's, those of a table's B as its rows; the other one is zero
-    a_init, b_init = (zeros, scaled) if axes[0] == "vocab" else (_columns(inputs), zeros)
+    (inputs, outputs), rank, zeros = weight.shape, lora.rank, nn.initializers.zeros
+    random_a, random_b = (nn.initializers.normal(size**-0.5) for size in (inputs, outputs))
+    a_init, b_init = (zeros, random_b) if axes[0] == "vocab" else (random_a, zeros)  # a table is looked up in A
     a = module.param(f"{name}{A}", nn.with_logical_partitioning(a_init, (axes[0], None)), (inputs, rank))
     b = module.param(f"{name}{B}", nn.with_logical_partitioning(b_init, (None, axes[1])), (rank, outputs))
-    return LowRank(weight, a, b, lora.alpha / lora.rank)
-
-
-def _columns(inputs: int) -> Any:
-    return nn.initializers.normal(inputs**-0.5)
+    return LowRank(weight, a, b, lora.alpha / rank)
 
 
 def is_addition(path: str) -> bool:
