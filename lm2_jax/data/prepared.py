@@ -253,8 +253,11 @@ class PreparedSource(DocumentSource):
         path = self._shards[number][0]
         try:
             file = self._stored.make_local(number) if number in self._stored else path
+        except OSError as error:
+            raise TrainingFailed(f"{path}: cannot be read ({error.strerror})") from None
+        try:
             return self._reader(file).read([record])[0]
-        except (OSError, RuntimeError, ValueError, IndexError) as error:
+        except (RuntimeError, ValueError, IndexError) as error:
             reason = str(error).splitlines()[0].split("; ")[0]
             raise UserError(f"{path}: record {record} is damaged ({reason}); {_REMEDY}") from None
 
