@@ -52,6 +52,14 @@ def test_no_permission(bucket, tmp_path, fails):
     assert error.endswith(f"train.run_dir: {bucket.url}/run cannot be written to (no permission)\n")
 
 
+def test_an_account_that_sees_objects_alone(bucket, tmp_path, whole):
+    """It may not read the settings of the bucket itself, for which Orbax asks when it removes a checkpoint."""
+    bucket.emulator.fault = lambda method, name: 403 if (name, method) == (f"{bucket.name}/", "GET") else None
+    with quick_training():
+        train(short_config(f"{bucket.url}/run"))
+    assert_same_run(bucket.export("run", tmp_path / "exported"), whole)
+
+
 def test_a_scheme_is_no_folder(tmp_path, fails):
     (tmp_path / "text.txt").write_text("some text")
     refused = "is not known; give gs://, s3:// or a path of this machine"

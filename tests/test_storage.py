@@ -8,12 +8,14 @@ import random
 from pathlib import Path
 
 import pytest
+from helpers import short_config
 
 from lm2_jax.common.errors import UserError
 from lm2_jax.common.files import content_digest, expand_paths, write_atomically
 from lm2_jax.common.local_copies import local_copy, local_tree
 from lm2_jax.common.storage import StorePath, read_ranges, to_path
 from lm2_jax.common.trees import move_tree, remove_tree
+from lm2_jax.training.run_dir import open_run_dir
 
 
 @pytest.mark.parametrize(
@@ -173,3 +175,12 @@ def test_a_hundred_thousand_objects(bucket):
 
 def test_a_store_path_is_one():
     assert isinstance(to_path("gs://bucket/a"), StorePath)
+
+
+def test_home_in_a_setting(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert open_run_dir(short_config("~/runs/a"), None) == tmp_path / "home/runs/a"
+    assert (tmp_path / "home/runs/a/config.yaml").is_file() and [p.name for p in tmp_path.iterdir()] == ["home"]
+    (tmp_path / "home/text.txt").write_text("x")
+    assert expand_paths(["~/*.txt"], "data.path") == [tmp_path / "home/text.txt"]

@@ -157,3 +157,14 @@ def test_a_damaged_checkpoint_is_moved_aside(bucket, tmp_path, whole):
         train(config)
     assert bucket.steps() == [8, 12] and bucket.names("run/damaged_checkpoints/12/")
     assert_same_run(bucket.export("run", tmp_path / "exported"), whole)
+
+
+def test_a_board_and_a_trace_in_a_bucket(bucket):
+    """TensorBoard's file grows on this machine and is uploaded; the trace lies beside it."""
+    changes = "train.steps=4", "train.profile={start: 3, steps: 2}", "eval.lengths=[1]", "eval.questions=1"
+    with quick_training():
+        train(short_config(f"{bucket.url}/run", *changes))
+    names = bucket.names("run/tensorboard/")
+    assert any(name.endswith("steps_3_to_4/" + name.split("/")[-1]) and "xplane" in name for name in names)
+    (board,) = [name for name in names if "tfevents" in name]
+    assert b"tokens_per_second" in bucket.emulator.read(bucket.name, board)

@@ -40,9 +40,9 @@ def killed_and_finished(config_file, bucket, tmp_path, moments):
     """Starts a run as often as there are moments to kill it, each time in an empty folder; then lets it end."""
     kills = []
     for number, (name, moment, seconds) in enumerate(moments):
-        run = StoreRun(config_file, bucket, tmp_path / f"machine-{number}")
+        run = StoreRun(config_file, bucket, tmp_path / f"machine-{number}", announce_restore=True)
         try:
-            run.wait_until(moment)
+            run.wait_until(moment, seconds=900)
             time.sleep(seconds)
         finally:
             alive = run.process.poll() is None
@@ -133,32 +133,37 @@ def test_an_evaluator_sees_what_a_run_has_saved_since(bucket, tmp_path):
     assert checksums[0] != checksums[1]
 
 
-def ten_moments(rng, steps):
+STEPS, EVERY = 60, 10  # of the run that is killed ten times, and between its checkpoints
+
+
+def ten_moments(rng):
     """(name, when, seconds to wait on top), in the order of a run's progress."""
-    every = 50
     return (
         ("at start-up", after(rng.uniform(0.5, 6)), 0),
         ("while compiling", said("run directory"), rng.uniform(0, 5)),
-        ("after a step, nothing saved yet", logged(10), rng.uniform(0, 0.5)),
+        ("after a step, nothing saved yet", logged(EVERY // 2), rng.uniform(0, 0.5)),
         ("during the first save", saving(), rng.uniform(0, 0.05)),
-        ("right after a save", saved(every), 0),
+        ("right after a save", saved(EVERY), 0),
         ("while restoring", said("restoring"), rng.uniform(0, 0.2)),
-        ("during a save", saving(3 * every), rng.uniform(0, 0.1)),
-        ("after a step", logged(4 * every + 20), rng.uniform(0, 0.5)),
-        ("during the last save", saving(steps), 0),
+        ("during a save", saving(3 * EVERY), rng.uniform(0, 0.1)),
+        ("after a step", logged(4 * EVERY + EVERY // 2), rng.uniform(0, 0.5)),
+        ("during the last save", saving(STEPS), 0),
         ("at the end", said("asking"), rng.uniform(0, 1)),
     )
 
 
 @pytest.mark.slow
 def test_ten_kills_of_the_embedded_default(bucket, tmp_path):
-    """configs/babilong_tiny.yaml, with a checkpoint every 50 steps."""
-    steps, short = 300, ("train.steps=300", "checkpoint.every_steps=50", "eval.questions=100", "eval.lengths=[1, 4]")
-    whole = load_config("babilong_tiny", [f"train.run_dir={tmp_path / 'whole'}", *short])
-    save_config(whole, tmp_path / "whole.yaml")
+    """configs/babilong_tiny.yaml, but for its number of steps and of questions."""
+    shorter = (
+        f"train.steps={STEPS}", f"checkpoint.every_steps={EVERY}", f"train.log_every={EVERY // 2}",
+        "eval.every_steps=20", "eval.questions=32", "eval.lengths=[1, 4]",
+    )  # fmt: skip
+    save_config(
+        load_config("babilong_tiny", [f"train.run_dir={tmp_path / 'whole'}", *shorter]), tmp_path / "whole.yaml"
+    )
     Run(tmp_path / "whole.yaml", tmp_path / "whole").finish(seconds=3600)
-    killed = load_config("babilong_tiny", [f"train.run_dir={bucket.url}/run", *short])
-    save_config(killed, tmp_path / "killed.yaml")
-    kills = killed_and_finished(tmp_path / "killed.yaml", bucket, tmp_path, ten_moments(random.Random(0), steps))
+    save_config(load_config("babilong_tiny", [f"train.run_dir={bucket.url}/run", *shorter]), tmp_path / "killed.yaml")
+    kills = killed_and_finished(tmp_path / "killed.yaml", bucket, tmp_path, ten_moments(random.Random(0)))
     assert_same_run(bucket.export("run", tmp_path / "killed"), tmp_path / "whole", note=kills)
-    shutil.rmtree(tmp_path / "whole")
+    print(f"{len(kills.splitlines())} kills, {STEPS} steps, equal", flush=True)

@@ -48,6 +48,7 @@ class Placement(NamedTuple):
     """A document and where it lies in its lane, counted in positions from the window's start."""
 
     ordinal: int
+    number: int  # of the document in the source
     document: Document | None  # None: not read yet, or in another process's lane
     start: int  # negative: -start positions were read in earlier windows
     length: int  # tokens of the document
@@ -184,18 +185,19 @@ class LaneDataset(grain.IterDataset[Batch]):
         number = self.ordinals[ordinal]
         if self.source.lengths is None:
             document = self.source[number]
-            return Placement(ordinal, document if lane in self.lanes.rows else None, start, len(document.tokens))
-        return Placement(ordinal, None, start, int(self.source.lengths[number]))
+            return Placement(
+                ordinal, number, document if lane in self.lanes.rows else None, start, len(document.tokens)
+            )
+        return Placement(ordinal, number, None, start, int(self.source.lengths[number]))
 
     def read(self, placements: Sequence[tuple[int, Placement]]) -> list[tuple[int, Placement]]:
         """The (lane, placement) with the documents of this process's lanes, all read together."""
-        unread = [n for n, (lane, p) in enumerate(placements) if lane in self.lanes.rows and p.document is None]
-        documents = self.source.get_many([self.ordinals[placements[n][1].ordinal] for n in unread])
-        found = dict(zip(unread, documents, strict=True))
-        return [
-            (lane, placed._replace(document=found.get(n, placed.document)))
-            for n, (lane, placed) in enumerate(placements)
-        ]
+        unread = [n for n, (lane, p) in enumerate(placements) if p.document is None and lane in self.lanes.rows]
+        read = list(placements)
+        for n, document in zip(unread, self.source.get_many([read[n][1].number for n in unread]), strict=True):
+            lane, placement = read[n]
+            read[n] = lane, placement._replace(document=document)
+        return read
 
     def place_next(self, ordinal: int, lane: int, start: int) -> Placement:
         """Places the first document at or after `ordinal` that has a target. Raises UserError if an epoch has none."""

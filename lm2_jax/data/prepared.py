@@ -223,6 +223,8 @@ class PreparedSource(DocumentSource):
         """Reads documents; those that only the store has are asked for together."""
         places = [self._place(index) for index in indices]
         remote = [n for n, (number, _) in enumerate(places) if self._is_remote(number)]
+        if not remote:
+            return [self._document(index, *place) for index, place in zip(indices, places, strict=True)]
         wanted = [(*places[n], self._record_bytes(indices[n], places[n][0])) for n in remote]
         try:
             found = dict(zip(remote, self._stored.read(wanted), strict=True))
@@ -235,14 +237,15 @@ class PreparedSource(DocumentSource):
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         return number, int(index - self._starts[number])
 
-    def _document(self, index: int, number: int, record: int, data: bytes | None) -> Document:
+    def _document(self, index: int, number: int, record: int, data: bytes | None = None) -> Document:
         """The document of a record, whose bytes are read, if they are not given. Raises UserError if it is damaged."""
         path, _, dtype = self._shards[number]
         length, text_bytes = int(self.lengths[index]), int(self._text_bytes[index])
-        if data is None or not _is_sound(data, self._record_bytes(index, number)):  # or written by another ArrayRecord
+        size = 4 + length * dtype.itemsize
+        if data is None or not _is_sound(data, size):  # or written by another ArrayRecord
             data = self._read_locally(number, record)
-        if not _is_sound(data, self._record_bytes(index, number)):
-            raise UserError(f"{path}: record {record} is damaged (its CRC-32 does not match); {_REMEDY}")
+            if not _is_sound(data, size):
+                raise UserError(f"{path}: record {record} is damaged (its CRC-32 does not match); {_REMEDY}")
         tokens = np.frombuffer(data, dtype, offset=4).astype(np.int32)
         return Document(tokens, np.zeros(length, bool), None if text_bytes < 0 else text_bytes)
 
@@ -250,8 +253,11 @@ class PreparedSource(DocumentSource):
         path = self._shards[number][0]
         try:
             file = self._stored.make_local(number) if number in self._stored else path
+        except OSError as error:
+            raise TrainingFailed(f"{path}: cannot be read ({error.strerror})") from None
+        try:
             return self._reader(file).read([record])[0]
-        except (OSError, RuntimeError, ValueError, IndexError) as error:
+        except (RuntimeError, ValueError, IndexError) as error:
             reason = str(error).splitlines()[0].split("; ")[0]
             raise UserError(f"{path}: record {record} is damaged ({reason}); {_REMEDY}") from None
 

@@ -124,7 +124,7 @@ def _windows(
 
     A placement's ordinal is the index in `source`. Documents of one token are left out: they have nothing to predict.
     """
-    following = (Placement(i, document, 0, n) for i in indices if (n := len((document := source[i]).tokens)) > 1)
+    following = (Placement(i, i, document, 0, n) for i in indices if (n := len((document := source[i]).tokens)) > 1)
 
     def next_placement(lane: int, start: int) -> Placement | None:
         placement = next(following, None)
