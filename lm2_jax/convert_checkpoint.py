@@ -1,4 +1,4 @@
-"""Converts checkpoints between lm2_jax, the official LM2 code and Hugging Face; and from GGUF.
+"""Converts checkpoints between lm2_jax, the official LM2 code and Hugging Face; from GGUF; to adapters and back.
 
 A Llama converted with a memory (the third example) is a warm start: an lm2 whose logits are the Llama's until it is
 trained (train.init_from). Everything that does not fit is named, and then nothing is written.
@@ -25,7 +25,8 @@ from lm2_jax.common.storage import AnyPath, to_path
 if TYPE_CHECKING:
     from lm2_jax.convert.engine import Checkpoint
 
-FORMATS = ("official", "huggingface", "lm2_jax")
+TARGETS = ("official", "huggingface", "lm2_jax", "adapter")
+SOURCES = (*TARGETS, "gguf")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -39,15 +40,20 @@ def main() -> None:
         "--from huggingface --to lm2_jax --input Llama-3.2-1B --output lm2 "
         "--set memory.kind=lm2 --set memory.num_slots=2048",
         "--from gguf --to lm2_jax --input SmolLM2-135M-Instruct.Q4_1.gguf --output smol",
+        "--from lm2_jax --to adapter --input runs/adopt_smollm2 --output adapter",
+        "--from adapter --to huggingface --input adapter --base SmolLM2-135M-Instruct --output hf",
     )
-    parser.add_argument("--from", dest="source", required=True, choices=(*FORMATS, "gguf"), help="format of --input")
-    parser.add_argument("--to", dest="target", required=True, choices=FORMATS, help="format of --output")
+    parser.add_argument("--from", dest="source", required=True, choices=SOURCES, help="format of --input")
+    parser.add_argument("--to", dest="target", required=True, choices=TARGETS, help="format of --output")
     parser.add_argument(
         "--input",
         type=to_path,
         required=True,
         metavar="PATH",
         help="a directory; official: or its state-dict file; gguf: a file",
+    )
+    parser.add_argument(
+        "--base", type=to_path, metavar="PATH", help="of an adapter: the Llama it goes onto, as --input"
     )
     parser.add_argument(
         "--output", type=to_path, required=True, metavar="DIR", help="a directory that is not there yet"
@@ -58,54 +64,81 @@ def main() -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="settings of the lm2_jax model; repeatable"
     )
-    arguments = parser.parse_args()
+    asked = parser.parse_args()
     check_jax_stack()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, leaving nothing behind
-    convert(arguments.source, arguments.target, arguments.input, arguments.output, arguments.dtype, arguments.set)
+    convert(asked.source, asked.target, asked.input, asked.output, asked.dtype, asked.set, asked.base)
 
 
-def convert(source: str, target: str, path: AnyPath, output: AnyPath, dtype: str, overrides: list[str]) -> None:
-    """Reads a checkpoint of one format and writes it in another. Raises UserError, and then writes nothing."""
-    from lm2_jax.convert import directory, gguf, huggingface, official  # imported late so that --help stays fast
+def convert(
+    source: str,
+    target: str,
+    path: AnyPath,
+    output: AnyPath,
+    dtype: str,
+    overrides: list[str],
+    base: AnyPath | None = None,
+) -> None:
+    """Reads a checkpoint of one format and writes it in another. Raises UserError, and then writes nothing.
 
-    if not path.exists():
-        raise UserError(f"--input: {path} is not there")
-    if source != "lm2_jax":
-        path = _here(path)
+    base: of an adapter, the Llama it goes onto.
+    """
+    from lm2_jax.convert import adapter, directory, huggingface, official  # imported late so that --help stays fast
+
+    _check(source, target, path, base, overrides)
+    path, base = path if source == "lm2_jax" else _here(path), base and _here(base)
     with directory.new_directory(output) as partial, tempfile.TemporaryDirectory() as files:
-        if source == "official":
-            checkpoint = official.read(path, overrides, _track)
-        elif source == "huggingface":
-            checkpoint = huggingface.read(path, overrides, _track)
-        elif source == "gguf":
-            checkpoint = gguf.read(path, Path(files), overrides, _track)
+        if source == "adapter":
+            checkpoint = adapter.read(path, _read(_format_of(base), base, Path(files), []), base, _track)
         else:
-            checkpoint = read_own(path, overrides)
+            checkpoint = _read(source, path, Path(files), overrides, merge=target != "adapter")
 
+        count = f"{sum(tensor.size for tensor in checkpoint.params.values()):,}"
         if target == "official":
             official.write(checkpoint, partial, dtype, _track)
         elif target == "huggingface":
             huggingface.write(checkpoint, partial, dtype, _track)
+        elif target == "adapter":
+            count = f"{adapter.write(checkpoint, partial, dtype, _track):,} of {count}"
         else:
             directory.write(checkpoint, partial, _track)
-    count = sum(tensor.size for tensor in checkpoint.params.values())
-    print(f"{output}: {count:,} parameters, memory {checkpoint.config.memory.kind}")
+    print(f"{output}: {count} parameters, memory {checkpoint.config.memory.kind}")
 
 
-def read_own(path: AnyPath, overrides: list[str]) -> Checkpoint:
-    """A converted directory, tensor by tensor; or a run directory or a checkpoint, whole."""
-    from lm2_jax.convert import directory, engine
+def _check(source: str, target: str, path: AnyPath, base: AnyPath | None, overrides: list[str]) -> None:
+    for option, given in {"--input": path, "--base": base}.items():
+        if given is not None and not given.exists():
+            raise UserError(f"{option}: {given} is not there")
+    if (source == "adapter") != (base is not None):
+        raise UserError("--base is the Llama that an adapter goes onto: give --from adapter and --base, or neither")
+    if target == "adapter" and source != "lm2_jax":
+        raise UserError(f"--to adapter needs --from lm2_jax, whose runs say what they trained; found --from {source}")
+    if overrides and source in ("lm2_jax", "adapter"):
+        raise UserError(f"--set: {source} has its settings; they cannot be changed by converting it")
 
-    if overrides:
-        raise UserError("--set: an lm2_jax checkpoint has its settings; they cannot be changed by converting it")
+
+def _format_of(base: Path) -> str:
+    return "gguf" if base.is_file() else "huggingface" if (base / "config.json").is_file() else "lm2_jax"
+
+
+def _read(source: str, path: AnyPath, files: Path, overrides: list[str], merge: bool = True) -> Checkpoint:
+    from lm2_jax.convert import directory, engine, gguf, huggingface, official
+
+    if source == "official":
+        return official.read(path, overrides, _track)
+    if source == "huggingface":
+        return huggingface.read(path, overrides, _track)
+    if source == "gguf":
+        return gguf.read(path, files, overrides, _track)
     if directory.is_converted(path):
         return directory.read(local_tree(path), _track)
-    from lm2_jax.loading import load_run, read_progress
+    from lm2_jax.loading import load_run, read_progress  # a run or a checkpoint, which is read whole
     from lm2_jax.model import lora
     from lm2_jax.tokenizer import origin_of_model
 
     config, _, params = load_run(path)
-    config, params = lora.without(config), lora.merge(params, config.model)
+    if merge:
+        config, params = lora.without(config), lora.merge(params, config.model)
     origin = origin_of_model(config.tokenizer, path)
     return engine.Checkpoint(config, engine.from_arrays(params, path), origin=origin, trained=read_progress(path))
 

@@ -181,11 +181,25 @@ def as_theirs(table: Table, checkpoint: Checkpoint, dtype: str, track: Track) ->
     """Yields foreign names and arrays, one by one, in the order of their blocks."""
     wanted = entries(table, checkpoint.params, checkpoint.config)
     for entry in track(sorted(wanted, key=_in_reading_order), "writing"):
-        array = checkpoint.params[entry.path].read(entry.row)
-        array = (array.T if entry.transposed else array).astype(DTYPES[dtype])
+        array = _read_as_theirs(checkpoint, entry).astype(DTYPES[dtype])
         yield entry.name, array
         if table.aliases_required:
             yield from ((alias, array) for alias in entry.aliases)
+
+
+def their_tensors(table: Table, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """A checkpoint as foreign tensors by name, each made when it is read."""
+
+    def tensor(entry: Entry) -> Tensor:
+        file = checkpoint.params[entry.path].file
+        return Tensor(file, entry.shape, "F32", lambda: _read_as_theirs(checkpoint, entry))
+
+    return {entry.name: tensor(entry) for entry in entries(table, checkpoint.params, checkpoint.config)}
+
+
+def _read_as_theirs(checkpoint: Checkpoint, entry: Entry) -> np.ndarray:
+    array = checkpoint.params[entry.path].read(entry.row)
+    return array.T if entry.transposed else array
 
 
 def carried(checkpoint: Checkpoint, keys: Iterable[str]) -> dict[str, Any]:

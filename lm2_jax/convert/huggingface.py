@@ -106,31 +106,35 @@ def read(path: Path, overrides: Sequence[str], track: Track) -> Checkpoint:
 def write(checkpoint: Checkpoint, directory: Path, dtype: str, track: Track) -> None:
     """Writes a Llama or a Mistral where the model is one, otherwise a directory with our modelling code."""
     config = checkpoint.config
-    ids = carried(checkpoint, _SPECIAL_IDS) | special_ids(config, checkpoint.origin)
-    settings = to_llama(config) | {"dtype": dtype, **ids}
-    settings["rope_parameters"] = rope_parameters(settings)
+    ids = _special_ids(checkpoint)
     table = llama(config.model.tie_embeddings)
     window, has_sinks = config.model.window, config.model.sinks > 0
     if not has_sinks and all(table_key(path) in table.rules for path in checkpoint.params):
         name = "llama" if window is None else "mistral"
+        settings = to_llama(config) | {"dtype": dtype, **ids}
+        settings["rope_parameters"] = rope_parameters(settings)
         settings |= {"model_type": name, "architectures": [f"{name.capitalize()}ForCausalLM"]}
         settings |= {} if window is None else {"sliding_window": window}
         settings |= {"max_position_embeddings": config.trained_segment_length, **carried(checkpoint, _LONGEST)}
+        settings["transformers_version"] = _TRANSFORMERS
     else:
-        settings |= _lm2_settings(checkpoint)
-        for key in ("rope_theta", "rope_scaling"):  # only for older versions of transformers, which cannot run it
-            del settings[key]
-        table = lm2(config.model.tie_embeddings)
-        for file in sorted(_CODE.glob("*.py")):
-            shutil.copyfile(file, directory / file.name)
-    settings["transformers_version"] = _TRANSFORMERS
+        settings, table = lm2_settings(checkpoint, dtype), lm2(config.model.tie_embeddings)
+        copy_code(directory)
     tensors = as_theirs(table, checkpoint, dtype, track)
-    write_tensors(directory, "model", (item for part in (tensors, _start(checkpoint)) for item in part))
-    text = json.dumps(settings, indent=2)
-    (directory / "config.json").write_text(text + "\n", encoding="utf-8")
+    write_tensors(directory, "model", (item for part in (tensors, start_bank(checkpoint)) for item in part))
+    write_json(settings, directory / "config.json")
     write_generation(ids, checkpoint.origin, directory)
     write_tokenizer(config, checkpoint.origin, directory)
     write_card(checkpoint, directory, settings["model_type"])
+
+
+def write_json(settings: dict[str, Any], file: Path) -> None:
+    """Writes a file of settings."""
+    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _special_ids(checkpoint: Checkpoint) -> dict[str, Any]:
+    return carried(checkpoint, _SPECIAL_IDS) | special_ids(checkpoint.config, checkpoint.origin)
 
 
 # --- Llama ---------------------------------------------------------------------------------------------------------
@@ -185,36 +189,63 @@ def _initialised(config: Config, paths: set[str], where: Path) -> dict[str, Tens
 
 
 def _read_lm2(path: Path, theirs: Mapping[str, Any], overrides: Sequence[str], track: Track) -> Checkpoint:
+    config = lm2_config(path, theirs, overrides)
+    tensors = {LM2_FORMER_NAMES.get(name, name): tensor for name, tensor in open_tensors(path, "model").items()}
+    table = lm2(config.model.tie_embeddings)
+    params, memory = lm2_params(config, abstract_params(config), tensors, table, path, track)
+    return Checkpoint(config, params, memory, Origin(path))
+
+
+def lm2_config(path: Path, theirs: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """The config that a config.json of our modelling code describes. Raises UserError with all problems."""
     problems: list[str] = []
     values = from_llama(theirs, problems)
     values["model"]["conv_width"] = theirs.get("conv_width", 0)
     values["model"] |= {key: theirs[key] for key in _WINDOW_KEYS if theirs.get(key) is not None}
     values["data"]["segment_length"] = number(theirs, "segment_length", problems)
     values["memory"] = {ours: theirs[key] for key, ours in _MEMORY_KEYS.items() if theirs.get(key) is not None}
-    config = _config(path, path / "config.json", values, overrides, problems)
-    tensors, shapes = open_tensors(path, "model"), abstract_params(config)
-    tensors = {LM2_FORMER_NAMES.get(name, name): tensor for name, tensor in tensors.items()}
-    table = lm2(config.model.tie_embeddings)
+    return _config(path, path / "config.json", values, overrides, problems)
+
+
+def lm2_params(
+    config: Config,
+    shapes: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    table: Table,
+    where: Path,
+    track: Track,
+) -> tuple[dict[str, Tensor], np.ndarray | None]:
+    """Parameters of these shapes from tensors of our modelling code, and the start memory that only `official` carries.
+
+    Raises UserError with everything that does not fit.
+    """
     shares_bank, bank = build_model(config).kind.shares_one_bank, []
     if config.spec.num_memory_layers:
         N, M = config.memory.num_slots, config.spec.memory_width
         lanes = tensors[LM2_START_BANK].shape[:1] if shares_bank and LM2_START_BANK in tensors else (1,) * shares_bank
         bank = [Entry(LM2_START_BANK, None, LM2_START_BANK, (), (*lanes, N, M), False)]
-    params = read_as_ours(table, tensors, shapes, config, bank, path, track)
+    params = read_as_ours(table, tensors, shapes, config, bank, where, track)
     memory = tensors[LM2_START_BANK].read().astype(np.float32) if bank else None
     if bank and not shares_bank:
-        ((name, expected_NM),) = _start(Checkpoint(config, {}))
+        ((name, expected_NM),) = start_bank(Checkpoint(config, {}))
         if not np.allclose(memory, expected_NM, atol=4e-3):  # bfloat16 rounds it
-            raise UserError(f"{path}: {name}: differs from the fixed initial bank of this model")
+            raise UserError(f"{where}: {name}: differs from the fixed initial bank of this model")
         memory = None
-    return Checkpoint(config, params, memory, Origin(path))
+    return params, memory
 
 
-def _lm2_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+def lm2_settings(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
+    """The config.json of our modelling code."""
     config, rows = checkpoint.config, 1 if checkpoint.memory is None else len(checkpoint.memory)
     layers = config.spec.num_memory_layers or None
     memory = config.memory.model_copy(update={"width": config.spec.memory_width, "num_layers": layers})
-    return {
+    settings = to_llama(config)
+    settings["rope_parameters"] = rope_parameters(settings)
+    for key in ("rope_theta", "rope_scaling"):  # only for older versions of transformers, which cannot run it
+        del settings[key]
+    return settings | {
+        "dtype": dtype,
+        **_special_ids(checkpoint),
         "model_type": _OURS,
         "architectures": ["LM2ForCausalLM"],
         "auto_map": {
@@ -227,10 +258,17 @@ def _lm2_settings(checkpoint: Checkpoint) -> dict[str, Any]:
         "segment_length": config.trained_segment_length,
         "memory_rows": rows,
         **{key: getattr(memory, ours) for key, ours in _MEMORY_KEYS.items()},
+        "transformers_version": _TRANSFORMERS,
     }
 
 
-def _start(checkpoint: Checkpoint) -> list[tuple[str, np.ndarray]]:
+def copy_code(directory: Path) -> None:
+    """Writes our modelling code."""
+    for file in sorted(_CODE.glob("*.py")):
+        shutil.copyfile(file, directory / file.name)
+
+
+def start_bank(checkpoint: Checkpoint) -> list[tuple[str, np.ndarray]]:
     """The bank at a document's start, which torch could not draw; nothing where it is learned, or there is none."""
     model = build_model(checkpoint.config)
     if not model.kind.num_bank_layers:

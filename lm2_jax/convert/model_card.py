@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,63 @@ def write_card(checkpoint: Checkpoint, directory: Path, model_type: str) -> None
 
     model_type: of the directory's config.json; llama and mistral need no code of ours.
     """
-    origin = checkpoint.origin
+    _write(checkpoint.origin, directory, "transformers", _body(checkpoint, model_type))
+
+
+def write_adapter_card(checkpoint: Checkpoint, directory: Path, base: str | None, with_code: bool) -> None:
+    """Writes README.md of an adapter.
+
+    checkpoint: what the adapter holds. base: the model it was trained on. with_code: it is loaded by our modelling
+    code, and not by PEFT.
+    """
+    count = sum(tensor.size for tensor in checkpoint.params.values())
+    facts = [f"{count:,} parameters", f"trained on top of: {base or 'a Llama that is not named'}"]
+    facts += _window(checkpoint) + _training(checkpoint)
+    title = "# LM2 adapter" if with_code else "# LoRA adapter"
+    what = "The trained part of a model, exported from lm2_jax. It goes onto the base, whose weights are not in here."
+    needs = "transformers>=5.4`, and trust in the modelling code in this directory" if with_code else "peft`"
+    loading = _ADAPTER if with_code else _PEFT_ADAPTER
+    body = [title, "", what, "", *(f"- {fact}" for fact in facts), "", f"Needs `{needs}:", "", *loading]
+    _write(checkpoint.origin, directory, "transformers" if with_code else "peft", body)
+
+
+_ADAPTER = (
+    "```python",
+    "from transformers.dynamic_module_utils import get_class_from_dynamic_module",
+    "",
+    'path = "path/to/this/directory"',
+    'LM2ForCausalLM = get_class_from_dynamic_module("modeling_lm2.LM2ForCausalLM", path)',
+    'model = LM2ForCausalLM.from_adapter(path, "path/or/name/of/the/base")',
+    "```",
+)
+_PEFT_ADAPTER = (
+    "```python",
+    "from peft import PeftModel",
+    "from transformers import AutoModelForCausalLM",
+    "",
+    'base = AutoModelForCausalLM.from_pretrained("path/or/name/of/the/base")',
+    'model = PeftModel.from_pretrained(base, "path/to/this/directory")',
+    "```",
+)
+
+
+def hub_name(origin: Origin | None) -> str | None:
+    """The hub's name of the weights, if their config.json tells it."""
+    return _hub_id(origin.json("config.json").get("_name_or_path")) if origin else None
+
+
+def _hub_id(name: Any) -> str | None:
+    return name if isinstance(name, str) and _HUB_ID.fullmatch(name) else None
+
+
+def _write(origin: Origin | None, directory: Path, library: str, body: Sequence[str]) -> None:
     theirs = {} if origin is None else _front_matter(origin)
     licence = {key: theirs[key] for key in _LICENCE_KEYS if isinstance(theirs.get(key), str)}
-    base = _base_model(origin, theirs)
-    front = {"library_name": "transformers", **licence, "pipeline_tag": "text-generation", "tags": ["lm2"]}
+    base = hub_name(origin) or _hub_id(theirs.get("base_model"))  # or else what they were made from
+    front = {"library_name": library, **licence, "pipeline_tag": "text-generation", "tags": ["lm2"]}
     if base is not None:
         front["base_model"] = base
-    lines = ["---", yaml.safe_dump(front, sort_keys=False).rstrip(), "---", "", *_body(checkpoint, model_type)]
+    lines = ["---", yaml.safe_dump(front, sort_keys=False).rstrip(), "---", "", *body]
     lines += ["", "## Licence", "", _licence(licence, base), ""]
     (directory / CARD).write_text("\n".join(lines), encoding="utf-8")
 
@@ -42,9 +91,7 @@ def _body(checkpoint: Checkpoint, model_type: str) -> list[str]:
     has_memory = any("memory" in path for path in checkpoint.params)
     slots = f", {memory.num_slots:,} slots" if has_memory else ""
     facts = [f"{count:,} parameters", f"segments of {config.trained_segment_length:,} tokens"]
-    facts += [f"memory: {memory.kind}{slots}", *_window(checkpoint)]
-    if checkpoint.trained is not None:
-        facts.append("trained for {step:,} steps on {tokens:,} tokens".format(**checkpoint.trained))
+    facts += [f"memory: {memory.kind}{slots}", *_window(checkpoint), *_training(checkpoint)]
     if with_code:
         what = f"A Llama that reads text in segments{', linked by a memory' if has_memory else ''}"
         needs = "transformers>=5.4`, and `trust_remote_code=True` for the modelling code in this directory"
@@ -80,6 +127,13 @@ def _window(checkpoint: Checkpoint) -> list[str]:
     return [f"{sees} and its first {c.sinks:,}{cut}"]
 
 
+def _training(checkpoint: Checkpoint) -> list[str]:
+    """The fact of how long it was trained; none where that is not known."""
+    if checkpoint.trained is None:
+        return []
+    return ["trained for {step:,} steps on {tokens:,} tokens".format(**checkpoint.trained)]
+
+
 def _licence(licence: Mapping[str, str], base: str | None) -> str:
     if licence:
         stated = licence.get("license_name", licence.get("license", ""))
@@ -103,10 +157,3 @@ def _front_matter(origin: Origin) -> dict[str, Any]:
     except Exception:  # whatever PyYAML raises for another program's file
         return {}
     return values if isinstance(values, dict) else {}
-
-
-def _base_model(origin: Origin | None, theirs: Mapping[str, Any]) -> str | None:
-    """The hub's name of the weights, if their config.json tells it; or else of those that they were made from."""
-    config = origin.json("config.json") if origin else {}
-    names = [config.get("_name_or_path"), theirs.get("base_model")]
-    return next((name for name in names if isinstance(name, str) and _HUB_ID.fullmatch(name)), None)

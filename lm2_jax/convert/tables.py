@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from lm2_jax.model.lora import A, B
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
@@ -190,6 +192,25 @@ def lm2(tied: bool) -> Table:
             "memory_tokens": Rule("model.start_memory.tokens"),
         }
     )
+
+
+# Low-rank additions (model/lora.py), as PEFT names them: a module's A and B are its inputs' and its outputs' half
+def _additions(rule: Rule, path: str) -> dict[str, Rule]:
+    module = rule.name.removesuffix(".weight")
+    if path == "embedding":
+        a, b = Rule(f"{module}.lora_embedding_A", True), Rule(f"{module}.lora_embedding_B", True)
+    elif rule.transposed:
+        a, b = Rule(f"{module}.lora_A.weight", True), Rule(f"{module}.lora_B.weight", True)
+    else:  # the head, which is [out, in] here, too
+        a, b = Rule(f"{module}.lora_B.weight"), Rule(f"{module}.lora_A.weight")
+    return {path + A: a, path + B: b}
+
+
+def adapter(tied: bool) -> Table:
+    """`modeling_lm2.py`, with low-rank additions beside the weights that can have them."""
+    rules = lm2(tied).rules
+    can_have = [path for path in _llama(tied) if not path.endswith("norm/scale")]
+    return Table({**rules, **{name: rule for path in can_have for name, rule in _additions(rules[path], path).items()}})
 
 
 LM2_START_BANK = "model.start_memory.bank"  # no parameter of ours: the bank at a text's start

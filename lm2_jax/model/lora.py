@@ -60,6 +60,11 @@ def is_addition(path: str) -> bool:
     return path.endswith((A, B))
 
 
+def weight_of(path: str) -> str:
+    """The path of the weight that a parameter of an addition belongs to."""
+    return path.removesuffix(A).removesuffix(B)
+
+
 def without(config: Config) -> Config:
     """The config of the model that `merge` makes."""
     if config.model.lora is None:

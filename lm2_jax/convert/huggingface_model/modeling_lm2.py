@@ -16,12 +16,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from .adapter_lm2 import put_onto, read_adapter
 from .attention_lm2 import LM2Attention, LM2WindowAttention, linear, rotation, window_layout
 from .configuration_lm2 import LM2Config
 from .rows_lm2 import (
@@ -649,6 +650,30 @@ class LM2ForCausalLM(LM2PreTrainedModel, GenerationMixin):
                 "reads whole segments and says nothing about the next token of an unfinished one"
             )
         return super().generate(*args, **kwargs)
+
+    @classmethod
+    def from_adapter(cls, adapter: str, base: str | PreTrainedModel, **kwargs: Any) -> LM2ForCausalLM:
+        """The whole model of an adapter that lm2_jax wrote, and of the Llama that it was trained on.
+
+        Args:
+          adapter: its directory, or its name on the hub.
+          base: the Llama's directory, its name on the hub, or the Llama itself, which is left as it is.
+          kwargs: of from_pretrained, such as dtype and device_map.
+
+        Raises ValueError, naming everything that does not fit, or if the Llama has other weights.
+        """
+        config, settings, tensors = read_adapter(adapter)
+        llama = AutoModelForCausalLM.from_pretrained(base, dtype="auto") if isinstance(base, str) else base
+        with torch.device("meta"):
+            shapes = {name: tensor.shape for name, tensor in cls(config).state_dict().items()}
+        weights = llama.state_dict()
+        if config.tie_word_embeddings and llama.config.tie_word_embeddings:
+            del shapes["lm_head.weight"], weights["lm_head.weight"]
+        model = cls.from_pretrained(
+            None, config=config, state_dict=put_onto(weights, tensors, settings, shapes), **kwargs
+        )
+        model.generation_config = llama.generation_config
+        return model
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
