@@ -19,7 +19,7 @@ from rich.progress import track
 from lm2_jax.common.command_line import parser_for
 from lm2_jax.common.errors import UserError, run_command
 from lm2_jax.common.jax_stack import check_jax_stack
-from lm2_jax.common.local_copies import local_copy, local_tree
+from lm2_jax.common.local_copies import local_input
 from lm2_jax.common.storage import AnyPath, to_path
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def convert(
     from lm2_jax.convert import adapter, directory, huggingface, official  # imported late so that --help stays fast
 
     _check(source, target, path, base, overrides)
-    path, base = path if source == "lm2_jax" else _here(path), base and _here(base)
+    path, base = path if source == "lm2_jax" else local_input(path), base and local_input(base)
     with directory.new_directory(output) as partial, tempfile.TemporaryDirectory() as files:
         if source == "adapter":
             checkpoint = adapter.read(path, _read(_format_of(base), base, Path(files), []), base, _track)
@@ -122,7 +122,7 @@ def _format_of(base: Path) -> str:
 
 
 def _read(source: str, path: AnyPath, files: Path, overrides: list[str], merge: bool = True) -> Checkpoint:
-    from lm2_jax.convert import directory, engine, gguf, huggingface, official
+    from lm2_jax.convert import gguf, huggingface, official
 
     if source == "official":
         return official.read(path, overrides, _track)
@@ -130,29 +130,9 @@ def _read(source: str, path: AnyPath, files: Path, overrides: list[str], merge: 
         return huggingface.read(path, overrides, _track)
     if source == "gguf":
         return gguf.read(path, files, overrides, _track)
-    if directory.is_converted(path):
-        return directory.read(local_tree(path), _track)
-    from lm2_jax.loading import load_run, read_progress  # a run or a checkpoint, which is read whole
-    from lm2_jax.model import lora
-    from lm2_jax.tokenizer import origin_of_model
+    from lm2_jax.loading import read_checkpoint
 
-    config, _, params = load_run(path)
-    if merge:
-        config, params = lora.without(config), lora.merge(params, config.model)
-    origin = origin_of_model(config.tokenizer, path)
-    return engine.Checkpoint(config, engine.from_arrays(params, path), origin=origin, trained=read_progress(path))
-
-
-def _here(path: AnyPath) -> Path:
-    """An input on this machine: a directory, or a file with those beside it. Raises UserError if it cannot be read."""
-    if isinstance(path, Path):
-        return path
-    try:
-        if path.suffix == ".gguf":
-            return local_copy(path)
-        return local_tree(path) if path.is_dir() else local_tree(path.parent) / path.name
-    except OSError as error:
-        raise UserError(f"--input: {path} cannot be read ({error.strerror})") from None
+    return read_checkpoint(path, merge, _track)
 
 
 def _track(items: Iterable, title: str) -> Iterable:

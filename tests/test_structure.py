@@ -80,7 +80,7 @@ MAY_IMPORT = {
     "segments": BASE | {"parallel", "model", "batch"},
     "convert": BASE | {"model", "tokenizer"},
     "checkpoint": BASE | {"parallel"},
-    "loading": BASE | {"parallel", "model", "convert", "checkpoint"},
+    "loading": BASE | {"tokenizer", "parallel", "model", "convert", "checkpoint"},
     "decoding": BASE | {"model", "tokenizer", "checkpoint"},
     "plots": BASE,
     "training": BASE | RUNNING | {"batch", "tokenizer", "data", "checkpoint", "loading", "plots"},

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+import time
 import types
 
 import pytest
@@ -153,6 +154,12 @@ def test_the_real_one_keeps_every_step_without_a_network(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     expected = crash_and_resume(tmp_path, monkeypatch)
     files = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
-    histories = [dict(read_history(file)) for file in files]
     assert len({file.name for file in files}) == 1  # one run, of one id
-    assert {step: record["loss"] for history in histories for step, record in history.items()} == expected
+
+    def found():
+        return {step: record["loss"] for file in files for step, record in read_history(file)}
+
+    late = time.monotonic() + 30  # a file is written by wandb's own process, which may still be at it
+    while found() != expected and time.monotonic() < late:
+        time.sleep(0.2)
+    assert found() == expected

@@ -64,6 +64,18 @@ def local_tree(directory: AnyPath, names: Sequence[str] | None = None) -> Path:
     return tree
 
 
+def local_input(path: AnyPath) -> Path:
+    """An input on this machine: a directory, or a file with those beside it. Raises UserError if it cannot be read."""
+    if isinstance(path, Path):
+        return path
+    try:
+        if path.suffix == ".gguf":
+            return local_copy(path)
+        return local_tree(path) if path.is_dir() else local_tree(path.parent) / path.name
+    except OSError as error:
+        raise UserError(f"--input: {path} cannot be read ({error.strerror})") from None
+
+
 def directory_of(text: str, key: str) -> Path:
     """The directory that a setting `key` names, or a copy. Raises UserError if one in a store cannot be read."""
     path = to_path(text, key)
