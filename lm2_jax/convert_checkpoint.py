@@ -52,9 +52,7 @@ def main() -> None:
         metavar="PATH",
         help="a directory; official: or its state-dict file; gguf: a file",
     )
-    parser.add_argument(
-        "--base", type=to_path, metavar="PATH", help="of an adapter: the Llama it goes onto, as --input"
-    )
+    parser.add_argument("--base", type=to_path, metavar="PATH", help="--from adapter: the Llama that it goes onto")
     parser.add_argument(
         "--output", type=to_path, required=True, metavar="DIR", help="a directory that is not there yet"
     )
@@ -89,7 +87,7 @@ def convert(
     path, base = path if source == "lm2_jax" else local_input(path), base and local_input(base)
     with directory.new_directory(output) as partial, tempfile.TemporaryDirectory() as files:
         if source == "adapter":
-            checkpoint = adapter.read(path, _read(_format_of(base), base, Path(files), []), base, _track)
+            checkpoint = adapter.read(path, _read(adapter.format_of(base), base, Path(files), []), base, _track)
         else:
             checkpoint = _read(source, path, Path(files), overrides, merge=target != "adapter")
 
@@ -115,10 +113,6 @@ def _check(source: str, target: str, path: AnyPath, base: AnyPath | None, overri
         raise UserError(f"--to adapter needs --from lm2_jax, whose runs say what they trained; found --from {source}")
     if overrides and source in ("lm2_jax", "adapter"):
         raise UserError(f"--set: {source} has its settings; they cannot be changed by converting it")
-
-
-def _format_of(base: Path) -> str:
-    return "gguf" if base.is_file() else "huggingface" if (base / "config.json").is_file() else "lm2_jax"
 
 
 def _read(source: str, path: AnyPath, files: Path, overrides: list[str], merge: bool = True) -> Checkpoint:

@@ -204,7 +204,7 @@ def test_a_run_names_its_base_and_its_training(tmp_path):
     found, expected = (load_file(path / "params.safetensors") for path in (whole, merged))
     assert found.keys() == expected.keys()
     for name, array in found.items():
-        np.testing.assert_allclose(array, expected[name], rtol=2**-8, atol=1e-4)
+        np.testing.assert_allclose(array, expected[name], rtol=2**-8, atol=5e-4)  # of additions in bfloat16
 
 
 # --- What it holds -------------------------------------------------------------------------------------------------

@@ -45,6 +45,11 @@ _OURS, _PEFT = "config.json", "adapter_config.json"
 _EVERY_TARGET = ("attention", "mlp", "embedding")
 
 
+def format_of(base: Path) -> str:
+    """The format of the Llama that an adapter goes onto, as convert_checkpoint names them."""
+    return "gguf" if base.is_file() else "huggingface" if (base / "config.json").is_file() else "lm2_jax"
+
+
 # --- Writing -------------------------------------------------------------------------------------------------------
 
 
