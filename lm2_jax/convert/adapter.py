@@ -89,7 +89,7 @@ def write(checkpoint: Checkpoint, directory: Path, dtype: str, track: Track) -> 
 
 
 def _not_in_base(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """What was trained or is in no Llama; of additions those that were trained, or are not zero."""
+    """Takes what was trained or is in no Llama; of additions those that were trained, or are not zero."""
     config, params = checkpoint.config, checkpoint.params
     trained = trained_names(build_model(config), config.optim.train)
     in_llama = tables.llama(config.model.tie_embeddings).rules
