@@ -12,7 +12,7 @@ from lm2_jax.common.errors import UserError
 from lm2_jax.config import Config, load_config, replace
 from lm2_jax.study.presets import Changes, Preset
 from lm2_jax.study.results import Result, best_setting
-from lm2_jax.tokenizer import load_tokenizer
+from lm2_jax.tokenizer import check_vocabulary, load_tokenizer
 
 OPTIONS = ("babi", "background", "tokenizer", "start")  # in the config of a cell `{babi}` stands for what --babi names
 Files = Mapping[str, Path]  # those that were given, by option
@@ -44,8 +44,6 @@ class Plan:
     def __init__(self, preset: Preset, files: Files) -> None:
         """files: the comparison asks about `babi`, and its cells start from the weights in `start`."""
         self._preset, self._files = preset, files
-        from lm2_jax.tokenizer import check_vocabulary  # imported late so that --help stays fast
-
         config = _changed(load_config(preset.config), preset.base)
         self._config = check_vocabulary(config, load_tokenizer(with_files(config, files).tokenizer))
 
