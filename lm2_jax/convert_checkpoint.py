@@ -52,9 +52,7 @@ def main() -> None:
     )
     parser.add_argument("--base", type=Path, metavar="PATH", help="of an adapter: the Llama it goes onto, as --input")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a directory that is not there yet")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="of what is written for others; lm2_jax is float32"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of what others read; lm2_jax is float32")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="settings of the lm2_jax model; repeatable"
     )
