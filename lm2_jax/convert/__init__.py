@@ -6,6 +6,7 @@ engine.py        the tables applied: everything that does not fit is found befor
 directory.py     a converted lm2_jax directory
 official.py      the official code's directory
 huggingface.py   Hugging Face directories: plain Llama, or our own modelling code
+adapter.py       what a run trained, alone: our own directory or PEFT's; peft_config.py PEFT's settings
 llama_config.py  settings of a Llama; rotary.py tables of RoPE frequencies in old files
 tokenizer_files.py  the tokenizer's files of a Hugging Face directory; sentencepiece_model.py one kind of them
 model_card.py    the README.md of a Hugging Face directory

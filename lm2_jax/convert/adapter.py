@@ -72,8 +72,8 @@ def write(checkpoint: Checkpoint, directory: Path, dtype: str, track: Track) -> 
     tensors = as_theirs(tables.adapter(tied), part, dtype, track)
     with_code = config.model.window is not None or not all(map(is_addition, own))
     if with_code:
-        whole = dataclasses.replace(checkpoint, params=frozen)
-        about = {"base": base, "base_sha256": _digest(their_tensors(tables.llama(tied), whole))}
+        rest = dataclasses.replace(checkpoint, params=frozen)
+        about = {"base": base, "base_sha256": _digest(their_tensors(tables.llama(tied), rest))}
         lora = config.model.lora
         about |= {"lora_rank": lora.rank, "lora_alpha": lora.alpha} if lora else {}
         write_json(lm2_settings(checkpoint, dtype) | {"adapter": about}, directory / _OURS)
@@ -89,7 +89,7 @@ def write(checkpoint: Checkpoint, directory: Path, dtype: str, track: Track) -> 
 
 
 def _not_in_base(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Takes what was trained or is in no Llama; of additions those that were trained, or are not zero."""
+    """Parameters that were trained or that no Llama has; of the additions those that were trained or are not zero."""
     config, params = checkpoint.config, checkpoint.params
     trained = trained_names(build_model(config), config.optim.train)
     in_llama = tables.llama(config.model.tie_embeddings).rules
