@@ -123,9 +123,12 @@ def _bank_problems(config: Config) -> Iterator[str]:
     for name, width in (("model.d_model", model.d_model), ("memory.width", memory.width)):
         if width and width % memory.num_heads:
             yield f"memory.num_heads {memory.num_heads} does not divide {name} {width}"
-    if memory.first_layer + (memory.num_layers or 1) > model.num_layers:
-        first = f"memory.first_layer {memory.first_layer} and " if memory.first_layer else ""
-        yield f"{first}memory.num_layers {memory.num_layers} are above model.num_layers {model.num_layers}"
+    first, banks = memory.first_layer, memory.num_layers or 1
+    if first + banks > model.num_layers:
+        found = (
+            f"memory.first_layer {first} with {banks} in memory.num_layers" if first else f"memory.num_layers {banks}"
+        )
+        yield f"{found} is above model.num_layers {model.num_layers}"
 
 
 def _state_problems(config: Config) -> Iterator[str]:
