@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 from quick import xla_flags
 
@@ -46,6 +47,17 @@ def whole(tmp_path_factory):
 def run_dir(whole, tmp_path):
     """A copy of it: complete, with checkpoints 8 and 12."""
     return shutil.copytree(whole, tmp_path / "run")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_programs_in_memory():
+    """A compiled program takes some ten memory maps of a process, of which Linux allows 65,530."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        import jax
+
+        jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)

@@ -79,6 +79,7 @@ def test_a_cell_is_trained_in_legs_once(tmp_path):
     assert not (tmp_path / "runs" / f"{cell.name}-1" / "leg.yaml").exists()
 
 
+@pytest.mark.slow
 def test_books_are_measured_with_and_without_training(tmp_path):
     held_out = tmp_path / "novel.txt"
     held_out.write_text("\n".join(f"Chapter {n}\n" + "the whale and the sea " * (9 + n) for n in (1, 2, 3)))

@@ -106,7 +106,9 @@ def test_a_loop_that_cannot_be_followed_is_said():
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
 def test_sharding_is_explained(name):
-    config = load_config(ROOT / "configs" / name, ["model.vocab_size=96", "data.batch_size=8"])
+    config = load_config(
+        ROOT / "configs" / name, ["model.vocab_size=96", "data.batch_size=8", "optim.accumulation_steps=1"]
+    )
     text = explain_sharding(config, jax.devices())
     assert "mesh: data 1 x fsdp 8 x tensor 1, 8 devices" in text
     assert "embedding" in text and "parameters: " in text and "on one device" in text
