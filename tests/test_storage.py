@@ -14,7 +14,7 @@ from lm2_jax.common.errors import UserError
 from lm2_jax.common.files import content_digest, expand_paths, write_atomically
 from lm2_jax.common.local_copies import local_copy, local_tree
 from lm2_jax.common.storage import StorePath, read_ranges, to_path
-from lm2_jax.common.trees import move_tree, remove_tree
+from lm2_jax.common.trees import move_file, move_tree, remove_tree
 from lm2_jax.training.run_dir import open_run_dir
 
 
@@ -73,8 +73,12 @@ def test_files_and_directories(bucket):
     assert [p.name for p in bucket.path("a").iterdir()] == ["b.txt", "c"]
     assert [p.name for p in bucket.path("a").glob("*.txt")] == ["b.txt"]
     assert bucket.path("a").sizes() == {"b.txt": 5}
+    bucket.emulator.requests.clear()
     move_tree(bucket.path("a"), bucket.path("moved"))
     assert bucket.names() == ["moved/b.txt", "moved/c/d.txt"]
+    assert "data" not in {kind for _, _, kind in bucket.emulator.requests}  # the store copies, nothing comes here
+    move_file(bucket.path("moved/b.txt"), bucket.path("moved/e.txt"))
+    assert bucket.names() == ["moved/c/d.txt", "moved/e.txt"]
     remove_tree(bucket.path("moved"))
     remove_tree(bucket.path("moved"))
     assert bucket.names() == []

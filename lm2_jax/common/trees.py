@@ -15,13 +15,16 @@ _BUFFER = 1 << 23  # bytes
 
 def copy_file(source: AnyPath, target: AnyPath) -> None:
     """Copies a file; one of a store appears whole or not at all."""
-    if isinstance(target, StorePath):
-        target.upload(source) if isinstance(source, Path) else target.write_bytes(source.read_bytes())
-    elif isinstance(source, Path):
-        shutil.copyfile(source, target)
-    else:
+    if isinstance(source, Path):
+        target.upload(source) if isinstance(target, StorePath) else shutil.copyfile(source, target)
+    elif isinstance(target, Path):
         with source.open("rb") as reader, target.open("wb") as writer:
             shutil.copyfileobj(reader, writer, _BUFFER)
+    elif source.filesystem is target.filesystem:  # which copies it by itself
+        with target.reported():
+            target.filesystem.cp_file(source.key, target.key)
+    else:
+        target.write_bytes(source.read_bytes())
 
 
 def move_file(source: AnyPath, target: AnyPath) -> None:
@@ -29,8 +32,8 @@ def move_file(source: AnyPath, target: AnyPath) -> None:
     if isinstance(source, Path):
         source.replace(target)
         return
-    with source.reported():
-        source.filesystem.mv(source.key, target.key)
+    copy_file(source, target)
+    source.unlink()
 
 
 def remove_tree(path: AnyPath) -> None:
