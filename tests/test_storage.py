@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,20 @@ def test_copies_are_of_the_newest_version(bucket):
     assert (local_tree(path.parent) / "file.txt").read_text() == "two"
     path.write_text("three")
     assert (local_tree(path.parent) / "file.txt").read_text() == "three"
+
+
+def test_old_copies_are_removed(bucket, tmp_path, monkeypatch):
+    """Their directory is looked through once a process, not once a file: a data set may have thousands."""
+    copies, looks, iterdir = tmp_path / "cache" / "copies", [], Path.iterdir
+    for name, days in (("old", 8), ("new", 6)):
+        (copies / name).mkdir(parents=True)
+        os.utime(copies / name, (time.time() - days * 86_400,) * 2)
+    monkeypatch.setattr(Path, "iterdir", lambda path: looks.append(path) or iterdir(path))
+    for name in "abc":
+        bucket.path(name).write_text(name)
+        assert local_copy(bucket.path(name)).read_text() == name
+    assert (copies / "new").is_dir() and not (copies / "old").exists()
+    assert looks == [copies]
 
 
 # --- Stores that fail ------------------------------------------------------------------------------------------------

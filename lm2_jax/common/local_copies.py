@@ -7,6 +7,8 @@ again. Copies that nobody has asked for in a week are removed.
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import hashlib
 import os
 import shutil
@@ -51,7 +53,7 @@ def local_tree(directory: AnyPath, names: Sequence[str] | None = None) -> Path:
     paths = directory.files() if names is None else [p for p in directory.iterdir() if p.name in names and p.is_file()]
     files = [(path, path.stat()) for path in paths]
     if not files:
-        raise FileNotFoundError(2, "no such directory", str(directory))
+        raise FileNotFoundError(errno.ENOENT, "no such directory", str(directory))
     versions = "\n".join(f"{path} {status.version}" for path, status in files)
     tree = _place(versions) / directory.name
     if not tree.exists():
@@ -95,16 +97,22 @@ def download(path: StorePath, size: int, target: Path) -> None:
 
 
 def _place(identity: str) -> Path:
-    """The directory of a copy; those of others that are a week old are removed."""
+    """The directory of a copy."""
     root = cache_directory() / "copies"
     place = root / hashlib.sha256(identity.encode()).hexdigest()[:24]
     place.mkdir(parents=True, exist_ok=True)
     os.utime(place)
-    for other in root.iterdir():
-        with contextlib.suppress(OSError):  # another process may remove it too
-            if time.time() - other.stat().st_mtime > _WEEK:
-                shutil.rmtree(other)
+    _remove_old(root)
     return place
+
+
+@functools.cache  # once a process: there are as many copies as a data set has shards
+def _remove_old(root: Path) -> None:
+    """Removes the copies that nobody has asked for in a week."""
+    for place in root.iterdir():
+        with contextlib.suppress(OSError):  # another process may remove it too
+            if time.time() - place.stat().st_mtime > _WEEK:
+                shutil.rmtree(place)
 
 
 @contextlib.contextmanager
