@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 import time
 
 import numpy as np
@@ -10,9 +11,10 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from helpers import REPOSITORY
 
 from lm2_jax.common.errors import TrainingFailed, UserError
+from lm2_jax.common.local_copies import download
 from lm2_jax.common.storage import read_ranges
 from lm2_jax.config import load_config
-from lm2_jax.data import shard_layout
+from lm2_jax.data import shard_layout, stored_shards
 from lm2_jax.data.documents import Mixture
 from lm2_jax.data.lanes import LaneDataset, Lanes, make_iterator
 from lm2_jax.data.prepared import MANIFEST, PreparedSource, make_manifest
@@ -37,10 +39,10 @@ def prepared(directory, *shards):
     return documents
 
 
-def uploaded(bucket, directory):
+def uploaded(bucket, directory, name="prepared"):
     for file in directory.iterdir():
-        bucket.path(f"prepared/{file.name}").upload(file)
-    return f"{bucket.url}/prepared"
+        bucket.path(f"{name}/{file.name}").upload(file)
+    return f"{bucket.url}/{name}"
 
 
 def wait_for(condition):
@@ -126,9 +128,8 @@ def test_sources_share_the_cache(bucket, tmp_path):
         prepared(tmp_path / str(number), [20_000 + number], [30_000 + number])
         sizes.append(max(path.stat().st_size for path in (tmp_path / str(number)).glob("*.arrayrecord")))
     for number in range(2):
-        for file in (tmp_path / str(number)).iterdir():
-            bucket.path(f"{number}/{file.name}").upload(file)
-        sources.append(PreparedSource([f"{bucket.url}/{number}"], cache_bytes=int(3.5 * sizes[0])))
+        url = uploaded(bucket, tmp_path / str(number), number)
+        sources.append(PreparedSource([url], cache_bytes=int(3.5 * sizes[0])))
     wait_for(lambda: [len(source._stored._here) for source in sources] == [2, 1])
     cache = tmp_path / "cache" / "shards"
     assert sum(file.stat().st_size for file in cache.iterdir()) <= 3.5 * sizes[0]
@@ -136,6 +137,32 @@ def test_sources_share_the_cache(bucket, tmp_path):
     for file in cache.iterdir():  # another process makes room for data of its own
         file.unlink()
     assert all(len(tokens_of(source)) == 2 for source in sources)
+
+
+def test_a_shard_that_is_being_copied_is_left_alone(bucket, tmp_path, monkeypatch):
+    """A second source makes room while the first one's shard is on its way; what a killed process left goes."""
+    cache, copied, go_on = tmp_path / "cache" / "shards", threading.Semaphore(0), threading.Event()
+    cache.mkdir(parents=True)
+    (cache / ".killed").write_bytes(bytes(100_000))
+    os.utime(cache / ".killed", (time.time() - 3600,) * 2)
+
+    def slow(*arguments):
+        download(*arguments)
+        copied.release()
+        go_on.wait(30)
+
+    monkeypatch.setattr(stored_shards, "download", slow)
+    urls = []
+    for name in ("training", "validation"):
+        prepared(tmp_path / name, [20_000 + len(urls)])
+        urls.append(uploaded(bucket, tmp_path / name, name))
+    first = PreparedSource([urls[0]], cache_bytes=300_000)
+    assert copied.acquire(timeout=30)
+    second = PreparedSource([urls[1]], cache_bytes=300_000)
+    assert copied.acquire(timeout=30)
+    assert len(list(cache.glob(".*"))) == 2 and not (cache / ".killed").exists()
+    go_on.set()
+    wait_for(lambda: len(first._stored._here) == len(second._stored._here) == 1)
 
 
 def test_files_of_another_writer_are_read_as_a_whole(bucket, tmp_path):

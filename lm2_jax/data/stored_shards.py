@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ import numpy as np
 from lm2_jax.common.local_copies import cache_directory, download
 from lm2_jax.common.storage import StorePath, read_ranges
 from lm2_jax.data import shard_layout
+
+_LONGEST_PAUSE = 600.0  # seconds between writings to a file; the network is waited for two minutes
 
 
 class StoredShard(NamedTuple):
@@ -139,7 +142,7 @@ def _make_room(cache_bytes: int) -> None:
     """Removes shards of other data, those first that were wanted longest ago, until all that is claimed fits."""
     claimed = _claimed()
     room = cache_bytes - sum(claimed.values())
-    others = [file for file in _directory().iterdir() if file.name not in claimed]
+    others = [file for file in _directory().iterdir() if file.name not in claimed and not _is_growing(file)]
     for file in sorted(others, key=_last_wanted, reverse=True):
         with contextlib.suppress(OSError):  # another process may remove it too
             size = file.stat().st_size
@@ -147,6 +150,11 @@ def _make_room(cache_bytes: int) -> None:
                 room -= size
             else:
                 file.unlink()
+
+
+def _is_growing(file: Path) -> bool:
+    """True if another thread or process is copying a shard to it; a killed one's has not changed for long."""
+    return file.name.startswith(".") and time.time() - _last_wanted(file) < _LONGEST_PAUSE
 
 
 def _directory() -> Path:
