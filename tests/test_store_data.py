@@ -1,6 +1,7 @@
 """Data, tokenizers and the small files of models in a bucket give what they give on a disk."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -54,6 +55,17 @@ def test_sources(open_source, places):
     assert len(local) == len(stored) > 1
     for here, there in zip(local, stored, strict=True):
         assert np.array_equal(here.tokens, there.tokens)
+
+
+def test_copies_that_are_removed_are_made_again(bucket, places, tmp_path):
+    """Another process removes copies of a week ago, and a run may be longer."""
+    source = TextSource([f"{places[1]}/a.txt"], BYTES)
+    shutil.rmtree(tmp_path / "cache")
+    assert np.array_equal(source[0].tokens, TextSource([f"{places[0]}/a.txt"], BYTES)[0].tokens)
+    shutil.rmtree(tmp_path / "cache")
+    bucket.path("files/a.txt").write_text("another text")
+    with pytest.raises(UserError, match=r"gs://.*/a\.txt: has changed since it was opened \(it is another version\)"):
+        source[0]
 
 
 def test_problems_name_the_object(bucket, places):

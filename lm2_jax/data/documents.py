@@ -9,7 +9,7 @@ import json
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 import numpy as np
 
@@ -73,22 +73,22 @@ class _FileSource(DocumentSource, abc.ABC):
     """
 
     def __init__(self, paths: Sequence[str | AnyPath], key: str) -> None:
-        paths = expand_paths(paths, key)
-        self._paths: list[Path] = []  # of a store's files, their copies
+        self._paths = expand_paths(paths, key)
+        self._files: list[Path] = []  # the same, or copies of those in a store
         spans, problems = array("q"), []
-        for number, path in enumerate(paths):
+        for number, path in enumerate(self._paths):
             try:
-                self._paths.append(local_copy(path))
-                for start, end in self._find(self._paths[-1]):
+                self._files.append(local_copy(path))
+                for start, end in self._find(self._files[-1]):
                     spans.extend((number, start, end))
             except UserError as error:
-                problems.append(str(error).replace(str(self._paths[-1]), str(path)))
+                problems.append(str(error).replace(str(self._files[-1]), str(path)))
             except OSError as error:
                 problems.append(f"{path}: cannot be read ({error.strerror})")
         if problems:
             raise UserError("\n".join(problems))
         if not spans:
-            raise UserError(f"{key}: no documents; all files are empty: {', '.join(map(str, paths))}")
+            raise UserError(f"{key}: no documents; all files are empty: {', '.join(map(str, self._paths))}")
         self._spans = np.array(spans, np.int64).reshape(-1, 3)  # file number, first byte, byte after the last
 
     @abc.abstractmethod
@@ -107,7 +107,7 @@ class _FileSource(DocumentSource, abc.ABC):
         number, start, end = self._spans[index].tolist()
         path = self._paths[number]
         try:
-            with path.open("rb") as file:
+            with self._open(number) as file:
                 file.seek(start)
                 data = file.read(end - start)
             if len(data) != end - start:
@@ -118,6 +118,14 @@ class _FileSource(DocumentSource, abc.ABC):
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: has changed since it was opened ({error}); put the old one back") from None
         return Document(tokens.astype(np.int32), np.zeros(len(tokens), bool), text_bytes)
+
+    def _open(self, number: int) -> BinaryIO:
+        try:
+            return self._files[number].open("rb")
+        except FileNotFoundError:  # copies that nobody has asked for in a week are removed
+            if local_copy(self._paths[number]) != self._files[number]:
+                raise ValueError("it is another version") from None
+            return self._files[number].open("rb")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(files={len(self._paths)}, documents={len(self)})"
