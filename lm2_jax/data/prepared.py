@@ -329,19 +329,19 @@ def _check(directory: AnyPath, fingerprint: str | None, key: str) -> Manifest:
     return manifest
 
 
-def _sizes(directory: AnyPath) -> dict[str, int] | None:
-    """Bytes of the files of a directory in a store, which one listing tells; None for one of this machine."""
-    return directory.sizes() if isinstance(directory, StorePath) else None
+def _sizes(directory: AnyPath) -> dict[str, int]:
+    """Bytes of the files of a directory, by name."""
+    if isinstance(directory, StorePath):
+        return directory.sizes()
+    return {path.name: path.stat().st_size for path in directory.iterdir() if path.is_file()}
 
 
-def _problem(directory: AnyPath, shard: Shard, format: Format, sizes: dict[str, int] | None) -> str | None:
+def _problem(directory: AnyPath, shard: Shard, format: Format, sizes: dict[str, int]) -> str | None:
     """The first sign that a shard is not whole, without reading it; None if there is none."""
     data, index = data_file(directory, shard.name, format), index_path(directory, shard.name)
-    if missing := [
-        str(path) for path in (data, index) if not (path.is_file() if sizes is None else path.name in sizes)
-    ]:
+    if missing := [str(path) for path in (data, index) if path.name not in sizes]:
         return f"{', '.join(missing)}: missing, though the manifest names it; {_REMEDY}"
-    if (size := data.stat().st_size if sizes is None else sizes[data.name]) != shard.bytes:
+    if (size := sizes[data.name]) != shard.bytes:
         return f"{data}: {size} bytes, the manifest says {shard.bytes}; {_REMEDY}"
     return None
 
