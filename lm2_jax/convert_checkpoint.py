@@ -84,7 +84,8 @@ def convert(
     from lm2_jax.convert import adapter, directory, huggingface, official  # imported late so that --help stays fast
 
     _check(source, target, path, base, overrides)
-    path, base = path if source == "lm2_jax" else local_input(path), base and local_input(base)
+    path = path if source == "lm2_jax" else local_input(path, "--input")
+    base = base and local_input(base, "--base")
     with directory.new_directory(output) as partial, tempfile.TemporaryDirectory() as files:
         if source == "adapter":
             checkpoint = adapter.read(path, _read(adapter.format_of(base), base, Path(files), []), base, _track)

@@ -9,7 +9,7 @@ from helpers import REPOSITORY, Run, assert_same_run, text_overrides, tiny_confi
 from store_helpers import StoreRun, command
 
 import lm2_jax
-from lm2_jax.checkpoint.manager import array_checksums
+from lm2_jax.checkpoint.checksums import array_checksums
 from lm2_jax.common.errors import UserError
 from lm2_jax.common.records import read_records
 from lm2_jax.config import load_config, save_config

@@ -51,7 +51,7 @@ class Checkpoints:
         self.directory = (run_dir / "checkpoints").absolute()
         self._config = config
         self._read_only = read_only
-        self._frozen_checksums: list[int] | None = None  # of this run, once they are saved
+        self._frozen_checksums: list[int] | None = None  # of this run, once they are saved or restored
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -174,7 +174,7 @@ class Checkpoints:
                     progress=ocp.args.JsonRestore(),
                 ),
             )
-            saved, frozen = restored.progress.pop("checksums"), restored.progress.pop("frozen", [])
+            saved, frozen_checksums = restored.progress.pop("checksums"), restored.progress.pop("frozen", [])
         except Exception as error:  # whatever Orbax, TensorStore or JSON make of damaged files
             if _lacks_resources(error):
                 raise
@@ -182,7 +182,8 @@ class Checkpoints:
         found = _checksums(restored.params, restored.training, restored.progress)
         if found != saved:
             raise DamagedError("its contents fail their checksums")
-        frozen = restore_frozen(self.directory.parent, targets.frozen, frozen)
+        frozen = restore_frozen(self.directory.parent, targets.frozen, frozen_checksums)
+        self._frozen_checksums = frozen_checksums
         return like.replace(params=restored.params, frozen=frozen, **restored.training), restored.progress
 
     def _move_aside(self, step: int) -> AnyPath:

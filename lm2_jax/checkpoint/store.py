@@ -26,7 +26,7 @@ def orbax_path(path: AnyPath) -> os.PathLike:
     """A path for Orbax. TensorStore will try again for two minutes what fails because of the network."""
     if isinstance(path, Path):
         return path
-    assert path.filesystem  # made, so that Orbax gets the same one
+    _ = path.filesystem  # made, so that Orbax gets the same one
     for settings in (tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT):
         settings["gcs_request_retries"] = _RETRIES
     gcs_utils.is_hierarchical_namespace_enabled = _has_folders

@@ -50,22 +50,17 @@ class PatientGcs(GCSFileSystem):
             await asyncio.sleep(wait * random.uniform(0.5, 1))
             wait = min(2 * wait, _LONGEST_WAIT)
 
-    def write_if(self, path: str, data: bytes, generation: int) -> int:
-        """Writes an object whose generation is the given one (0: none is there); returns the new generation.
-
-        Raises FileExistsError if it has another.
-        """
+    def write_if(self, path: str, data: bytes, generation: int) -> None:
+        """Writes an object of this generation (0: none is there). Raises FileExistsError if it has another."""
         bucket, name, _ = self.split_path(path)
-        written = self.call(
+        self.call(
             "POST",
             f"{self._location}/upload/storage/v1/b/{quote(bucket)}/o",
             uploadType="media",
             name=name,
             ifGenerationMatch=str(generation),
             data=data,
-            json_out=True,
         )
-        return int(written["generation"])
 
 
 def connect() -> PatientGcs:

@@ -66,8 +66,11 @@ def local_tree(directory: AnyPath, names: Sequence[str] | None = None) -> Path:
     return tree
 
 
-def local_input(path: AnyPath) -> Path:
-    """An input on this machine: a directory, or a file with those beside it. Raises UserError if it cannot be read."""
+def local_input(path: AnyPath, key: str) -> Path:
+    """A directory, or a file with those beside it, that a flag `key` names, or a copy.
+
+    Raises UserError if one in a store cannot be read.
+    """
     if isinstance(path, Path):
         return path
     try:
@@ -75,7 +78,7 @@ def local_input(path: AnyPath) -> Path:
             return local_copy(path)
         return local_tree(path) if path.is_dir() else local_tree(path.parent) / path.name
     except OSError as error:
-        raise UserError(f"--input: {path} cannot be read ({error.strerror})") from None
+        raise UserError(f"{key}: {path} cannot be read ({error.strerror})") from None
 
 
 def directory_of(text: str, key: str) -> Path:

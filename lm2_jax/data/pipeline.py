@@ -183,9 +183,9 @@ class Pipeline:
 def held_out_files(data: DataConfig) -> list[AnyPath]:
     """Lists the files that hold a run's validation documents: manifests where data is prepared."""
     paths = data.validation_path or data.path or tuple(part.path for part in data.mixture)
-    return (
-        [to_path(path) / MANIFEST for path in paths] if data.source == "prepared" else expand_paths(paths, "data.path")
-    )
+    if data.source == "prepared":
+        return [to_path(path) / MANIFEST for path in paths]
+    return expand_paths(paths, "data.path")
 
 
 def _manifest_digest(directory: str) -> str:
