@@ -148,7 +148,7 @@ def load_weights(path: str, model: Decoder, initial: Any) -> Any:
     own, found = (flatten_dict(tree, sep="/") for tree in (initial, params))
     if not other.kind.num_bank_layers:
         found = _in_other_stacks(found, model.stacks)
-    for name in own.keys() - found.keys():
+    for name in sorted(own.keys() - found.keys()):  # all processes compute alike, in one order
         if is_addition(name) or _can_be_added(name, other):
             found[name] = own[name] * (0 if table_key(name) in STARTS_AT_ZERO else 1)
     own_shapes, shapes = ({name: leaf.shape for name, leaf in leaves.items()} for leaves in (own, found))

@@ -1,5 +1,6 @@
 """The study of a pretrained Llama with a memory: cells that resume, and what is computed from their results."""
 
+import dataclasses
 import json
 import math
 
@@ -7,6 +8,8 @@ import numpy as np
 import pytest
 from helpers import assert_drawn, random_checkpoint, text_overrides, tiny_config
 
+from lm2_jax import reproduce_adopt
+from lm2_jax.common.errors import UserError
 from lm2_jax.config import replace
 from lm2_jax.model import build_model
 from lm2_jax.model.trained import trained_names
@@ -29,11 +32,19 @@ def test_differences_are_paired_by_document():
     other = result_of("LoRA", [(4.0, 4.0, 6.0), (8.0, 8.0, 4.0)])
     difference = paired_difference(one, other, 2)
     assert (difference.nats, difference.documents) == (pytest.approx(-5 / 6), 2)
-    spread = np.std([-4 / 3, -1 / 3], ddof=1) / math.sqrt(2)  # sums over the mean number of tokens, (4 + 2) / 2
-    assert difference.half == pytest.approx(12.71 * spread)
+    rest = np.array([-4 - 4 * difference.nats, -1 - 2 * difference.nats]) / 3  # over the mean of 4 and 2 tokens
+    assert difference.half == pytest.approx(12.71 * np.std(rest, ddof=1) / math.sqrt(2))
     assert mean_loss(one, 2) == pytest.approx(5 / 6) and math.isnan(mean_loss(one, 3))
     with pytest.raises(ValueError, match="not the same"):
         paired_difference(one, replace_document(other), 2)
+
+
+def test_a_difference_that_is_the_same_in_every_token_is_certain():
+    """However long the documents are."""
+    one = result_of("memory and LoRA", [(4.0, 4.0, 2.0), (8.0, 8.0, 3.0)])
+    other = result_of("LoRA", [(4.0, 4.0, 2.8), (8.0, 8.0, 3.4)])
+    difference = paired_difference(one, other, 2)
+    assert (difference.nats, difference.half) == (pytest.approx(-0.2), pytest.approx(0, abs=1e-9))
 
 
 def replace_document(result):
@@ -77,6 +88,16 @@ def test_a_cell_is_trained_in_legs_once(tmp_path):
     (tmp_path / "runs" / f"{cell.name}-1" / "leg.yaml").unlink()
     assert run_cell(cell, start, [], tmp_path) == result  # nothing is trained again
     assert not (tmp_path / "runs" / f"{cell.name}-1" / "leg.yaml").exists()
+    longer = dataclasses.replace(cell, legs=(replace(leg, train={"steps": 4}), cell.legs[1]))
+    with pytest.raises(UserError, match=r"memory-0\.json is of another config; give another --output"):
+        run_cell(longer, start, [], tmp_path)
+
+
+@pytest.mark.parametrize("option", ["--output", "--start", "--texts", "--held-out", "--questions"])
+def test_a_path_of_a_store_is_refused(option, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["reproduce_adopt", "--output=runs/adopt", "--report", option, "gs://bucket/x"])
+    with pytest.raises(UserError, match="gs://bucket/x"):
+        reproduce_adopt.main()
 
 
 @pytest.mark.slow

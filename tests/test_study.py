@@ -122,6 +122,9 @@ def test_intervals():
     mean, half = mean_and_interval([0.2, 0.4, 0.6])
     np.testing.assert_allclose((mean, half), (0.4, 4.303 * 0.2 / 3**0.5))
     assert np.isnan(mean_and_interval([0.3])[1])
+    for count, quantile in ((11, 2.228), (12, 2.228), (41, 2.042)):  # of 10, 10 and 30 degrees of freedom
+        values = list(range(count))
+        assert mean_and_interval(values)[1] == pytest.approx(quantile * np.std(values, ddof=1) / np.sqrt(count))
 
 
 def test_best_setting():

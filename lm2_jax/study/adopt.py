@@ -10,11 +10,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from lm2_jax.config import Config, load_config, replace
 
-Changes = Mapping[str, Mapping[str, Any]]  # of a config, by section
 Part = Literal["facts", "books"]
 
 _LORA = ("bank_blocks/*_lora_?", "blocks/*_lora_?")

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure  # without pyplot, no display is needed
 
-from lm2_jax.study.results import mean_and_interval
-
-Result = dict[str, Any]
+from lm2_jax.study.report import table
+from lm2_jax.study.results import Result, mean_and_interval, read_results
 
 
 def write_report(output: Path) -> str:
     """Writes report.md and the pictures into `output`, from output/cells/*.json; returns the report's text."""
-    results = [json.loads(path.read_text()) for path in sorted((output / "cells").glob("*.json"))]
+    results = read_results(output)
     facts, books = ([result for result in results if result["part"] == part] for part in ("facts", "books"))
     text = "\n\n".join([*([_facts(facts, output)] if facts else []), *([_books(books, output)] if books else [])])
     (output / "report.md").write_text(text + "\n", encoding="utf-8")
@@ -32,25 +30,24 @@ def _facts(results: Sequence[Result], output: Path) -> str:
     """Accuracy by length, a line for each cell and set of questions."""
     segments = sorted({cell["segments"] for result in results for cell in result["accuracy_by_length"]})
     head = ["trained", "seed", "tokens", "questions", *(f"{count} segments" for count in segments)]
-    lines = ["## Facts", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    rows = []
     for result in results:
         for questions in dict.fromkeys(cell["questions"] for cell in result["accuracy_by_length"]):
             by_length = {c["segments"]: c for c in result["accuracy_by_length"] if c["questions"] == questions}
             cells = [f"{by_length[count]['accuracy']:.0%}" if count in by_length else "" for count in segments]
-            row = [result["trained"], str(result["seed"]), f"{result['tokens']:,}", questions, *cells]
-            lines.append("| " + " | ".join(row) + " |")
+            rows.append([result["trained"], str(result["seed"]), f"{result['tokens']:,}", questions, *cells])
     figure = Figure((6, 4))
     axis = figure.subplots()
     for result in results:
         axis.plot(
             np.linspace(0, 1, len(result["training_accuracy"])),
-            result["training_accuracy"],
+            np.array(result["training_accuracy"], float),
             label=f"{result['trained']}, seed {result['seed']}",
         )
     axis.set(xlabel="share of the last leg", ylabel="accuracy of the answers trained on", ylim=(0, 1.02))
     axis.legend(fontsize=7)
     figure.savefig(output / "facts.png", dpi=120, bbox_inches="tight")
-    return "\n".join(lines)
+    return "\n".join(["## Facts", "", *table(head, rows)])
 
 
 # --- Books ---------------------------------------------------------------------------------------------------------
@@ -61,7 +58,7 @@ class Difference(NamedTuple):
 
     Attributes:
       nats: of all tokens together; negative: the first model is better.
-      half: half of the 95% interval, by Student's t over documents weighted by their tokens.
+      half: half of the 95% interval, by Student's t over documents weighted by their tokens: 0 where all differ alike.
       documents: that reach so far.
     """
 
@@ -83,9 +80,10 @@ def paired_difference(one: Result, other: Result, first_segment: int) -> Differe
                 (sum(a["nats_by_segment"][first_segment:]) - sum(b["nats_by_segment"][first_segment:]), tokens)
             )
     nats_N, tokens_N = (np.array(column, float) for column in zip(*pairs, strict=True))
-    weighted_N = nats_N / tokens_N.mean()  # whose mean is the difference of all tokens together
+    nats = float(nats_N.sum() / tokens_N.sum())
+    weighted_N = (nats_N - nats * tokens_N) / tokens_N.mean()  # how far each document moves the difference
     _, half = mean_and_interval(weighted_N.tolist())
-    return Difference(float(nats_N.sum() / tokens_N.sum()), half, len(pairs))
+    return Difference(nats, half, len(pairs))
 
 
 def mean_loss(result: Result, first_segment: int) -> float:
@@ -97,8 +95,8 @@ def mean_loss(result: Result, first_segment: int) -> float:
 
 def _books(results: Sequence[Result], output: Path) -> str:
     """Losses, and the difference of each cell to LoRA alone with the same seed, beyond two segments."""
-    lines = ["## Books", "", "| trained | seed | tokens | nats a token | beyond 2T | difference to LoRA beyond 2T |"]
-    lines.append("|---|---|---|---|---|---|")
+    head = ["trained", "seed", "tokens", "nats a token", "beyond 2T", "difference to LoRA beyond 2T"]
+    rows = []
     lora = {result["seed"]: result for result in results if result["trained"] == "LoRA"}
     for result in results:
         beside = lora.get(result["seed"])
@@ -107,8 +105,7 @@ def _books(results: Sequence[Result], output: Path) -> str:
             difference = paired_difference(result, beside, 2)
             text = f"{difference.nats:+.4f} ± {difference.half:.4f} ({difference.documents} chapters)"
         row = [result["trained"], str(result["seed"]), f"{result['tokens']:,}"]
-        row += [f"{mean_loss(result, 0):.4f}", f"{mean_loss(result, 2):.4f}", text]
-        lines.append("| " + " | ".join(row) + " |")
+        rows.append([*row, f"{mean_loss(result, 0):.4f}", f"{mean_loss(result, 2):.4f}", text])
     figure = Figure((6, 4))
     axis = figure.subplots()
     for result in results:
@@ -118,7 +115,7 @@ def _books(results: Sequence[Result], output: Path) -> str:
     axis.set(xscale="log", xlabel="tokens from the chapter's start", ylabel="nats a token")
     axis.legend(fontsize=8)
     figure.savefig(output / "books.png", dpi=120, bbox_inches="tight")
-    return "\n".join(lines)
+    return "\n".join(["## Books", "", *table(head, rows)])
 
 
 def _by_distance(result: Result, groups: int) -> list[float]:

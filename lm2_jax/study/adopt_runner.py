@@ -9,18 +9,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lm2_jax.common.errors import TrainingFailed
-from lm2_jax.common.files import write_atomically
+from lm2_jax.common.errors import TrainingFailed, UserError
 from lm2_jax.common.records import read_records
-from lm2_jax.config import dump_config, replace
+from lm2_jax.config import dump_config, parse_config, replace
 from lm2_jax.convert import directory
 from lm2_jax.study.adopt import CHAPTERS, Cell
+from lm2_jax.study.results import curve, write_result
 
 
 def run_cell(cell: Cell, start: Path, held_out: list[str], output: Path) -> dict[str, Any]:
     """The cell's result; what is there already is not done again, and a leg that was stopped is resumed.
 
-    held_out: books that no cell trains on, for the part `books`.
+    held_out: books that no cell trains on, for the part `books`. Raises UserError if another study left the result.
     """
     file = output / "cells" / f"{cell.name}.json"
     if not file.exists():
@@ -36,7 +36,10 @@ def run_cell(cell: Cell, start: Path, held_out: list[str], output: Path) -> dict
         measured = _loss(weights, held_out) if cell.part == "books" else _answers(weights)
         labels = {"part": cell.part, "trained": cell.trained, "seed": cell.seed, "tokens": tokens}
         write_result(file, labels | measured | {"legs": [leg.model_dump(mode="json") for leg in cell.legs]})
-    return json.loads(file.read_text())
+    result = json.loads(file.read_text())
+    if [parse_config(json.dumps(leg)) for leg in result["legs"]] != list(cell.legs):
+        raise UserError(f"{file} is of another config; give another --output, or remove it")
+    return result
 
 
 def run_base(start: Path, like: Cell, held_out: list[str], output: Path) -> dict[str, Any]:
@@ -54,21 +57,12 @@ def run_base(start: Path, like: Cell, held_out: list[str], output: Path) -> dict
     return json.loads(file.read_text())
 
 
-def write_result(file: Path, result: dict[str, Any]) -> None:
-    """Writes a cell's JSON, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps(result, indent=1) + "\n")
-
-
 def _answers(run_dir: Path) -> dict[str, Any]:
-    """Accuracy by length, which training ends with, and the accuracy of the answers trained on, as some 60 means."""
-    records = [record["accuracy"] for record in read_records(run_dir / "metrics.jsonl") if "accuracy" in record]
-    every = max(1, len(records) // 60)
-    chunks = [[x for x in records[i : i + every] if x is not None] for i in range(0, len(records), every)]
+    """Accuracy by length, which training ends with, and the curve of the accuracy of the answers trained on."""
     summary = json.loads((run_dir / "summary.json").read_text())
     return {
         "accuracy_by_length": summary["accuracy_by_length"],
-        "training_accuracy": [round(sum(chunk) / len(chunk), 4) for chunk in chunks if chunk],
+        "training_accuracy": curve(read_records(run_dir / "metrics.jsonl"), "accuracy"),
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,15 +19,15 @@ from lm2_jax.study.results import (
     means_of_seeds,
     of_generator,
     of_model,
+    read_results,
     sets_of,
 )
 
 
 def write_report(output: Path) -> str:
     """Writes report.md and the pictures into `output`, from output/cells/*.json; returns the report's text."""
-    results = [json.loads(path.read_text()) for path in sorted((output / "cells").glob("*.json"))]
     by_phase: dict[str, list[Result]] = {}
-    for result in results:
+    for result in read_results(output):
         by_phase.setdefault(result["labels"]["phase"], []).append(result)
     parts = []
     if compared := by_phase.get("comparison"):
@@ -74,7 +73,7 @@ def _comparison(compared: Sequence[Result], picture: Path) -> str:
         lines += [
             f"**{name}**: exact match, mean and 95% interval over seeds",
             "",
-            *_table(["model", *header], rows),
+            *table(["model", *header], rows),
             "",
         ]
     first = min(result["labels"]["seed"] for result in results)
@@ -112,7 +111,7 @@ def _gains(title: str, results: Sequence[Result], sets: Sequence[str]) -> list[s
     return [
         f"**{title}**",
         "",
-        *_table(["questions", "lm2", *(f"lm2 / {other}" for other in others)], rows),
+        *table(["questions", "lm2", *(f"lm2 / {other}" for other in others)], rows),
         "",
         f"Points between them, seed by seed, over all of the generator: {', '.join(ahead)}.",
         "",
@@ -156,7 +155,7 @@ def _by_setting(results: Sequence[Result], selected: Mapping[str, str]) -> list[
             name = setting + " (selected)" * (setting == selected.get(model))
             rows.append([model, name, *means, _percent(of_seeds).replace("%", ""), each])
     lengths = [f"{multiple:g}x" for multiple in multiples]
-    return _table(["model", "setting", *sets, *lengths, "mean", "seeds"], rows)
+    return table(["model", "setting", *sets, *lengths, "mean", "seeds"], rows)
 
 
 def _longer(longer: Sequence[Result]) -> str:
@@ -176,8 +175,9 @@ def _tried(results: Sequence[Result]) -> str:
         names = [str(result["labels"][key]) for key in ("model", "setting", "seed")]
         sizes = [f"{result[key]:,}" for key in ("parameters", "memory_size", "tokens")]
         rows.append([*names, *sizes, *(f"{mean_to_8x(cells, [s]):.1%}" for s in sets)])
-    table = _table(["model", "recipe", "seed", "parameters", "memory", "tokens", *sets], rows)
-    return "\n".join(["## Recipes of before: mean over 1, 2, 4 and 8 times the trained length", "", *table, ""])
+    title = "## Recipes of before: mean over 1, 2, 4 and 8 times the trained length"
+    header = ["model", "recipe", "seed", "parameters", "memory", "tokens", *sets]
+    return "\n".join([title, "", *table(header, rows), ""])
 
 
 def _pilots(results: Sequence[Result], picture: Path) -> str:
@@ -194,9 +194,8 @@ def _pilots(results: Sequence[Result], picture: Path) -> str:
         steps = f"at {learnt:.1f} M" if learnt else f"not in {tokens[-1]:.1f} M"
         rows.append([name, str(model["d_ff"]), str(data["batch_size"]), f"{accuracy[-1]:.0%}", steps])
     plot_pilots(drawn, picture)
-    table = _table(["model", "d_ff", "lanes", "at the end", "90% right"], rows)
     title = "## What it takes to learn one segment (qa1 to qa3; answers right in training, means of 25 steps)"
-    return "\n".join([title, "", *table, ""])
+    return "\n".join([title, "", *table(["model", "d_ff", "lanes", "at the end", "90% right"], rows), ""])
 
 
 def _second_stage(results: Sequence[Result]) -> str:
@@ -208,9 +207,9 @@ def _second_stage(results: Sequence[Result]) -> str:
         start = curves["step"][indices[0]] - 25
         steps = [f"{curves['accuracy'][i]:.0%} at {curves['step'][i] - start}" for i in (*indices[5::6], indices[-1])]
         rows.append([labels["weights"], labels["model"], str(labels["seed"]), ", ".join(dict.fromkeys(steps))])
-    table = _table(["weights at first", "change", "seed of the data", "answers right in training, at step"], rows)
     title = "## What it takes to use the memory (lm2, two segments of 32 tokens; means of 25 steps)"
-    return "\n".join([title, "", *table, ""])
+    header = ["weights at first", "change", "seed of the data", "answers right in training, at step"]
+    return "\n".join([title, "", *table(header, rows), ""])
 
 
 # --- Ablations -----------------------------------------------------------------------------------------------------
@@ -230,7 +229,7 @@ def _ablations(title: str, results: Sequence[Result], picture: Path) -> str:
         rows.append([variant, str(len(own)), f"{own[0]['parameters']:,}", steps, *found])
     plot_gates(results, picture)
     header = ["lm2", "seeds", "parameters", "step at 95%", *(f"{multiple:g}x" for multiple in multiples)]
-    return "\n".join([title, "", *_table(header, rows), ""])
+    return "\n".join([title, "", *table(header, rows), ""])
 
 
 def _step_learnt(result: Result) -> int | None:
@@ -255,7 +254,7 @@ def _sizes(results: Sequence[Result], models: Sequence[str]) -> list[str]:
         seconds = statistics.fmean(result["seconds"] for result in own)
         sizes = [f"{own[0][key]:,}" for key in ("parameters", "memory_size", "tokens")]
         rows.append([model, *sizes, own[0]["labels"]["setting"], str(len(own)), f"{seconds / 60:.0f} min"])
-    return _table(["model", "parameters", "memory", "tokens", "setting", "seeds", "time"], rows)
+    return table(["model", "parameters", "memory", "tokens", "setting", "seeds", "time"], rows)
 
 
 def _ratio(value: float, other: float) -> str:
@@ -270,6 +269,7 @@ def _percent(values: Sequence[float] | None) -> str:
     return f"{mean:.1%} ± {half:.1%}"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return ["| " + " | ".join(line) + " |" for line in lines]

@@ -1,17 +1,42 @@
-"""Results of a study's cells: their accuracies by set of questions and length, and what is computed from them."""
+"""Results of a study's cells: as files, by set of questions and length, and what is computed from them."""
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from lm2_jax.common.files import write_atomically
+from lm2_jax.common.records import Record
 
 Result = Mapping[str, Any]
 
-# Two-sided 95% quantiles of Student's t by degrees of freedom, for means over few seeds
+# Two-sided 95% quantiles of Student's t by degrees of freedom; those in between take the quantile of fewer
 _T95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+_T95 |= {10: 2.228, 12: 2.179, 15: 2.131, 20: 2.086, 30: 2.042, 60: 2.000, 120: 1.980}
 BABI = " (bAbI's file)"
+
+
+def read_results(output: Path) -> list[Result]:
+    """The results of all cells that a study has kept in output/cells."""
+    return [json.loads(path.read_text()) for path in sorted((output / "cells").glob("*.json"))]
+
+
+def write_result(file: Path, result: Result) -> None:
+    """Writes a cell's JSON, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, json.dumps(result, indent=1) + "\n")
+
+
+def curve(records: Sequence[Record], name: str) -> list[float | None]:
+    """A run's values of this name as some 60 means, in the order of steps; None where there is no value."""
+    every = max(1, len(records) // 60)
+    chunks = [records[start : start + every] for start in range(0, len(records), every)]
+    values = [[record[name] for record in chunk if record.get(name) is not None] for chunk in chunks]
+    return [round(statistics.fmean(chunk), 4) if chunk else None for chunk in values]
 
 
 def best_setting(results: Sequence[Result]) -> str:
@@ -29,8 +54,8 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
     mean = statistics.fmean(values)
     if len(values) < 2:
         return mean, math.nan
-    freedom = len(values) - 1
-    return mean, _T95.get(freedom, 1.96) * statistics.stdev(values) / math.sqrt(len(values))
+    quantile = _T95[max(freedom for freedom in _T95 if freedom < len(values))]
+    return mean, quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def _accuracy(result: Result) -> float:

@@ -14,12 +14,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lm2_jax.common.errors import TrainingFailed, UserError
-from lm2_jax.common.files import write_atomically
 from lm2_jax.common.progress import clock
 from lm2_jax.common.records import read_records
 from lm2_jax.config import dump_config, parse_config, replace
 from lm2_jax.study.cells import Cell, Files, with_files
-from lm2_jax.study.results import Result
+from lm2_jax.study.results import Result, curve, write_result
 
 
 class CellRunner:
@@ -88,8 +87,7 @@ class CellRunner:
         if code:
             raise TrainingFailed(f"cell {cell.name} ended with {code}; see {run_dir / 'log.txt'}")
         result = read_result(cell, run_dir, time.monotonic() - began)
-        self._file(cell).parent.mkdir(exist_ok=True)
-        write_atomically(self._file(cell), json.dumps(result, indent=1) + "\n")
+        write_result(self._file(cell), result)
         print(f"{cell.name}: {describe(result)}", flush=True)
         return True
 
@@ -101,14 +99,7 @@ def read_result(cell: Cell, run_dir: Path, seconds: float) -> Result:
     summary = json.loads((run_dir / "summary.json").read_text())
     records = read_records(run_dir / "metrics.jsonl")
     validated = [r["validation_accuracy"] for r in records if r.get("validation_accuracy") is not None]
-    every = max(1, len(records) // 60)
     names = ["step", "stage", "accuracy", *sorted(name for name in records[-1] if name.startswith("gate_"))]
-    curves = {}
-    for name in names:
-        chunks = [records[start : start + every] for start in range(0, len(records), every)]
-        values = [[r[name] for r in chunk if r.get(name) is not None] for chunk in chunks]
-        mean = [sum(v) / len(v) if v else None for v in values]
-        curves[name] = [None if v is None else round(v, 4) for v in mean]
     return {
         "labels": dict(cell.labels),
         "parameters": summary["parameters"],
@@ -118,7 +109,7 @@ def read_result(cell: Cell, run_dir: Path, seconds: float) -> Result:
         "validation_accuracy": validated[-1] if validated else None,
         "accuracy_by_length": summary["accuracy_by_length"],
         "trained_segments": cell.unit // cell.config.trained_segment_length,
-        "curves": curves,
+        "curves": {name: curve(records, name) for name in names},
         "config": cell.config.model_dump(mode="json"),
     }
 

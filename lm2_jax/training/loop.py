@@ -118,7 +118,7 @@ def initial_state(
     if path is None:
         return state, Progress(), "starting from new weights"
     params, memory = load_weights(path, model, state.all_params), load_memory(path)
-    state = state.with_params(params, shardings)
+    state = state.with_params(params)
     if memory is not None and memory.shape == state.memory.shape:  # official: continues with the memory of the file
         memory = jax.device_put(memory, shardings.memory)
     else:

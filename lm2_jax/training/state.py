@@ -74,16 +74,15 @@ class TrainState:
         """The tree under "params": trained and frozen parameters (or their shardings)."""
         return join_params(self.params, self.frozen)
 
-    def with_params(self, all_params: Any, shardings: TrainState) -> TrainState:
+    def with_params(self, all_params: Any) -> TrainState:
         """The state with other parameters, trained and frozen ones in the types and places that they have here."""
         trained, frozen = split_params(all_params, flatten_dict(self.params, sep="/").keys())
 
-        def place(new: jax.Array, old: jax.Array, sharding: NamedSharding) -> jax.Array:
-            return jax.device_put(new.astype(old.dtype), sharding)
+        def place(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jax.device_put(new.astype(old.dtype), old.sharding)
 
         return self.replace(
-            params=jax.tree.map(place, trained, self.params, shardings.params),
-            frozen=jax.tree.map(place, frozen, self.frozen, shardings.frozen),
+            params=jax.tree.map(place, trained, self.params), frozen=jax.tree.map(place, frozen, self.frozen)
         )
 
 
