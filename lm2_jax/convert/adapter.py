@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,7 +79,7 @@ def write(checkpoint: Checkpoint, directory: Path, dtype: str, track: Track) -> 
         lora = config.model.lora
         about |= {"lora_rank": lora.rank, "lora_alpha": lora.alpha} if lora else {}
         write_json(lm2_settings(checkpoint, dtype) | {"adapter": about}, directory / _OURS)
-        write_tensors(directory, _STEM, (item for items in (tensors, start_bank(checkpoint)) for item in items))
+        write_tensors(directory, _STEM, itertools.chain(tensors, start_bank(checkpoint)))
         copy_code(directory)
     else:
         _refuse_tied(config, own)

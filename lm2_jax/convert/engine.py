@@ -150,8 +150,8 @@ def read_as_ours(
 ) -> dict[str, Tensor]:
     """Our parameters, float32, each read from the foreign tensors it is made of.
 
-    bank: the start memory beside the parameters, which is checked with them. Raises
-    UserError with everything that does not fit.
+    bank: the start memory beside the parameters, which is checked with them. Raises UserError with everything that
+    does not fit.
     """
     sources: dict[str, list[Entry]] = {}
     for entry in (wanted := entries(table, shapes, config)):
