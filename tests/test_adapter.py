@@ -2,12 +2,21 @@
 
 import json
 import shutil
-import sys
 
 import jax
 import numpy as np
 import pytest
-from convert_helpers import V, convert, random_own, random_tokens, torch_logits, with_keys
+from convert_helpers import (
+    V,
+    convert,
+    own_directory,
+    random_own,
+    random_tokens,
+    torch,
+    torch_logits,
+    transformers,
+    with_keys,
+)
 from export_helpers import works
 from flax.traverse_util import flatten_dict, unflatten_dict
 from helpers import quick_training, tiny_config
@@ -16,15 +25,14 @@ from safetensors.numpy import load_file, save_file
 import lm2_jax
 from lm2_jax.common.errors import UserError
 from lm2_jax.config import load_config, replace
-from lm2_jax.convert import directory, engine
+from lm2_jax.convert import engine
 from lm2_jax.loading import load_weights
 from lm2_jax.model import build_model, lora
 from lm2_jax.model.trained import trained_names
 from lm2_jax.segments import run_segments
 from lm2_jax.training.loop import train
 
-torch = pytest.importorskip("torch", reason="torch is not installed (requirements-dev.txt)")
-transformers = pytest.importorskip("transformers", reason="transformers is not installed (requirements-dev.txt)")
+pytestmark = pytest.mark.usefixtures("modules_of_transformers")
 
 EVERYWHERE = {"rank": 2, "alpha": 6, "targets": ["attention", "mlp", "embedding"]}
 LM2 = {"kind": "lm2", "first_layer": 1, "num_layers": 1, "width": 8}
@@ -58,24 +66,6 @@ PURE = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def modules_of_transformers(tmp_path_factory):
-    """Remote code is copied to a directory of this run, and quietly."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        folder = str(tmp_path_factory.mktemp("modules"))
-        monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", folder)
-        monkeypatch.setattr(sys, "path", list(sys.path))
-        transformers.utils.logging.disable_progress_bar()
-        yield
-
-
-def written(path, config, params):
-    with directory.new_directory(path) as partial:
-        checkpoint = engine.Checkpoint(config, engine.from_arrays(params, path))
-        directory.write(checkpoint, partial, lambda items, title: items)
-    return path
-
-
 def adapted(path, tied, changes):
     """Directories `base`, `trained` on it, `merged` of that; `hf` of the base and `hf_merged`; and the `adapter`."""
     memory_less = ("memory.kind=none", f"model.tie_embeddings={str(tied).lower()}")
@@ -87,7 +77,7 @@ def adapted(path, tied, changes):
     for name in trained_names(model, config.optim.train):
         params[name] = params[name] + 0.1 * rng.normal(size=params[name].shape).astype(np.float32)
     params = unflatten_dict(params, sep="/")
-    trained = written(path / "trained", config, params)
+    trained = own_directory(path / "trained", config, params)
     merged = convert("lm2_jax", "lm2_jax", trained, path / "merged")
     for ours, theirs in ((base, "hf"), (merged, "hf_merged")):
         convert("lm2_jax", "huggingface", ours, path / theirs)
