@@ -81,7 +81,7 @@ def convert(
 
     base: of an adapter, the Llama it goes onto.
     """
-    from lm2_jax.convert import adapter, directory, huggingface, official  # imported late so that --help stays fast
+    from lm2_jax.convert import adapter, directory, engine, huggingface, official  # late so that --help stays fast
 
     _check(source, target, path, base, overrides)
     path = path if source == "lm2_jax" else local_input(path, "--input")
@@ -90,8 +90,8 @@ def convert(
         if source == "adapter":
             checkpoint = adapter.read(path, _read(adapter.format_of(base), base, Path(files), []), base, _track)
         else:
-            checkpoint = _read(source, path, Path(files), overrides, merge=target != "adapter")
-
+            checkpoint = _read(source, path, Path(files), overrides)
+        checkpoint = checkpoint if target == "adapter" else engine.merged(checkpoint)
         count = f"{sum(tensor.size for tensor in checkpoint.params.values()):,}"
         if target == "official":
             official.write(checkpoint, partial, dtype, _track)
@@ -116,7 +116,7 @@ def _check(source: str, target: str, path: AnyPath, base: AnyPath | None, overri
         raise UserError(f"--set: {source} has its settings; they cannot be changed by converting it")
 
 
-def _read(source: str, path: AnyPath, files: Path, overrides: list[str], merge: bool = True) -> Checkpoint:
+def _read(source: str, path: AnyPath, files: Path, overrides: list[str]) -> Checkpoint:
     from lm2_jax.convert import gguf, huggingface, official
 
     if source == "official":
@@ -127,7 +127,7 @@ def _read(source: str, path: AnyPath, files: Path, overrides: list[str], merge: 
         return gguf.read(path, files, overrides, _track)
     from lm2_jax.loading import read_checkpoint
 
-    return read_checkpoint(path, merge, _track)
+    return read_checkpoint(path, _track)
 
 
 def _track(items: Iterable, title: str) -> Iterable:

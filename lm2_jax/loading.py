@@ -23,7 +23,7 @@ from lm2_jax.config import Config, load_config
 from lm2_jax.convert import directory as converted
 from lm2_jax.convert.engine import Checkpoint, Track, from_arrays, table_key
 from lm2_jax.convert.tables import CAN_BE_ADDED, STARTS_AT_ZERO
-from lm2_jax.model import build_model, lora
+from lm2_jax.model import build_model
 from lm2_jax.model.decoder import STACKS, Decoder
 from lm2_jax.model.lora import is_addition
 from lm2_jax.model.trained import join_params, split_params, trained_names
@@ -86,16 +86,14 @@ def _read_params(path: AnyPath, config: Config, model: Decoder) -> Any:
     return join_params(params, jax.tree.map(lambda x: x.astype("float32"), frozen))
 
 
-def read_checkpoint(path: AnyPath, merge: bool, track: Track) -> Checkpoint:
+def read_checkpoint(path: AnyPath, track: Track) -> Checkpoint:
     """A model to convert: a converted directory, tensor by tensor; or a run directory or a checkpoint, whole.
 
-    merge: with its low-rank additions in its weights. Raises UserError if it cannot be read.
+    Raises UserError if it cannot be read.
     """
     if converted.is_converted(path):
         return converted.read(local_tree(path), track)
     config, _, params = load_run(path)
-    if merge:
-        config, params = lora.without(config), lora.merge(params, config.model)
     origin = origin_of_model(config.tokenizer, path)
     return Checkpoint(config, from_arrays(params, path), origin=origin, trained=read_progress(path))
 

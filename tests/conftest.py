@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -47,6 +48,19 @@ def whole(tmp_path_factory):
 def run_dir(whole, tmp_path):
     """A copy of it: complete, with checkpoints 8 and 12."""
     return shutil.copytree(whole, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def modules_of_transformers(tmp_path_factory):
+    """Code that comes with a model is copied to a directory of this run, and quietly."""
+    import transformers
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        folder = str(tmp_path_factory.mktemp("modules"))
+        monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", folder)
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        transformers.utils.logging.disable_progress_bar()
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -25,6 +25,14 @@ def convert(source, target, path, output, *overrides, dtype="float32"):
     return Path(output)
 
 
+def own_directory(path, config, params):
+    """A converted directory of these parameters."""
+    checkpoint = engine.Checkpoint(config, engine.from_arrays(params, path))
+    with directory.new_directory(path) as partial:
+        directory.write(checkpoint, partial, lambda items, title: items)
+    return path
+
+
 def random_own(path, *overrides, noise=0.3, seed=0):
     """A converted directory of a model away from its initialisation."""
     base = ("model.d_model=32", "model.d_ff=48", "model.num_layers=2", "model.num_kv_heads=2", "memory.num_slots=5")
@@ -35,10 +43,7 @@ def random_own(path, *overrides, noise=0.3, seed=0):
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
     params = tree.unflatten([x + noise * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
-    checkpoint = engine.Checkpoint(config, engine.from_arrays(params, path))
-    with directory.new_directory(path) as partial:
-        directory.write(checkpoint, partial, lambda items, title: items)
-    return path
+    return own_directory(path, config, params)
 
 
 def assert_same_tensors(found, expected):
@@ -89,6 +94,15 @@ def torch_logits(model, tokens, **kwargs):
 
 def random_tokens(shape, seed=0):
     return np.random.default_rng(seed).integers(0, V, shape).astype(np.int32)
+
+
+def left_padded(prompts):
+    """Prompts of unequal length as ids and mask [B,C]."""
+    longest = max(map(len, prompts))
+    return (
+        torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts]),
+        torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]),
+    )
 
 
 def with_keys(**changes):

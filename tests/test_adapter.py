@@ -2,12 +2,22 @@
 
 import json
 import shutil
-import sys
 
 import jax
 import numpy as np
 import pytest
-from convert_helpers import V, convert, random_own, random_tokens, torch_logits, with_keys
+from convert_helpers import (
+    V,
+    convert,
+    own_directory,
+    random_own,
+    random_tokens,
+    torch,
+    torch_logits,
+    transformers,
+    with_keys,
+)
+from export_helpers import works
 from flax.traverse_util import flatten_dict, unflatten_dict
 from helpers import quick_training, tiny_config
 from safetensors.numpy import load_file, save_file
@@ -15,14 +25,14 @@ from safetensors.numpy import load_file, save_file
 import lm2_jax
 from lm2_jax.common.errors import UserError
 from lm2_jax.config import load_config, replace
-from lm2_jax.convert import directory, engine
+from lm2_jax.convert import engine
 from lm2_jax.loading import load_weights
 from lm2_jax.model import build_model, lora
 from lm2_jax.model.trained import trained_names
+from lm2_jax.segments import run_segments
 from lm2_jax.training.loop import train
 
-torch = pytest.importorskip("torch", reason="torch is not installed (requirements-dev.txt)")
-transformers = pytest.importorskip("transformers", reason="transformers is not installed (requirements-dev.txt)")
+pytestmark = pytest.mark.usefixtures("modules_of_transformers")
 
 EVERYWHERE = {"rank": 2, "alpha": 6, "targets": ["attention", "mlp", "embedding"]}
 LM2 = {"kind": "lm2", "first_layer": 1, "num_layers": 1, "width": 8}
@@ -56,24 +66,6 @@ PURE = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def modules_of_transformers(tmp_path_factory):
-    """Remote code is copied to a directory of this run, and quietly."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        folder = str(tmp_path_factory.mktemp("modules"))
-        monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", folder)
-        monkeypatch.setattr(sys, "path", list(sys.path))
-        transformers.utils.logging.disable_progress_bar()
-        yield
-
-
-def written(path, config, params):
-    with directory.new_directory(path) as partial:
-        checkpoint = engine.Checkpoint(config, engine.from_arrays(params, path))
-        directory.write(checkpoint, partial, lambda items, title: items)
-    return path
-
-
 def adapted(path, tied, changes):
     """Directories `base`, `trained` on it, `merged` of that; `hf` of the base and `hf_merged`; and the `adapter`."""
     memory_less = ("memory.kind=none", f"model.tie_embeddings={str(tied).lower()}")
@@ -85,8 +77,8 @@ def adapted(path, tied, changes):
     for name in trained_names(model, config.optim.train):
         params[name] = params[name] + 0.1 * rng.normal(size=params[name].shape).astype(np.float32)
     params = unflatten_dict(params, sep="/")
-    trained = written(path / "trained", config, params)
-    merged = written(path / "merged", lora.without(config), lora.merge(params, config.model))
+    trained = own_directory(path / "trained", config, params)
+    merged = convert("lm2_jax", "lm2_jax", trained, path / "merged")
     for ours, theirs in ((base, "hf"), (merged, "hf_merged")):
         convert("lm2_jax", "huggingface", ours, path / theirs)
     convert("lm2_jax", "adapter", trained, path / "adapter")
@@ -154,6 +146,20 @@ def test_in_pytorch(case):
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
 
 
+def test_the_whole_of_a_converted_directory(case, tmp_path):
+    """Its additions are merged, as those of a run are."""
+    whole = convert("lm2_jax", "lm2_jax", case / "trained", tmp_path / "whole")
+    assert load_config(whole / "config.yaml").model.lora is None
+    tokens = random_tokens((2, 1, 16))
+    expected, found = (
+        run_segments(model, params, tokens, model.init_memory(2, params))[0]
+        for model, params in map(lm2_jax.load, (case / "trained", whole))
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    theirs = auto(convert("lm2_jax", "huggingface", case / "trained", tmp_path / "theirs"))
+    np.testing.assert_allclose(torch_logits(theirs, tokens[:, 0]), expected[:, 0], atol=1e-4)
+
+
 @pytest.mark.parametrize("base", ["hf", "base"])
 def test_here(case, base, tmp_path):
     whole = onto(case, "lm2_jax", tmp_path / "whole", base)
@@ -184,6 +190,14 @@ def test_what_peft_saves_is_read(pure, tmp_path):
     theirs = auto(convert_onto(tmp_path / "saved", pure / "hf", "huggingface", tmp_path / "whole"))
     tokens = random_tokens((2, 12))
     np.testing.assert_allclose(torch_logits(theirs, tokens), torch_logits(model, tokens), atol=1e-4)
+
+
+def test_a_base_with_additions_of_its_own(pure, tmp_path):
+    found, expected = (
+        load_file(works(onto, pure, "lm2_jax", tmp_path / base, base) / "params.safetensors")
+        for base in ("trained", "merged")
+    )
+    assert_close_tensors(found, expected)
 
 
 def test_a_run_names_its_base_and_its_training(tmp_path):

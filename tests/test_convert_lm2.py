@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import jax
@@ -10,7 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from convert_helpers import V, convert, random_llama, random_own, random_tokens, torch_logits
+from convert_helpers import (
+    V,
+    assert_same_tensors,
+    convert,
+    left_padded,
+    random_llama,
+    random_own,
+    random_tokens,
+    torch,
+    torch_logits,
+    transformers,
+)
 from helpers import quick_training
 from safetensors.numpy import load_file, save_file
 
@@ -25,9 +35,7 @@ from lm2_jax.segments import run_segments
 from lm2_jax.tokenizer import load_tokenizer
 from lm2_jax.training.loop import train
 
-torch = pytest.importorskip("torch", reason="torch is not installed (requirements-dev.txt)")
-transformers = pytest.importorskip("transformers", reason="transformers is not installed (requirements-dev.txt)")
-
+pytestmark = pytest.mark.usefixtures("modules_of_transformers")
 BOOKS = Path(__file__).parents[2] / "shared" / "data" / "books"
 T = 128
 MODELS = {
@@ -45,18 +53,6 @@ MODELS = {
     "rmt with convolution": ("memory.kind=rmt", "model.conv_width=4"),
     "none with convolution": ("memory.kind=none", "model.conv_width=8"),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def modules_of_transformers(tmp_path_factory):
-    """Remote code is copied to a directory of this run, and quietly."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(
-            transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules"))
-        )
-        monkeypatch.setattr(sys, "path", list(sys.path))
-        transformers.utils.logging.disable_progress_bar()
-        yield
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -91,16 +87,14 @@ def test_generate_is_ours(pair):
     _, model, params, theirs = pair
     prompts = [random_tokens(length, seed).tolist() for seed, length in enumerate((3 * T + 5, 37))]
     expected = generate(model, params, prompts, max_new_tokens=200)
-    longest = max(map(len, prompts))
-    batch = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    batch, mask = left_padded(prompts)
     settings = {"max_new_tokens": 200, "do_sample": False, "pad_token_id": 0}
     found = theirs.generate(batch, attention_mask=mask, **settings)
-    assert found[:, longest:].tolist() == expected
+    assert found[:, batch.shape[1] :].tolist() == expected
     alone = theirs.generate(torch.tensor([prompts[1]]), attention_mask=mask[1:, -len(prompts[1]) :], **settings)
     assert alone[0, len(prompts[1]) :].tolist() == expected[1]
     slow = theirs.generate(batch, attention_mask=mask, use_cache=False, **settings)
-    assert slow[:, longest:].tolist() == expected
+    assert slow[:, batch.shape[1] :].tolist() == expected
 
 
 def test_beams_and_sampling(pair):
@@ -148,10 +142,7 @@ def test_there_and_back(pair, tmp_path):
     ours, _, _, theirs = pair
     theirs.save_pretrained(tmp_path / "saved")
     convert("huggingface", "lm2_jax", tmp_path / "saved", tmp_path / "back")
-    expected, found = (load_file(path / "params.safetensors") for path in (ours, tmp_path / "back"))
-    assert expected.keys() == found.keys()
-    for name, array in expected.items():
-        np.testing.assert_array_equal(found[name], array, name)
+    assert_same_tensors(*(load_file(path / "params.safetensors") for path in (tmp_path / "back", ours)))
     before, after = (load_run(path).config for path in (ours, tmp_path / "back"))
     assert before.memory.kind == after.memory.kind
     assert before.model.model_copy(update={"head_dim": 8}) == after.model
@@ -178,9 +169,7 @@ def test_former_names_are_read(pair, tmp_path):
     renamed = {former.get(name, name): x for name, x in tensors.items()}
     save_file(renamed, tmp_path / "former" / "model.safetensors")
     convert("huggingface", "lm2_jax", tmp_path / "former", tmp_path / "back")
-    expected, found = (load_file(path / "params.safetensors") for path in (ours, tmp_path / "back"))
-    assert expected.keys() == found.keys()
-    assert all(np.array_equal(found[name], x) for name, x in expected.items())
+    assert_same_tensors(*(load_file(path / "params.safetensors") for path in (tmp_path / "back", ours)))
 
 
 def test_official_in_transformers(tmp_path):

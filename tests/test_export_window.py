@@ -6,7 +6,17 @@ import jax
 import numpy as np
 import optax
 import pytest
-from convert_helpers import V, convert, random_own, random_tokens, torch, torch_logits, with_keys
+from convert_helpers import (
+    V,
+    assert_same_tensors,
+    convert,
+    left_padded,
+    random_own,
+    random_tokens,
+    torch,
+    torch_logits,
+    with_keys,
+)
 from export_helpers import exported, greedy, random_ids, works
 from safetensors.numpy import load_file
 
@@ -83,10 +93,8 @@ def test_generate_is_ours(pair):
     _, model, params, theirs = pair
     prompts = [random_tokens(length, seed).tolist() for seed, length in enumerate((3 * T + 5, 7))]
     expected = generate(model, params, prompts, max_new_tokens=100)
-    longest = max(map(len, prompts))
-    batch = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    assert greedy(theirs, batch, mask, max_new_tokens=100)[:, longest:].tolist() == expected
+    batch, mask = left_padded(prompts)
+    assert greedy(theirs, batch, mask, max_new_tokens=100)[:, batch.shape[1] :].tolist() == expected
     assert greedy(theirs, torch.tensor(prompts[1:]), max_new_tokens=100)[0, 7:].tolist() == expected[1]
 
 
@@ -95,9 +103,7 @@ def test_there_and_back(pair, tmp_path):
     ours, _, _, theirs = pair
     theirs.save_pretrained(tmp_path / "saved")
     convert("huggingface", "lm2_jax", tmp_path / "saved", tmp_path / "back")
-    expected, found = (load_file(path / "params.safetensors") for path in (ours, tmp_path / "back"))
-    assert expected.keys() == found.keys()
-    assert all(np.array_equal(found[name], x) for name, x in expected.items())
+    assert_same_tensors(*(load_file(path / "params.safetensors") for path in (tmp_path / "back", ours)))
     before, after = (load_config(path / "config.yaml") for path in (ours, tmp_path / "back"))
     assert after.model.window
     for key in ("window", "sinks", "max_distance", "conv_width"):

@@ -7,10 +7,10 @@ import os
 import shutil
 from pathlib import Path
 
-import convert_checkpoint
 import jax
 import numpy as np
 import pytest
+from convert_helpers import convert, torch, transformers
 from safetensors.numpy import load_file, save_file
 from window_reference import visible
 
@@ -19,9 +19,6 @@ from lm2_jax.config import dump_config, load_config
 from lm2_jax.decoding.sampling import generate
 from lm2_jax.model import build_model
 from lm2_jax.segments import run_segments
-
-torch = pytest.importorskip("torch", reason="torch is not installed (requirements-dev.txt)")
-transformers = pytest.importorskip("transformers", reason="transformers is not installed (requirements-dev.txt)")
 
 LLAMA = os.environ.get("LM2_REAL_LLAMA")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not LLAMA, reason="LM2_REAL_LLAMA names no directory")]
@@ -37,8 +34,7 @@ def warm(tmp_path_factory):
     """The Llama as kind lm2 with a window and a sink, before any training."""
     path = tmp_path_factory.mktemp("warm") / "warm"
     settings = [f"data.segment_length={T}", f"model.window={T}", "model.sinks=1", "memory.kind=lm2", "memory.width=192"]
-    convert_checkpoint.convert("huggingface", "lm2_jax", Path(LLAMA), path, "float32", settings)
-    return path
+    return convert("huggingface", "lm2_jax", LLAMA, path, *settings)
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +153,7 @@ def test_exported(warm, tokens, max_distance, tmp_path):
     if max_distance:
         config = load_config(changed / "config.yaml", [f"model.max_distance={max_distance}"])
         (changed / "config.yaml").write_text(dump_config(config))
-    convert_checkpoint.convert("lm2_jax", "huggingface", changed, tmp_path / "theirs", "float32", [])
+    convert("lm2_jax", "huggingface", changed, tmp_path / "theirs")
     model, params = lm2_jax.load(changed)
     exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", trust_remote_code=True).eval()
 

@@ -1,6 +1,7 @@
 """What is trained: groups and patterns, low-rank additions, and parameters that are frozen and held once."""
 
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,10 @@ from helpers import newest_checkpoint, quick_training, random_checkpoint, read_a
 import lm2_jax
 from lm2_jax.common.errors import UserError
 from lm2_jax.config import parse_config, replace
+from lm2_jax.convert import engine
 from lm2_jax.loading import load_weights
 from lm2_jax.model import build_model
-from lm2_jax.model.lora import is_addition, merge
+from lm2_jax.model.lora import is_addition
 from lm2_jax.model.trained import trained_names
 from lm2_jax.parallel.mesh import make_mesh, use_mesh
 from lm2_jax.segments import run_segments
@@ -91,14 +93,15 @@ def test_an_addition_changes_nothing_at_first_and_counts_once(tie):
     np.testing.assert_array_equal(logits_of(model, fresh, tokens), logits_of(plain, base, tokens))
 
     params = random_params(model)
-    merged = merge(params, config.model)
-    assert flatten_dict(merged).keys() == flatten_dict(base).keys()
-    for name, leaf in flatten_dict(merged, sep="/").items():  # every target is really changed
+    tensors = engine.merged(engine.Checkpoint(config, engine.from_arrays(params, Path()))).params
+    leaves = {name: tensor.read() for name, tensor in tensors.items()}
+    assert leaves.keys() == flatten_dict(base, sep="/").keys()
+    for name, leaf in leaves.items():  # every target is really changed
         weight = flatten_dict(params, sep="/")[name]
         is_target = name.rpartition("/")[2] in config.model.lora.weights and "/memory/" not in name
         assert np.array_equal(leaf, weight) != is_target, name
     found = logits_of(model, params, tokens)
-    np.testing.assert_allclose(found, logits_of(plain, merged, tokens), atol=2e-5)
+    np.testing.assert_allclose(found, logits_of(plain, unflatten_dict(leaves, sep="/"), tokens), atol=2e-5)
     assert np.abs(found - logits_of(plain, base, tokens)).max() > 0.1
 
 

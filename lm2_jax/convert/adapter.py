@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from lm2_jax.convert.engine import (
     as_theirs,
     check_names,
     entries,
+    merged,
     table_key,
     their_tensors,
 )
@@ -37,7 +39,7 @@ from lm2_jax.convert.model_card import hub_name, write_adapter_card
 from lm2_jax.convert.peft_config import PREFIX, from_peft, to_peft
 from lm2_jax.convert.tensors import Tensor, open_tensors, write_tensors
 from lm2_jax.model import build_model
-from lm2_jax.model.lora import A, B, LowRank, is_addition, weight_of, without
+from lm2_jax.model.lora import A, B, is_addition, weight_of
 from lm2_jax.model.trained import trained_names
 
 _STEM = "adapter_model"
@@ -77,7 +79,7 @@ def write(checkpoint: Checkpoint, directory: Path, dtype: str, track: Track) -> 
         lora = config.model.lora
         about |= {"lora_rank": lora.rank, "lora_alpha": lora.alpha} if lora else {}
         write_json(lm2_settings(checkpoint, dtype) | {"adapter": about}, directory / _OURS)
-        write_tensors(directory, _STEM, (item for items in (tensors, start_bank(checkpoint)) for item in items))
+        write_tensors(directory, _STEM, itertools.chain(tensors, start_bank(checkpoint)))
         copy_code(directory)
     else:
         _refuse_tied(config, own)
@@ -133,7 +135,11 @@ class Adapter(NamedTuple):
 
 
 def read(path: Path, base: Checkpoint, base_path: Path, track: Track) -> Checkpoint:
-    """The whole model of an adapter and its base. Raises UserError with everything that does not fit."""
+    """The whole model of an adapter and its base, its low-rank additions beside its weights.
+
+    Raises UserError with everything that does not fit.
+    """
+    base = merged(base)
     llama = tables.llama(base.config.model.tie_embeddings)
     if strange := sorted(name for name in base.params if table_key(name) not in llama.rules):
         raise UserError(f"--base: {base_path} is no Llama alone; found {', '.join(strange)}")
@@ -150,7 +156,7 @@ def read(path: Path, base: Checkpoint, base_path: Path, track: Track) -> Checkpo
             f"--base: {base_path} has other weights than the model that {path} was trained on; expected those of "
             f"{short_repr(found.base)}"
         )
-    return Checkpoint(without(config), _merged(params, config), memory, base.origin)
+    return Checkpoint(config, params, memory, base.origin)
 
 
 def _open_ours(path: Path, base: Config) -> Adapter:
@@ -169,7 +175,7 @@ def _open_ours(path: Path, base: Config) -> Adapter:
 
 def _open_peft(path: Path, base: Config) -> Adapter:
     theirs, problems = read_json(path / _PEFT), []
-    config = _with_additions(without(base), from_peft(theirs, problems), path / _PEFT, problems)
+    config = _with_additions(base, from_peft(theirs, problems), path / _PEFT, problems)
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in open_tensors(path, _STEM).items()}
     return Adapter(config, tensors, theirs.get("base_model_name_or_path"))
 
@@ -188,18 +194,6 @@ def _shapes(found: Adapter) -> dict[str, Any]:
     there = {entry.path for entry in entries(table, shapes, found.config) if entry.name in found.tensors}
     added = {weight_of(path) for path in there if is_addition(path)}
     return {path: shape for path, shape in shapes.items() if not is_addition(path) or weight_of(path) in added}
-
-
-def _merged(params: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """Every addition added to its weight when that is read."""
-
-    def whole(path: str, weight: Tensor) -> Tensor:
-        if path + A not in params:
-            return weight
-        parts, scale = (weight, params[path + A], params[path + B]), config.model.lora.alpha / config.model.lora.rank
-        return weight._replace(read=lambda *row: LowRank(*(part.read(*row) for part in parts), scale).merged())
-
-    return {path: whole(path, tensor) for path, tensor in params.items() if not is_addition(path)}
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -23,6 +23,7 @@ from lm2_jax.convert.tables import Rule, Table
 from lm2_jax.convert.tensors import Tensor
 from lm2_jax.model import build_model
 from lm2_jax.model.decoder import STACKS
+from lm2_jax.model.lora import A, B, LowRank, is_addition, without
 from lm2_jax.tokenizer import Origin
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -149,8 +150,8 @@ def read_as_ours(
 ) -> dict[str, Tensor]:
     """Our parameters, float32, each read from the foreign tensors it is made of.
 
-    bank: the start memory beside the parameters, which is checked with them. Raises
-    UserError with everything that does not fit.
+    bank: the start memory beside the parameters, which is checked with them. Raises UserError with everything that
+    does not fit.
     """
     sources: dict[str, list[Entry]] = {}
     for entry in (wanted := entries(table, shapes, config)):
@@ -200,6 +201,23 @@ def their_tensors(table: Table, checkpoint: Checkpoint) -> dict[str, Tensor]:
 def _read_as_theirs(checkpoint: Checkpoint, entry: Entry) -> np.ndarray:
     array = checkpoint.params[entry.path].read(entry.row)
     return array.T if entry.transposed else array
+
+
+def merged(checkpoint: Checkpoint) -> Checkpoint:
+    """The same model without low-rank additions: each is added to its weight when that is read."""
+    params, lora = checkpoint.params, checkpoint.config.model.lora
+    if lora is None:
+        return checkpoint
+
+    def whole(path: str, weight: Tensor) -> Tensor:
+        if path + A not in params:
+            return weight
+        parts = weight, params[path + A], params[path + B]
+        scale = lora.alpha / lora.rank
+        return weight._replace(read=lambda *row: LowRank(*(part.read(*row) for part in parts), scale).merged())
+
+    weights = {path: whole(path, tensor) for path, tensor in params.items() if not is_addition(path)}
+    return dataclasses.replace(checkpoint, config=without(checkpoint.config), params=weights)
 
 
 def carried(checkpoint: Checkpoint, keys: Iterable[str]) -> dict[str, Any]:

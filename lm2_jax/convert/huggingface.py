@@ -7,6 +7,7 @@ is a Llama with a window (model.window).
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -121,7 +122,7 @@ def write(checkpoint: Checkpoint, directory: Path, dtype: str, track: Track) -> 
         settings, table = lm2_settings(checkpoint, dtype), lm2(config.model.tie_embeddings)
         copy_code(directory)
     tensors = as_theirs(table, checkpoint, dtype, track)
-    write_tensors(directory, "model", (item for part in (tensors, start_bank(checkpoint)) for item in part))
+    write_tensors(directory, "model", itertools.chain(tensors, start_bank(checkpoint)))
     write_json(settings, directory / "config.json")
     write_generation(ids, checkpoint.origin, directory)
     write_tokenizer(config, checkpoint.origin, directory)

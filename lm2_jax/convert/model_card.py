@@ -38,9 +38,9 @@ def write_adapter_card(checkpoint: Checkpoint, directory: Path, base: str | None
     facts += _window(checkpoint) + _training(checkpoint)
     title = "# LM2 adapter" if with_code else "# LoRA adapter"
     what = "The trained part of a model, exported from lm2_jax. It goes onto the base, whose weights are not in here."
-    needs = "transformers>=5.4`, and trust in the modelling code in this directory" if with_code else "peft`"
+    needs = "`transformers>=5.4`, and trust in the modelling code in this directory" if with_code else "`peft`"
     loading = _ADAPTER if with_code else _PEFT_ADAPTER
-    body = [title, "", what, "", *(f"- {fact}" for fact in facts), "", f"Needs `{needs}:", "", *loading]
+    body = [title, "", what, "", *(f"- {fact}" for fact in facts), "", f"Needs {needs}:", "", *loading]
     _write(checkpoint.origin, directory, "transformers" if with_code else "peft", body)
 
 
@@ -94,9 +94,9 @@ def _body(checkpoint: Checkpoint, model_type: str) -> list[str]:
     facts += [f"memory: {memory.kind}{slots}", *_window(checkpoint), *_training(checkpoint)]
     if with_code:
         what = f"A Llama that reads text in segments{', linked by a memory' if has_memory else ''}"
-        needs = "transformers>=5.4`, and `trust_remote_code=True` for the modelling code in this directory"
+        needs = "`transformers>=5.4`, and `trust_remote_code=True` for the modelling code in this directory"
     else:
-        what, needs = f"A plain {model_type.capitalize()}", "transformers>=4.43`"
+        what, needs = f"A plain {model_type.capitalize()}", "`transformers>=4.43`"
     return [
         "# LM2" if with_code else f"# {model_type.capitalize()}",
         "",
@@ -104,7 +104,7 @@ def _body(checkpoint: Checkpoint, model_type: str) -> list[str]:
         "",
         *(f"- {fact}" for fact in facts),
         "",
-        f"Needs `{needs}:",
+        f"Needs {needs}:",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM",

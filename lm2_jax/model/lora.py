@@ -6,14 +6,12 @@ addition changes nothing until it is trained.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
-from flax.traverse_util import flatten_dict, unflatten_dict
 
-from lm2_jax.config import Config, LoraConfig, ModelConfig, replace
+from lm2_jax.config import Config, LoraConfig, replace
 
 A, B = "_lora_a", "_lora_b"  # ends of the names
 
@@ -66,20 +64,7 @@ def weight_of(path: str) -> str:
 
 
 def without(config: Config) -> Config:
-    """The config of the model that `merge` makes."""
+    """The config of the same model once its additions are in its weights."""
     if config.model.lora is None:
         return config
     return replace(config, model={"lora": None}, optim={"train": ["all"]})
-
-
-def merge(params: Mapping[str, Any], config: ModelConfig) -> Any:
-    """The tree under "params" with every addition added to its weight, as a model without `model.lora` has it."""
-    if config.lora is None:
-        return params
-    leaves, scale = flatten_dict(params, sep="/"), config.lora.alpha / config.lora.rank
-    weights = {path: leaf for path, leaf in leaves.items() if not is_addition(path)}
-    merged = {
-        path: LowRank(leaf, leaves[path + A], leaves[path + B], scale).merged() if path + A in leaves else leaf
-        for path, leaf in weights.items()
-    }
-    return unflatten_dict(merged, sep="/")

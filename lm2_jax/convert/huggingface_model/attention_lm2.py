@@ -23,13 +23,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from .configuration_lm2 import LM2Config
+from .layers_lm2 import linear
 from .rows_lm2 import Layout, replace_rows, rows_where
-
-
-def linear(inputs: int, outputs: int) -> nn.Linear:
-    """A matrix without bias."""
-    return nn.Linear(inputs, outputs, bias=False)
-
 
 # ---------- RoPE -----------------------------------------------------------------------------------------------------
 
