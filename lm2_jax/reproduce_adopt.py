@@ -7,12 +7,13 @@ that is interrupted goes on where it was. Tables and pictures are drawn from tho
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import functools
 import time
-from pathlib import Path
 
 from lm2_jax.common.command_line import parser_for
 from lm2_jax.common.errors import UserError, run_command
+from lm2_jax.common.storage import to_local_path
 
 
 def main() -> None:
@@ -23,12 +24,17 @@ def main() -> None:
         "--part books --start adopt/smollm2 --texts 'train/*.txt' --held-out novel.txt --output runs/adopt",
         "--part facts --start adopt/smollm2 --texts 'train/*.txt' --output runs/adopt --hours 2",
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="cells, tables and pictures go here")
+    parser.add_argument(
+        "--output", type=to_local_path, required=True, metavar="DIR", help="cells, tables and pictures go here"
+    )
     parser.add_argument("--part", choices=("facts", "books"), default="books")
-    parser.add_argument("--start", type=Path, metavar="DIR", help="SmolLM2-135M-Instruct, converted to lm2_jax")
-    parser.add_argument("--texts", nargs="+", default=[], metavar="FILE", help="novels; facts stand among them")
-    parser.add_argument("--held-out", nargs="+", default=[], metavar="FILE", help="books: novels to measure on")
-    parser.add_argument("--questions", nargs="*", default=[], metavar="FILE", help="facts: bAbI files to ask, too")
+    parser.add_argument(
+        "--start", type=to_local_path, metavar="DIR", help="SmolLM2-135M-Instruct, converted to lm2_jax"
+    )
+    files = {"type": to_local_path, "default": [], "metavar": "FILE"}
+    parser.add_argument("--texts", nargs="+", help="novels; facts stand among them", **files)
+    parser.add_argument("--held-out", nargs="+", help="books: novels to measure on", **files)
+    parser.add_argument("--questions", nargs="*", help="facts: bAbI files to ask, too", **files)
     parser.add_argument("--seeds", type=int, default=2, metavar="N", help="of every cell")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="cells to train, such as '*-0'")
     parser.add_argument("--hours", type=float, default=1e9, metavar="H", help="begin no cell after so many hours")
@@ -43,8 +49,6 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Trains and measures the cells that are missing. Raises UserError where a file that they need is not given."""
-    import fnmatch
-
     from lm2_jax.study.adopt import cells
     from lm2_jax.study.adopt_runner import run_base, run_cell
 
@@ -54,13 +58,14 @@ def run(arguments: argparse.Namespace) -> None:
     missing = [option for option, value in needed.items() if not value]
     if missing:
         raise UserError(f"{', '.join(missing)} missing; the cells of part {arguments.part} read them")
+    if arguments.seeds < 1:
+        raise UserError(f"--seeds: found {arguments.seeds}; expected 1 or more")
     start, output = arguments.start.resolve(), arguments.output.resolve()
     texts, held_out, questions = (
-        [str(Path(path).resolve()) for path in paths]
-        for paths in (arguments.texts, arguments.held_out, arguments.questions)
+        [str(path.resolve()) for path in paths] for paths in (arguments.texts, arguments.held_out, arguments.questions)
     )
-    planned, until = cells(arguments.part, start, texts, questions, arguments.seeds), time.monotonic()
-    until += 3600 * arguments.hours
+    planned = cells(arguments.part, start, texts, questions, arguments.seeds)
+    until = time.monotonic() + 3600 * arguments.hours
     if arguments.part == "books":
         run_base(start, planned[0], held_out, output)
     for cell in planned:

@@ -2,11 +2,14 @@
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
 from helpers import assert_drawn, random_checkpoint, text_overrides, tiny_config
 
+from lm2_jax import reproduce_adopt, reproduce_babilong
+from lm2_jax.common.errors import UserError
 from lm2_jax.config import replace
 from lm2_jax.model import build_model
 from lm2_jax.model.trained import trained_names
@@ -39,6 +42,29 @@ def test_differences_are_paired_by_document():
 def replace_document(result):
     documents = [{**document, "tokens": document["tokens"] + 1} for document in result["documents"]]
     return {**result, "documents": documents}
+
+
+def run_command(module, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    module.main()
+
+
+@pytest.mark.parametrize("module", [reproduce_adopt, reproduce_babilong])
+def test_nothing_to_report(module, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="cells holds no result yet"):
+        run_command(module, monkeypatch, "--report", "--output", tmp_path / "missing")
+
+
+def test_a_study_has_a_seed(tmp_path, monkeypatch):
+    given = ("--start", tmp_path, "--texts", "a.txt", "--held-out", "b.txt", "--output", tmp_path)
+    with pytest.raises(UserError, match="--seeds: found 0; expected 1 or more"):
+        run_command(reproduce_adopt, monkeypatch, "--seeds", 0, *given)
+
+
+@pytest.mark.parametrize("option", ["--output", "--start", "--texts", "--held-out", "--questions"])
+def test_paths_are_of_this_machine(option, monkeypatch):
+    with pytest.raises(UserError, match="give a path of this machine here"):
+        run_command(reproduce_adopt, monkeypatch, "--report", "--output", "x", option, "gs://bucket/x")
 
 
 def test_cells_train_what_they_say(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,14 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure  # without pyplot, no display is needed
 
-from lm2_jax.study.results import mean_and_interval
+from lm2_jax.study.results import mean_and_interval, read_results
 
 Result = dict[str, Any]
 
 
 def write_report(output: Path) -> str:
     """Writes report.md and the pictures into `output`, from output/cells/*.json; returns the report's text."""
-    results = [json.loads(path.read_text()) for path in sorted((output / "cells").glob("*.json"))]
+    results = read_results(output)
     facts, books = ([result for result in results if result["part"] == part] for part in ("facts", "books"))
     text = "\n\n".join([*([_facts(facts, output)] if facts else []), *([_books(books, output)] if books else [])])
     (output / "report.md").write_text(text + "\n", encoding="utf-8")

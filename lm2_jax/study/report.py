@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,13 +19,14 @@ from lm2_jax.study.results import (
     means_of_seeds,
     of_generator,
     of_model,
+    read_results,
     sets_of,
 )
 
 
 def write_report(output: Path) -> str:
     """Writes report.md and the pictures into `output`, from output/cells/*.json; returns the report's text."""
-    results = [json.loads(path.read_text()) for path in sorted((output / "cells").glob("*.json"))]
+    results = read_results(output)
     by_phase: dict[str, list[Result]] = {}
     for result in results:
         by_phase.setdefault(result["labels"]["phase"], []).append(result)
@@ -48,7 +48,7 @@ def write_report(output: Path) -> str:
     if first := by_phase.get("first round"):
         title = "## How the parts were chosen: an earlier lm2, with parts and switches that it has lost"
         parts.append(_ablations(title, first, output / "first_round.png"))
-    text = "\n".join(parts) or "no cells yet\n"
+    text = "\n".join(parts)
     (output / "report.md").write_text(text, encoding="utf-8")
     return text
 

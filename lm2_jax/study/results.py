@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from lm2_jax.common.errors import UserError
 
 Result = Mapping[str, Any]
 
 # Two-sided 95% quantiles of Student's t by degrees of freedom, for means over few seeds
 _T95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 BABI = " (bAbI's file)"
+
+
+def read_results(output: Path) -> list[dict[str, Any]]:
+    """The results in output/cells, in the order of their names. Raises UserError if there are none."""
+    results = [json.loads(path.read_text()) for path in sorted((output / "cells").glob("*.json"))]
+    if not results:
+        raise UserError(f"--output: {output / 'cells'} holds no result yet; there is nothing to report")
+    return results
 
 
 def best_setting(results: Sequence[Result]) -> str:
