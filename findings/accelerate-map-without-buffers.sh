@@ -3,7 +3,7 @@
 #
 # A sub-module that does not fit a device is split: its own parameters and its sub-modules get a device each. Its own
 # buffers get none, and dispatch_model, given the map as it came, says that one is missing. One would expect a buffer to
-# be placed as a parameter is, as the buffers of the model itself are, or at least a map that dispatch_model takes.
+# be placed as a parameter is, or at least a map that dispatch_model takes.
 #
 # Seen:
 #   parameter: {'0.own': 'cpu', '0.first': 'cpu', '0.second': 'disk', '0.third': 'disk'}

@@ -8,6 +8,7 @@
 #
 # Seen:
 #   {'': 'disk'}: FileNotFoundError of index.json
+#   {'': 'cpu'}: runs
 #   {'0': 'disk', '1': 'disk'}: runs
 set -euo pipefail
 directory=$(mktemp -d)
@@ -26,9 +27,9 @@ def layers():
     return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
 
 
-found = {}
+found = []
 inferred = dict(infer_auto_device_map(layers(), {"cpu": 10, "disk": 1000}))
-for places in (inferred, {"0": "disk", "1": "disk"}):
+for places in (inferred, {"": "cpu"}, {"0": "disk", "1": "disk"}):
     model = layers()
     x = torch.ones(1, 4)
     expected = model(x)
@@ -39,7 +40,7 @@ for places in (inferred, {"0": "disk", "1": "disk"}):
     except FileNotFoundError as error:
         outcome = f"FileNotFoundError of {pathlib.Path(error.filename).name}"
     print(f"{places}: {outcome}")
-    found[next(iter(places))] = outcome
+    found.append(outcome)
 assert inferred == {"": "disk"}
-assert found == {"": "FileNotFoundError of index.json", "0": "runs"}
+assert found == ["FileNotFoundError of index.json", "runs", "runs"]
 END

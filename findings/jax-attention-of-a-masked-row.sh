@@ -3,9 +3,9 @@
 # those of forbidden keys included.
 #
 # Masked scores are set to a large negative number, the same for all, so the softmax of such a row is uniform. A
-# padding query thus reads every token of its row, and so do gradients. One would expect zeros, or NaN as from a
-# softmax over minus infinity (PyTorch's scaled_dot_product_attention): either shows the mistake, or cannot carry
-# numbers across a mask.
+# padding query thus reads every token of its row, and so do gradients. One would expect zeros, as PyTorch's
+# scaled_dot_product_attention gives, or NaN, as a softmax over minus infinity does: neither carries numbers across
+# a mask.
 #
 # Seen:
 #   values 0, 1, 5; queries allowed no key, key 0, key 0: [2. 0. 0.]

@@ -3,7 +3,7 @@
 #
 # Version 5 writes both as `rope_parameters` alone. Version 4 keeps that as an attribute that nothing reads, and takes
 # rope_theta 10,000 and no rope_scaling: the model loads and computes something else. One would expect version 5 to
-# write the older names as well, which it still reads, or version 4 to warn of a file from a later version.
+# write the older names as well, or version 4 to warn of a file from a later version.
 #
 # Seen:
 #   5.24.0 saves ['rope_parameters']; frequencies [0.576, 0.0047, 0.000177, 6.65e-06]

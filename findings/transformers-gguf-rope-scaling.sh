@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # transformers 5.24.0: a Llama read from a GGUF file loses its RoPE scaling, without a word.
 #
-# llama.cpp writes the scaling of Llama 3.1 as a tensor, rope_freqs.weight, that divides the frequencies, and linear or
-# YaRN scaling as settings, llama.rope.scaling.*. Both are dropped: the model has the default frequencies and computes
+# llama.cpp writes the scaling of Llama 3.1 as a tensor, rope_freqs.weight, that divides the frequencies, and linear
+# scaling as settings, llama.rope.scaling.*. Both are dropped: the model has the default frequencies and computes
 # something else. One would expect the scaling, or to be told that a tensor and settings of the file were not read.
 # The loading report names neither; no warning does.
 #

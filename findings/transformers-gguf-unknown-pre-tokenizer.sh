@@ -3,8 +3,7 @@
 #
 # The setting names how a text is cut into words before merges apply. `smollm`, which the files of SmolLM carry, cuts
 # digits off one by one first. It is not in the table of transformers, which then takes the cuts of GPT-2: other ids
-# before numbers, not always, so that one hardly notices. One would expect the cuts of that name or an error, as for an
-# unknown tokenizer.ggml.model. No warning names the setting.
+# before some numbers, so that one hardly notices. One would expect the cuts of that name, or an error. Nothing is said.
 #
 # Seen:
 #   original: ['Ċ', 'ĠĠ', '1', '6', '6', '8']

@@ -21,11 +21,8 @@ def main() -> None:
     arguments = parser.parse_args()
     check_jax_stack()
 
-    from lm2_jax.inspection.two_hops import (  # imported late so that --help stays fast
-        make_questions,
-        predict_answers,
-        table,
-    )
+    # imported late so that --help stays fast
+    from lm2_jax.inspection.two_hops import make_questions, predict_answers, table
     from lm2_jax.loading import load_run
     from lm2_jax.tokenizer import load_tokenizer
 

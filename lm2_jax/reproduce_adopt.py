@@ -58,6 +58,8 @@ def run(arguments: argparse.Namespace) -> None:
     missing = [option for option, value in needed.items() if not value]
     if missing:
         raise UserError(f"{', '.join(missing)} missing; the cells of part {arguments.part} read them")
+    if arguments.seeds < 1:
+        raise UserError(f"--seeds: found {arguments.seeds}; expected 1 or more")
     start, output = arguments.start.resolve(), arguments.output.resolve()
     texts, held_out, questions = (
         [str(path.resolve()) for path in paths] for paths in (arguments.texts, arguments.held_out, arguments.questions)

@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
 from helpers import assert_drawn, random_checkpoint, text_overrides, tiny_config
 
-from lm2_jax import reproduce_adopt
+from lm2_jax import reproduce_adopt, reproduce_babilong
 from lm2_jax.common.errors import UserError
 from lm2_jax.config import replace
 from lm2_jax.model import build_model
@@ -52,6 +53,29 @@ def replace_document(result):
     return {**result, "documents": documents}
 
 
+def run_command(module, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    module.main()
+
+
+@pytest.mark.parametrize("module", [reproduce_adopt, reproduce_babilong])
+def test_nothing_to_report(module, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="cells holds no result yet"):
+        run_command(module, monkeypatch, "--report", "--output", tmp_path / "missing")
+
+
+def test_a_study_has_a_seed(tmp_path, monkeypatch):
+    given = ("--start", tmp_path, "--texts", "a.txt", "--held-out", "b.txt", "--output", tmp_path)
+    with pytest.raises(UserError, match="--seeds: found 0; expected 1 or more"):
+        run_command(reproduce_adopt, monkeypatch, "--seeds", 0, *given)
+
+
+@pytest.mark.parametrize("option", ["--output", "--start", "--texts", "--held-out", "--questions"])
+def test_paths_are_of_this_machine(option, monkeypatch):
+    with pytest.raises(UserError, match="give a path of this machine here"):
+        run_command(reproduce_adopt, monkeypatch, "--report", "--output", "x", option, "gs://bucket/x")
+
+
 def test_cells_train_what_they_say(tmp_path):
     """On the real model's shapes: names exist, nothing below the first bank is trained, and seeds differ."""
     for part, count in (("books", 2 * 2), ("facts", 2 * len(TRAINED))):
@@ -91,13 +115,6 @@ def test_a_cell_is_trained_in_legs_once(tmp_path):
     longer = dataclasses.replace(cell, legs=(replace(leg, train={"steps": 4}), cell.legs[1]))
     with pytest.raises(UserError, match=r"memory-0\.json is of another config; give another --output"):
         run_cell(longer, start, [], tmp_path)
-
-
-@pytest.mark.parametrize("option", ["--output", "--start", "--texts", "--held-out", "--questions"])
-def test_a_path_of_a_store_is_refused(option, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["reproduce_adopt", "--output=runs/adopt", "--report", option, "gs://bucket/x"])
-    with pytest.raises(UserError, match="gs://bucket/x"):
-        reproduce_adopt.main()
 
 
 @pytest.mark.slow

@@ -1,14 +1,18 @@
-"""An installed lm2_jax: what its wheel holds, and configs by name."""
+"""An installed lm2_jax: what its wheel holds and asks for, and configs by name."""
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 from shutil import copytree, ignore_patterns
 
 import pytest
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 from lm2_jax.common.errors import UserError
 from lm2_jax.config import load_config
@@ -78,3 +82,31 @@ def test_a_file_goes_before_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lm2_125m").write_text("train: {seed: 77}")
     assert load_config("lm2_125m").train.seed == 77
+
+
+# --- What it asks for ------------------------------------------------------------------------------------------------
+
+STATING = ["pyproject.toml", "requirements.txt", "requirements-dev.txt", "README.md", "tools/lm2_colab.ipynb"]
+STATING += [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))]
+VERSIONS = re.compile(r"""(?:^|['"])([\w-]+)(?:\[\w+\])?([<>=]=?\d[\d.,<>=]*)""", re.MULTILINE)
+
+
+def test_a_package_has_one_range():
+    """Wherever it is named, quoted or at the start of a line; a version that is pinned lies within."""
+    ranges, pins = {}, []
+    for path in STATING:
+        for name, text in VERSIONS.findall((ROOT / path).read_text(encoding="utf-8")):
+            package, versions = canonicalize_name(name), SpecifierSet(text)
+            if text.startswith("=="):
+                pins.append((package, text.removeprefix("==")))
+            else:
+                ranges.setdefault(package, {}).setdefault(versions, []).append(path)
+    assert len(ranges) > 40 and len(pins) == 3
+    assert not {package: found for package, found in ranges.items() if len(found) > 1}
+    assert all(version in versions for package, version in pins for versions in ranges.get(package, ()))
+
+
+def test_readme_names_every_extra():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = set(re.findall(r"`(\w+)`", (ROOT / "README.md").read_text(encoding="utf-8")))
+    assert not set(project["optional-dependencies"]) - named

@@ -68,7 +68,16 @@ def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path, capsys):
     (tmp_path / "run" / "tensorboard" / "plugins").write_text("in the way")
     with quick_training():
         assert train(short_config(tmp_path / "run", PROFILE))["step"] == 12
-    assert "warning: train.profile: the trace could not be written" in capsys.readouterr().out
+        assert "warning: train.profile: the trace could not be written" in capsys.readouterr().out
+        train(short_config(tmp_path / "next", PROFILE))  # of the same process
+    assert list(sessions(tmp_path / "next")) == ["steps_3_to_4"]
+
+
+def test_a_trace_that_is_going_on_is_left_alone(tmp_path, capsys):
+    with quick_training(), jax.profiler.trace(str(tmp_path / "trace")):
+        assert train(short_config(tmp_path / "run", PROFILE))["step"] == 12
+    assert "warning: train.profile: nothing is traced (Profile has already been started" in capsys.readouterr().out
+    assert list((tmp_path / "trace").rglob("*.xplane.pb")) and not sessions(tmp_path / "run")
 
 
 def test_a_trace_behind_the_end_is_refused():

@@ -62,6 +62,14 @@ def upload_tree(source: Path, target: StorePath, last: Sequence[str] = ()) -> No
         (target / path.relative_to(source).as_posix()).upload(path)
 
 
+def copy_tree(source: Path, target: AnyPath) -> None:
+    """Copies what is in a local directory into another one or into a store, beside what is there."""
+    if isinstance(target, Path):
+        shutil.copytree(source, target, dirs_exist_ok=True)
+    else:
+        upload_tree(source, target)
+
+
 @contextlib.contextmanager
 def writing(path: AnyPath) -> Iterator[Path]:
     """A local file to write; once written, it is at `path`, which in a store has it whole or not at all."""

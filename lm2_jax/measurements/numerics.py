@@ -19,7 +19,7 @@ import numpy as np
 
 from lm2_jax.common.command_line import parser_for
 from lm2_jax.common.errors import TrainingFailed, UserError, run_command
-from lm2_jax.common.storage import to_local_path
+from lm2_jax.common.storage import has_directory, to_local_path
 from lm2_jax.config import Config, replace
 from lm2_jax.tokenizer import load_tokenizer
 
@@ -40,7 +40,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.segments < BLOCK:
         raise UserError(f"--segments: found {arguments.segments}; expected {BLOCK} or more")
-    if not arguments.output.absolute().parent.is_dir():
+    if not has_directory(arguments.output):
         raise UserError(f"--output: found {arguments.output}; its directory does not exist")
 
     from lm2_jax.loading import load_run  # imported late so that --help stays fast

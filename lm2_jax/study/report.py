@@ -47,7 +47,7 @@ def write_report(output: Path) -> str:
     if first := by_phase.get("first round"):
         title = "## How the parts were chosen: an earlier lm2, with parts and switches that it has lost"
         parts.append(_ablations(title, first, output / "first_round.png"))
-    text = "\n".join(parts) or "no cells yet\n"
+    text = "\n".join(parts)
     (output / "report.md").write_text(text, encoding="utf-8")
     return text
 

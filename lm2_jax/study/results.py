@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lm2_jax.common.errors import UserError
 from lm2_jax.common.files import write_atomically
 from lm2_jax.common.records import Record
 
@@ -21,8 +22,11 @@ BABI = " (bAbI's file)"
 
 
 def read_results(output: Path) -> list[Result]:
-    """The results of all cells that a study has kept in output/cells."""
-    return [json.loads(path.read_text()) for path in sorted((output / "cells").glob("*.json"))]
+    """The results in output/cells, in the order of their names. Raises UserError if there are none."""
+    results = [json.loads(path.read_text()) for path in sorted((output / "cells").glob("*.json"))]
+    if not results:
+        raise UserError(f"--output: {output / 'cells'} holds no result yet; there is nothing to report")
+    return results
 
 
 def write_result(file: Path, result: Result) -> None:

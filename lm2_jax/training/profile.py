@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from lm2_jax.batch import Batch
 from lm2_jax.common.storage import AnyPath
-from lm2_jax.common.trees import writing_tree
+from lm2_jax.common.trees import copy_tree
 from lm2_jax.config import Config, ProfileConfig
 from lm2_jax.parallel.processes import is_first
 from lm2_jax.training.timing import StepTimer, TrainStep
@@ -50,8 +52,7 @@ class _TracedStep:
     ) -> None:
         self._step, self._number, self._directory, self._timer, self._log = step, done, directory, timer, log
         self._first, self._last = max(profile.start, done + 1), profile.last
-        self._tracing = False
-        self._here = contextlib.ExitStack()
+        self._here: tempfile.TemporaryDirectory | None = None  # while a trace is going on
 
     def __call__(self, state: Any, batch: Batch) -> tuple[Any, Any]:
         self._number += 1
@@ -68,18 +69,24 @@ class _TracedStep:
         options = jax.profiler.ProfileOptions()
         # JAX would name a trace by the second in which it ends, and the later of two overwrites the other
         options.session_id = f"steps_{self._first}_to_{self._last}"
-        jax.profiler.start_trace(self._here.enter_context(writing_tree(self._directory)), profiler_options=options)
-        self._tracing = True
+        # JAX 0.10 gives no other trace to a process that could not write one where it said, so it is copied there
+        here = tempfile.TemporaryDirectory()
+        try:
+            jax.profiler.start_trace(here.name, profiler_options=options)
+        except RuntimeError as error:  # one that is going on already
+            self._log(f"warning: train.profile: nothing is traced ({error})")
+        else:
+            self._here = here
 
     def end(self) -> None:
         """Writes the trace, if one is going on."""
-        if not self._tracing:
+        if self._here is None:
             return
-        self._tracing = False
-        with self._timer.pause():
+        here, self._here = self._here, None
+        with self._timer.pause(), here:
             try:
                 jax.profiler.stop_trace()
-                self._here.close()
+                copy_tree(Path(here.name), self._directory)
             except (jax.errors.JaxRuntimeError, OSError) as error:  # a full disk, most likely
                 self._log(f"warning: train.profile: the trace could not be written ({str(error).splitlines()[0]})")
             else:
