@@ -93,14 +93,12 @@ def convert(
             checkpoint = _read(source, path, Path(files), overrides)
         checkpoint = checkpoint if target == "adapter" else engine.merged(checkpoint)
         count = f"{sum(tensor.size for tensor in checkpoint.params.values()):,}"
-        if target == "official":
-            official.write(checkpoint, partial, dtype, _track)
-        elif target == "huggingface":
-            huggingface.write(checkpoint, partial, dtype, _track)
-        elif target == "adapter":
+        if target == "adapter":
             count = f"{adapter.write(checkpoint, partial, dtype, _track):,} of {count}"
-        else:
+        elif target == "lm2_jax":
             directory.write(checkpoint, partial, _track)
+        else:
+            {"official": official, "huggingface": huggingface}[target].write(checkpoint, partial, dtype, _track)
     print(f"{output}: {count} parameters, memory {checkpoint.config.memory.kind}")
 
 
