@@ -87,25 +87,35 @@ def _books(base: Config, texts: list[str]) -> list[Config]:
 
 
 def _facts(base: Config, texts: list[str], questions: list[str]) -> list[Config]:
-    """Two legs on question stories: short segments, each by itself, so that most answers need memory; then longer
-    ones among sentences of books, with attention over their edges.
+    """Two legs on question stories: short segments, each by itself, so that most answers need memory, first two and
+    then four a window; then longer ones among sentences of books, with attention over their edges.
 
     The loss is that of the answers alone.
     """
     common = replace(
         base,
-        data={"source": "stories", "path": None, "document_separator": None, "segments_per_window": 4, "batch_size": 8},
+        data={
+            **{"source": "stories", "path": None, "document_separator": None, "segments_per_window": 4},
+            **{"stories": {"questions_between": [0, 1], "questions_after": [3, 4]}, "batch_size": 8},
+        },
         optim={"learning_rate": 1e-3, "schedule": "linear", "lm_loss_weight": 0.0},
-        eval={"every_steps": 0, "lengths": [4, 8, 16, 32, 64], "questions": 64, "path": questions or None},
+        eval={"every_steps": 0, "lengths": [4, 8, 16, 32, 64], "questions": 32, "path": questions or None},
         checkpoint={"every_steps": 25, "keep": 1},
     )
-    short = replace(common, model=_WINDOWLESS, data={"segment_length": 32}, train={"steps": 600}, eval={"lengths": [4]})
+    two = {"segments": 2, "segment_length": 32, "advance_accuracy": 0.95, "steps": 300}
+    short = replace(
+        common,
+        model=_WINDOWLESS,
+        data={"segment_length": 32},
+        train={"steps": 500, "curriculum": [two, {"segments": 4, "segment_length": 32}]},
+        eval={"lengths": [4]},
+    )
     window = {"window": 64, "sinks": 4, "max_distance": 8191}
     long = replace(
         common,
         model=window,
         data={"segment_length": 64, "batch_size": 4, "background": texts},
         optim={"learning_rate": 5e-4},
-        train={"steps": 400},
+        train={"steps": 150},
     )
     return [short, long]
