@@ -14,7 +14,7 @@ from helpers import short_config
 from lm2_jax.common.errors import UserError
 from lm2_jax.common.files import content_digest, expand_paths, write_atomically
 from lm2_jax.common.local_copies import local_copy, local_tree
-from lm2_jax.common.storage import StorePath, read_ranges, to_path
+from lm2_jax.common.storage import StorePath, read_ranges, to_local_path, to_path
 from lm2_jax.common.trees import move_file, move_tree, remove_tree
 from lm2_jax.training.run_dir import open_run_dir
 
@@ -49,6 +49,8 @@ def test_addresses_that_pathlib_has_shortened():
         to_path("gs://")
     with pytest.raises(UserError, match=r"s3:// needs s3fs; pip install s3fs"):
         to_path("s3://bucket/a")
+    with pytest.raises(UserError, match="give a path of this machine here"):
+        to_local_path("s3://bucket/x")
 
 
 def test_names():

@@ -60,10 +60,10 @@ def to_path(text: str | Path | StorePath, key: str = "") -> AnyPath:
 
 def to_local_path(text: str | Path) -> Path:
     """`to_path` for what works on files of this machine only. Raises UserError for paths of a store too."""
-    path = to_path(text)
-    if isinstance(path, StorePath):
-        raise UserError(f"{path}: give a path of this machine here; copy it from or to the store by yourself")
-    return path
+    found = _URL.match(os.fspath(text))
+    if found and found[1].lower() in _PACKAGES:  # installed or not
+        raise UserError(f"{text}: give a path of this machine here; copy it from or to the store by yourself")
+    return to_path(text)
 
 
 class Stat(NamedTuple):
