@@ -22,7 +22,7 @@ from lm2_jax.segments import run_segments
 from lm2_jax.tokenizer import BytesTokenizer
 
 T, V = 8, 50
-CAUSAL = ("lm2", "rmt", "none")
+CAUSAL = ("lm2", "rmt", "armt", "delta", "none")
 
 
 @functools.cache

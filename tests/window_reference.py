@@ -1,20 +1,18 @@
 """A plain reference of a model with a window, in NumPy: one document, a dense mask, every distance by itself."""
 
 import numpy as np
+from slow_llama import feed_forward, layers_of, logits, rms_norm, sigmoid, silu
 
 
 def logits_of(config, params, tokens, cuts):
     """Logits of one document [t,V]; segments end before the tokens `cuts`. Head: the embedding table."""
     c, x = config.model, np.asarray(params["embedding"], np.float64)[tokens]
-    stacks = [params[name] for name in ("bank_blocks", "blocks") if name in params]
-    layers = [_layer(stack, i) for stack in stacks for i in range(len(stack["attention_norm"]["scale"]))]
-    for p in layers:
-        normed = _norm(x, p["attention_norm"]["scale"], c.norm_eps)
+    for p in layers_of(params):
+        normed = rms_norm(x, p["attention_norm"]["scale"], c.norm_eps)
         read = _bank(config, p["memory"], normed, cuts) if "memory" in p else 0
         x = x + _attention(c, p["attention"], normed) + read
-        normed = _norm(x, p["mlp_norm"]["scale"], c.norm_eps)
-        x = x + (_silu(normed @ p["mlp"]["gate"]) * (normed @ p["mlp"]["up"])) @ p["mlp"]["down"]
-    return _norm(x, params["final_norm"]["scale"], c.norm_eps) @ np.asarray(params["embedding"], np.float64).T
+        x = x + feed_forward(p["mlp"], rms_norm(x, p["mlp_norm"]["scale"], c.norm_eps))
+    return logits(params, c, x)
 
 
 def visible(t, window, sinks):
@@ -45,21 +43,17 @@ def _bank(config, p, x, cuts):
     for chunk in np.split(x, cuts):
         if not len(chunk):
             continue
-        slots = _norm(bank, p["bank_norm"], eps)
+        slots = rms_norm(bank, p["bank_norm"], eps)
         found = _heads(chunk @ p["read_query"], slots @ p["read_key"], slots @ p["read_value"], memory.num_heads)
         found = found @ p["read_output"]
-        read.append(_sigmoid(found @ p["output_gate"] + p["output_gate_bias"]) * found)
+        read.append(sigmoid(found @ p["output_gate"] + p["output_gate_bias"]) * found)
         u = _heads(slots @ p["write_query"], chunk @ p["write_key"], chunk @ p["write_value"], memory.num_heads)
         u = u @ p["write_output"]
-        new = _norm(slots + u, p["candidate_norm"], eps)
-        new = _norm(new + _silu(new @ p["candidate_up"]) @ p["candidate_down"], p["candidate_norm_2"], eps)
-        gate = _sigmoid(u @ p["forget_gate"] + np.tanh(bank) @ p["forget_gate_bank"] + p["forget_gate_bias"])
+        new = rms_norm(slots + u, p["candidate_norm"], eps)
+        new = rms_norm(new + silu(new @ p["candidate_up"]) @ p["candidate_down"], p["candidate_norm_2"], eps)
+        gate = sigmoid(u @ p["forget_gate"] + np.tanh(bank) @ p["forget_gate_bank"] + p["forget_gate_bias"])
         bank = (1 - gate) * np.tanh(new) + gate * bank
     return np.concatenate(read)
-
-
-def _layer(stack, i):
-    return {k: _layer(v, i) if isinstance(v, dict) else np.asarray(v[i], np.float64) for k, v in stack.items()}
 
 
 def _heads(q, k, v, heads):
@@ -68,18 +62,6 @@ def _heads(q, k, v, heads):
     return np.einsum("hqk,khm->qhm", weights, v).reshape(len(q), -1)
 
 
-def _norm(x, scale, eps):
-    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps) * scale
-
-
 def _softmax(x):
     e = np.exp(x - x.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
-
-
-def _sigmoid(x):
-    return 1 / (1 + np.exp(-x))
-
-
-def _silu(x):
-    return x * _sigmoid(x)

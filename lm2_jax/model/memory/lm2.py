@@ -18,11 +18,9 @@ import jax.numpy as jnp
 
 from lm2_jax.config import MemoryConfig
 from lm2_jax.config.spec import ModelSpec
-from lm2_jax.model import layers
 from lm2_jax.model.attention import attention, attention_weights
-from lm2_jax.model.layers import Initializer, Layout, linear_init, rms_norm, vector
-from lm2_jax.model.memory.base import Memory, MemoryKind, Parameters
-from lm2_jax.parallel.fsdp import with_logical_constraint
+from lm2_jax.model.layers import Initializer, Layout, linear_init, replicated_dense, rms_norm, vector
+from lm2_jax.model.memory.base import BlockMemory, Memory, MemoryKind, Parameters
 
 Projections = tuple[jax.Array, jax.Array]  # keys and values of the read
 _EXTRA_SLOTS_SEED = 2502_06049  # of the constant rows beyond the identity
@@ -35,16 +33,6 @@ def initial_bank(num_slots: int, width: int) -> jax.Array:
         extra_NM = jax.random.normal(jax.random.key(_EXTRA_SLOTS_SEED), (num_slots - width, width), jnp.float32)
         rows_NM = jnp.concatenate([rows_NM, extra_NM / jnp.linalg.norm(extra_NM, axis=-1, keepdims=True)])
     return rows_NM
-
-
-def replicated_dense(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """`layers.dense`, with the result's last axis whole on every device.
-
-    Left to the compiler (jax 0.10.2), that axis lies along the mesh axis `tensor`, and with data, fsdp and tensor all
-    above 1 the gradients of a loop over segments come out wrong (tests/test_step.py holds them right).
-    """
-    y = layers.dense(x, weight)
-    return with_logical_constraint(y, *[None] * y.ndim)
 
 
 def split(x: jax.Array, num_heads: int) -> jax.Array:
@@ -144,7 +132,7 @@ def write(
     return g_in_BNM * jnp.tanh(c_BNM.astype(jnp.float32)) + g_f_BNM * bank_BNM, g_in_BNM, g_f_BNM
 
 
-class BankMemory(nn.Module):
+class BankMemory(BlockMemory):
     """One block's bank over a window: the recurrence (`write`, scanned over the segments), then all reads at once.
 
     In packed segments, tokens of a document that began inside the segment read the initial bank, and only the segment's
@@ -154,17 +142,15 @@ class BankMemory(nn.Module):
     writes.
     """
 
-    spec: ModelSpec
-
     @nn.compact
     def __call__(
         self, x_BSTD: jax.Array, a_BSTD: jax.Array, bank_BNM: jax.Array | Projections, layout: Layout
-    ) -> tuple[jax.Array, jax.Array | None]:
+    ) -> tuple[jax.Array, jax.Array | Projections]:
         """x' [B,S,T,D] and the bank before the window to (g_out ⊙ E_mem [B,S,T,D], the bank after the window)."""
         memory, eps = self.spec.memory, self.spec.model.norm_eps
         p = {name: self.param(name, init, shape) for name, (init, shape) in _parameters(self.spec).items()}
         if layout.cache_index_BST is not None:
-            return read(p, memory, x_BSTD[:, 0], bank_BNM)[0][:, None], None
+            return read(p, memory, x_BSTD[:, 0], bank_BNM)[0][:, None], bank_BNM
         (B, S), (N, M) = x_BSTD.shape[:2], bank_BNM.shape[-2:]
         start_BNM = jnp.broadcast_to(initial_bank(N, M), bank_BNM.shape)
 
@@ -256,7 +242,7 @@ class LM2(MemoryKind):
         bank_NM = initial_bank(self.spec.memory.num_slots, self.spec.memory_width)
         return jnp.broadcast_to(bank_NM, (self.num_bank_layers, *bank_NM.shape))
 
-    def block_memory(self) -> Callable[[], nn.Module]:
+    def block_memory(self) -> Callable[[], BlockMemory]:
         """Read and write of one bank."""
         return functools.partial(BankMemory, self.spec)
 
