@@ -23,6 +23,11 @@ def silu(x):
     return x * sigmoid(x)
 
 
+def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
 def rms_norm(x, scale, eps):
     return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps) * scale
 
@@ -36,8 +41,7 @@ def attend(p, c, x_XD, position_X):
     for t in range(len(x_XD)):
         for h in range(c.num_heads):
             scores = k_XGK[: t + 1, h // groups] @ q_XHK[t, h] / np.sqrt(K)
-            weights = np.exp(scores - scores.max())
-            out_XHK[t, h] = weights / weights.sum() @ v_XGK[: t + 1, h // groups]
+            out_XHK[t, h] = softmax(scores) @ v_XGK[: t + 1, h // groups]
     return out_XHK.reshape(len(x_XD), -1) @ p["output"]
 
 

@@ -46,7 +46,7 @@ class ModelSpec:
 
     @property
     def memory_width(self) -> int:
-        """Slot width M of the lm2 banks; width of the keys of armt and delta."""
+        """Slot width M of the banks of lm2 and ntm; width of the keys of armt and delta."""
         return self.memory.width or self.model.d_model
 
     @property
@@ -118,11 +118,15 @@ class Config(Section):
 def _bank_problems(config: Config) -> Iterator[str]:
     """Problems of the sizes of banks, and of the blocks that have one."""
     model, memory = config.model, config.memory
-    if memory.kind not in ("lm2", "armt", "delta"):
+    if memory.write != "dense" and memory.kind != "lm2":
+        yield f"memory.write {memory.write}: only kind lm2 has a router; use dense"
+    if memory.kind not in ("lm2", "armt", "delta", "ntm"):
         return
     for name, width in (("model.d_model", model.d_model), ("memory.width", memory.width)):
         if memory.kind != "armt" and width and width % memory.num_heads:
             yield f"memory.num_heads {memory.num_heads} does not divide {name} {width}"
+    if memory.kind == "lm2" and memory.write == "top_k" and memory.write_slots > memory.num_slots:
+        yield f"memory.write_slots {memory.write_slots} is above memory.num_slots {memory.num_slots}"
     first, banks = memory.first_layer, memory.num_layers or 1
     if first + banks > model.num_layers:
         found = (

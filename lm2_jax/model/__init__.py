@@ -9,6 +9,7 @@ from lm2_jax.model.memory.armt import ARMT
 from lm2_jax.model.memory.base import MemoryKind
 from lm2_jax.model.memory.delta import Delta
 from lm2_jax.model.memory.lm2 import LM2
+from lm2_jax.model.memory.ntm import NTM
 from lm2_jax.model.memory.official import Official
 from lm2_jax.model.memory.rmt import RMT
 
@@ -17,6 +18,7 @@ KINDS: dict[str, type[MemoryKind]] = {
     "rmt": RMT,
     "armt": ARMT,
     "delta": Delta,
+    "ntm": NTM,
     "none": MemoryKind,
     "official": Official,
 }
