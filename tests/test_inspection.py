@@ -29,7 +29,9 @@ memory: {{num_slots: 3, num_heads: 2}}
 data: {{batch_size: 4, segment_length: {T}, segments_per_window: {S}, stories: {{facts: [1, 4]}}}}
 """
 OFFICIAL = ("memory.kind=official", "model.d_model=24", "memory.num_slots=24")
-KINDS = [(), ("memory.num_layers=1", "memory.width=8"), ("memory.kind=rmt",), OFFICIAL]
+KINDS = [(), ("memory.num_layers=1", "memory.width=8"), ("memory.write=top_k",), ("memory.kind=rmt",), OFFICIAL]
+KINDS += [(f"memory.kind={kind}", "memory.num_layers=1") for kind in ("armt", "delta", "ntm")]
+SLOTS = {"memory.kind=armt": 6 * 16, "memory.kind=delta": 16}  # by features, not memory.num_slots
 
 
 @functools.cache
@@ -44,6 +46,7 @@ def test_reading(overrides):
     ids_n = np.arange(2 * T + 5) % 185
     trace = read_text(model, params, ids_n, last=10)
     L, N = model.spec.num_memory_layers or model.spec.model.num_layers, model.spec.memory.num_slots
+    N = SLOTS.get(overrides[0] if overrides else "", N)
     assert trace.read_LKN.shape == (L, 10, N)
     assert trace.read_LSN.shape == (L, 3, N)
     assert trace.change_LSN.shape == trace.norm_LSN.shape == (len(trace.slots_LNM), 3, N)

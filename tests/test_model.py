@@ -14,7 +14,7 @@ from lm2_jax.model.memory.lm2 import initial_bank
 from lm2_jax.segments import run_segments
 
 B, S, T, V = 3, 4, 8, 50
-KINDS = ("lm2", "rmt", "armt", "delta", "none")
+KINDS = ("lm2", "rmt", "armt", "delta", "ntm", "none")
 LAYERED = tuple(kind for kind in KINDS if kind != "rmt")  # also run layer by layer, and packed
 
 
@@ -149,6 +149,7 @@ def test_no_gradient_from_earlier_positions_to_later_tokens():
 
 
 OTHER_SIZES = ("memory.width=24", "memory.num_layers=1", "memory.gates=independent")
+ROUTED = ("memory.write=top_k", "memory.write_slots=1")
 MIDDLE = ("memory.width=24", "model.num_layers=3", "memory.first_layer=1", "memory.num_layers=1")
 
 
@@ -162,6 +163,8 @@ MIDDLE = ("memory.width=24", "model.num_layers=3", "memory.first_layer=1", "memo
         ("armt", "none", True, MIDDLE),
         ("armt", "full", False, ()),
         ("delta", "none", True, MIDDLE),
+        ("ntm", "none", True, MIDDLE),
+        ("lm2", "none", True, ROUTED),
     ],
 )
 def test_schedules_agree(kind, remat, packed, overrides):
