@@ -77,7 +77,7 @@ class Block(nn.Module):
         c = self.spec.model
         memory = self.kind.block_memory()(name="memory") if self.with_bank else None
         if memory is not None:
-            x_BSTD, bank = memory.enter(x_BSTD, bank, layout)
+            x_BSTD, bank = memory.before_attention(x_BSTD, bank, layout)
         if c.conv_width:
             normed_BSTD = RMSNorm(c.norm_eps, name="conv_norm")(x_BSTD)
             conv_BSTD, cache = CausalConv(c.conv_width, name="conv")(normed_BSTD, layout, cache)
@@ -99,7 +99,7 @@ class Block(nn.Module):
         normed_BSTD = RMSNorm(c.norm_eps, name="mlp_norm")(x_BSTD)
         x_BSTD += SwiGLU(c, self.kind.linear_init, name="mlp")(normed_BSTD)
         if memory is not None:
-            bank = memory.leave(x_BSTD, bank, layout)
+            bank = memory.after_feed_forward(x_BSTD, bank, layout)
         return with_logical_constraint(x_BSTD, "batch", None, None, "activation"), bank, cache, edge
 
     def _segment_by_segment(

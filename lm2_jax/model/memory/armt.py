@@ -40,7 +40,7 @@ _EPS = 1e-5
 
 @struct.dataclass
 class Associations:
-    """What blocks have stored; a document starts from zeros.
+    """Contents of a memory; a document starts from zeros.
 
     Attributes:
       matrix_BFD: A transposed, float32: a row for each feature. With a leading axis L in the memory of a model.
@@ -69,7 +69,7 @@ def recall(stored: Associations, phi_BXF: jax.Array, dtype: jnp.dtype) -> tuple[
 
 
 def store(p: Parameters, y_BmD: jax.Array, stored: Associations) -> tuple[Associations, jax.Array]:
-    """What is stored after a segment whose memory tokens left the block as y; and beta [B,m,1]."""
+    """The associations after a segment whose memory tokens left the block as y; and beta [B,m,1]."""
     phi_BmF = features(replicated_dense(y_BmD, p["key"]))
     value_BmD = replicated_dense(y_BmD, p["value"]).astype(jnp.float32)
     beta_Bm1 = nn.sigmoid(replicated_dense(y_BmD, p["beta"]).astype(jnp.float32) + p["beta_bias"])
@@ -101,7 +101,7 @@ class AssociativeMemory(BlockMemory):
         }
         self.p = {name: self.param(name, init, shape) for name, (init, shape) in shapes.items()}
 
-    def enter(self, x_BSTD: jax.Array, bank: Associations, layout: Layout) -> tuple[jax.Array, Associations]:
+    def before_attention(self, x_BSTD: jax.Array, bank: Associations, layout: Layout) -> tuple[jax.Array, Associations]:
         """Recalls for every position x [B,1,X,D]; also returns the bank as the segment finds it."""
         bank = _forget(layout.reset_BS[:, 0], bank)
         phi_BXF = features(replicated_dense(x_BSTD[:, 0], self.p["query"]))
@@ -112,7 +112,7 @@ class AssociativeMemory(BlockMemory):
         self.sow("intermediates", "read", weights_BXF / (jnp.sum(weights_BXF, axis=-1, keepdims=True) + _EPS))
         return x_BSTD + y_BXD[:, None].astype(x_BSTD.dtype), bank
 
-    def leave(self, y_BSTD: jax.Array, bank: Associations, layout: Layout) -> Associations:
+    def after_feed_forward(self, y_BSTD: jax.Array, bank: Associations, layout: Layout) -> Associations:
         """Stores the memory tokens, which are the last positions of y [B,1,X,D]."""
         m = layout.memory_tokens
         if not m:  # a piece of an unfinished segment
@@ -176,13 +176,13 @@ class ARMT(MemoryKind):
         m, (B, S, _, D) = self.spec.memory.num_slots, x_BSTD.shape
         tokens_BSmD = jnp.broadcast_to(parameters["memory_tokens"].astype(x_BSTD.dtype), (B, S, m, D))
 
-        def extend(of_tokens_BST: jax.Array, of_memory_BS: jax.Array) -> jax.Array:
+        def join(of_tokens_BST: jax.Array, of_memory_BS: jax.Array) -> jax.Array:
             of_memory_BSm = jnp.broadcast_to(of_memory_BS[..., None], (B, S, m)).astype(of_tokens_BST.dtype)
             return jnp.concatenate([of_tokens_BST, of_memory_BSm], axis=2)
 
         layout = layout.replace(
-            document_BST=extend(layout.document_BST, jnp.max(layout.document_BST, axis=2)),
-            position_BST=extend(layout.position_BST, jnp.zeros((B, S))),
+            document_BST=join(layout.document_BST, jnp.max(layout.document_BST, axis=2)),
+            position_BST=join(layout.position_BST, jnp.zeros((B, S))),
             memory_tokens=m,
         )
         return jnp.concatenate([x_BSTD, tokens_BSmD], axis=2), layout, memory

@@ -25,7 +25,7 @@ Parameters = Mapping[str, jax.Array]
 
 
 class BlockMemory(nn.Module):
-    """A block's part of the memory: `enter`, self-attention, `__call__`, feed-forward, `leave`.
+    """A block's part of the memory: `before_attention`, `__call__` behind it, `after_feed_forward`.
 
     Each is given the bank and returns it; by default it adds nothing to x and writes nothing. While a segment is
     unfinished (the layout has cache indices) the bank is what `MemoryKind.project_memory` made of it, and is not
@@ -34,7 +34,7 @@ class BlockMemory(nn.Module):
 
     spec: ModelSpec
 
-    def enter(self, x_BSTD: jax.Array, bank: Memory, layout: Layout) -> tuple[jax.Array, Memory]:
+    def before_attention(self, x_BSTD: jax.Array, bank: Memory, layout: Layout) -> tuple[jax.Array, Memory]:
         """Takes the block's input x; returns x as the rest of the block sees it."""
         return x_BSTD, bank
 
@@ -42,7 +42,7 @@ class BlockMemory(nn.Module):
         """Takes x', the normalised input of self-attention, and what that added to x; returns what is added, too."""
         return jnp.zeros_like(a_BSTD), bank
 
-    def leave(self, y_BSTD: jax.Array, bank: Memory, layout: Layout) -> Memory:
+    def after_feed_forward(self, y_BSTD: jax.Array, bank: Memory, layout: Layout) -> Memory:
         """Takes the block's output."""
         return bank
 

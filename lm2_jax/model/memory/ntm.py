@@ -114,7 +114,7 @@ class NTM(LM2):
         return Tape(slots_BNM, weights_BHN), {"forget": kept_BNM}
 
     def write_weights(self, p: Parameters, x_BTD: jax.Array, bank: Tape, token_BT: jax.Array) -> jax.Array:
-        """What slots take of the tokens, by way of the heads that write them; float32 [B,N,T]."""
+        """Shares of the tokens in what each slot takes, by way of the heads; float32 [B,N,T]."""
         (H, M), c = p["write_query"].shape, self.spec.memory
         q_BHM = jnp.broadcast_to(p["write_query"], (len(x_BTD), H, M))
         q, k = split(q_BHM, c.num_heads), split(x_BTD @ p["write_key"], c.num_heads)

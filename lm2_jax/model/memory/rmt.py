@@ -26,7 +26,7 @@ class RMT(MemoryKind):
 
     @property
     def num_memory_tokens(self) -> tuple[int, int]:
-        """As many on either side."""
+        """The same number on either side."""
         return self.spec.memory.num_slots, self.spec.memory.num_slots
 
     @property
