@@ -197,8 +197,7 @@ class BankMemory(BlockMemory):
         if layout.cache_index_BST is not None:
             return read(p, memory, x_BSTD[:, 0], bank)[0][:, None], bank
         B, S = x_BSTD.shape[:2]
-        initial = jax.tree.map(lambda x: x[0], kind.initial(None))
-        start = jax.tree.map(lambda one, every: jnp.broadcast_to(one, every.shape), initial, bank)
+        start = jax.tree.map(lambda x: jnp.broadcast_to(x, (B, *x.shape)), kind.block_start())
 
         def step(
             bank: Memory, segment: tuple[jax.Array, jax.Array, jax.Array]
@@ -220,7 +219,7 @@ class BankMemory(BlockMemory):
         def project(bank: Memory) -> Projections:
             return project_bank(p, eps, kind.as_slots(bank), x_BSTD.dtype)
 
-        packing = (project(initial), merge(layout.document_BST) > 1) if layout.packed else ()
+        packing = (project(kind.block_start()), merge(layout.document_BST) > 1) if layout.packed else ()
         before = jax.tree.map(lambda x: merge(jnp.moveaxis(x, 0, 1)), before_S)
         gated_BTD, g_out_BTD = read(p, memory, merge(x_BSTD), project(before), *packing)
 
@@ -263,9 +262,12 @@ class LM2(MemoryKind):
         return self.spec.num_memory_layers
 
     def initial(self, parameters: Parameters | None) -> Memory:
-        """The same constant bank for every layer, [L,N,M]."""
-        bank_NM = initial_bank(self.spec.memory.num_slots, self.spec.memory_width)
-        return jnp.broadcast_to(bank_NM, (self.num_bank_layers, *bank_NM.shape))
+        """The same for every layer, [L,...]."""
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.num_bank_layers, *x.shape)), self.block_start())
+
+    def block_start(self) -> Memory:
+        """The constant bank [N,M] that a block has at a document's start."""
+        return initial_bank(self.spec.memory.num_slots, self.spec.memory_width)
 
     def block_memory(self) -> Callable[[], BlockMemory]:
         """Read and write of one bank."""

@@ -31,7 +31,7 @@ from flax import struct
 
 from lm2_jax.model.attention import attention_weights
 from lm2_jax.model.layers import Initializer, linear_init, replicated_dense, vector
-from lm2_jax.model.memory.base import Memory, Parameters
+from lm2_jax.model.memory.base import Parameters
 from lm2_jax.model.memory.lm2 import LM2, attend, initial_bank, read_parameters, split
 from lm2_jax.parallel.fsdp import with_logical_constraint
 
@@ -71,12 +71,11 @@ def _of_length_1(x: jax.Array) -> jax.Array:
 class NTM(LM2):
     """Memory: a tape for every block that has a bank, [L,B,...]."""
 
-    def initial(self, parameters: Parameters | None) -> Memory:
-        """The same constant tape for every layer, [L,...]."""
+    def block_start(self) -> Tape:
+        """The constant tape, [N,M] and [H,N], that a block has at a document's start."""
         H, N = self.spec.memory.num_heads, self.spec.memory.num_slots
-        bank_NM = initial_bank(N, self.spec.memory_width)
         weights_HN = jax.nn.one_hot(np.arange(H) * N // H, N)
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.num_bank_layers, *x.shape)), Tape(bank_NM, weights_HN))
+        return Tape(initial_bank(N, self.spec.memory_width), weights_HN)
 
     def block_parameters(self) -> dict[str, tuple[Initializer, tuple[int, ...]]]:
         """Name to (initialiser, shape) of one block's memory."""
