@@ -198,8 +198,8 @@ def test_the_memory_is_looked_into_without_the_edges():
     _, model, params = make("lm2", sinks=2)
     trace = read_text(model, params, np.arange(20))
     assert trace.slots_LNM.shape == (1, 5, 32) and trace.read_LKN.shape == (1, 20, 5)
-    norms = memory_norms(model.init_memory(3))
-    assert norms == memory_norms(model.kind.init_memory(3, None))
+    norms = memory_norms(model, model.init_memory(3))
+    assert norms == memory_norms(model, model.kind.init_memory(3, None))
 
 
 # --- Decoding and files --------------------------------------------------------------------------------------------
