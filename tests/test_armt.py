@@ -1,4 +1,4 @@
-"""Kind armt is the paper's ARMT, computed here token by token."""
+"""Kind armt is the paper's ARMT, computed here token by token from its equations."""
 
 import jax
 import jax.numpy as jnp

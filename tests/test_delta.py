@@ -1,4 +1,4 @@
-"""Kind delta is Gated DeltaNet, computed here token by token from the paper's equation 10."""
+"""Kind delta is Gated DeltaNet, computed here token by token from the gated delta rule."""
 
 import jax
 import numpy as np

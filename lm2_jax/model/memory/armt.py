@@ -3,14 +3,16 @@
 A segment is read as [T tokens | m memory tokens] under a causal mask. The memory tokens are learned, the same for every
 segment. Each block has an associative matrix A and a normaliser z. The block's whole input, memory tokens included,
 recalls from them before self-attention, and after the block its m memory tokens are stored in them. The paper's
-equations (section 2), in its order and by its letters, with phi the DPFP-3 features (arXiv 2102.11174, section 5.2):
+equations of its associative block, by its letters, with phi the DPFP-3 features (arXiv 2102.11174):
 
-    store    k = W_K m,  v = W_V m,  beta = sigmoid(W_beta m)       from a memory token m of the block's output
-             v_bar = A phi(k) / (z^T phi(k))                        what A held for k before this segment
-             gamma = 1 - (z^T phi(k)) / |phi(k)|^2                  whether k is new
-             A <- A + sum of beta (v - v_bar) (x) phi(k)            over the m memory tokens
-             z <- z + sum of gamma phi(k)
-    recall   q = W_Q x,  y = A phi(q) / (z^T phi(q)),  x <- x + y   for every x of the block's input
+    `store`, from a memory token m of the block's output, summed over the m of them
+        k = W_K m,  v = W_V m,  beta = sigmoid(W_beta m)    key, value and importance
+        v_bar = A phi(k) / (z^T phi(k))                     what A held for k before this segment
+        gamma = 1 - (z^T phi(k)) / |phi(k)|^2               how new k is
+        A <- A + beta (v - v_bar) (x) phi(k)                the delta rule
+        z <- z + gamma phi(k)                               so that what is known counts once
+    `recall`, for every position x of the block's input
+        q = W_Q x,  y = A phi(q) / (z^T phi(q)),  x <- x + y
 
 As in the authors' code, and not in the paper: phi has length 1, gamma is cut to [0, 1] and has no gradient, a small
 number is added to the denominators, and W_V starts at zero, so that a fresh model recalls nothing. Without the cut,

@@ -1,17 +1,17 @@
 """Kind `delta`: Gated DeltaNet (arXiv 2412.06464) beside self-attention, as a memory across segments.
 
-Every head of every block has a matrix S, which each token rewrites and then reads (equation 10 of the paper):
+Every head of every block has a matrix S, which each token rewrites and then reads, by the gated delta rule:
 
     S_t = S_{t-1} (alpha_t (I - beta_t k_t k_t^T)) + beta_t v_t k_t^T        o_t = S_t q_t
 
-with x' the normalised input of the block's self-attention, and as in the paper's section 3.4
+with x' the normalised input of the block's self-attention, and as in the paper's block
 
     q = silu(x' W_q) and k = silu(x' W_k), each of length 1,    v = silu(x' W_v),    beta = sigmoid(x' W_beta)
     alpha = exp(-exp(a) softplus(x' W_alpha + b)),    x <- x + (RMSNorm(o) ⊙ silu(x' W_g)) W_o
 
 The paper's short convolutions before q, k and v are left out: model.conv_width gives a convolution to every kind alike.
 S is carried over segments, and a document's first token finds it empty, wherever that token stands. So nothing here
-knows of segments: a window is one text, in which the recurrence runs in chunks of C tokens (the paper's section 3.3).
+knows of segments: a window is one text, in which the recurrence runs in chunks of C tokens.
 
 Within a chunk that finds S_0, with G_t the sum of the chunk's log alpha up to t, what token t adds is u_t k_t^T, where
 
