@@ -23,6 +23,8 @@ from lm2_jax.config.sections import (
     raise_problems,
 )
 
+_WITH_BANKS = ("lm2", "ntm", "armt", "delta")  # kinds with banks in the blocks that memory.num_layers says
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
@@ -52,7 +54,7 @@ class ModelSpec:
     @property
     def num_memory_layers(self) -> int:
         """Number of blocks that have a bank; 0 for kinds without banks."""
-        if self.memory.kind in ("rmt", "none"):
+        if self.memory.kind not in (*_WITH_BANKS, "official"):
             return 0
         return self.memory.num_layers or self.model.num_layers - self.memory.first_layer
 
@@ -120,7 +122,7 @@ def _bank_problems(config: Config) -> Iterator[str]:
     model, memory = config.model, config.memory
     if memory.write != "dense" and memory.kind != "lm2":
         yield f"memory.write {memory.write}: only kind lm2 has a router; use dense"
-    if memory.kind not in ("lm2", "armt", "delta", "ntm"):
+    if memory.kind not in _WITH_BANKS:
         return
     for name, width in (("model.d_model", model.d_model), ("memory.width", memory.width)):
         if memory.kind != "armt" and width and width % memory.num_heads:

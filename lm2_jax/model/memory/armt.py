@@ -34,7 +34,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from lm2_jax.model.layers import Initializer, Layout, linear_init, replicated_dense, vector
-from lm2_jax.model.memory.base import BlockMemory, Memory, MemoryKind, Parameters
+from lm2_jax.model.memory.base import BlockMemory, Memory, MemoryKind, Parameters, select_lanes
 
 _ORDERS = (1, 2, 3)  # of DPFP-3
 _EPS = 1e-5
@@ -123,15 +123,11 @@ class AssociativeMemory(BlockMemory):
         before = _forget(document_B > 1, bank) if layout.packed else bank
         after, beta_Bm1 = store(self.p, y_BSTD[:, 0, -m:], before)
         self.sow("gates", "input", jnp.mean(beta_Bm1))
-        return jax.tree.map(lambda new, old: jnp.where(_along(document_B > 0, old), new, old), after, bank)
-
-
-def _along(lanes_B: jax.Array, x: jax.Array) -> jax.Array:
-    return lanes_B.reshape(-1, *[1] * (x.ndim - 1))
+        return select_lanes(0, document_B > 0, after, bank)
 
 
 def _forget(lanes_B: jax.Array, bank: Associations) -> Associations:
-    return jax.tree.map(lambda x: jnp.where(_along(lanes_B, x), 0, x), bank)
+    return select_lanes(0, lanes_B, jax.tree.map(jnp.zeros_like, bank), bank)
 
 
 class ARMT(MemoryKind):
