@@ -113,9 +113,11 @@ class DeltaMemory(BlockMemory):
             return nn.silu(project(name)).reshape(B, S * T, H, -1)
 
         token_BX1 = (layout.document_BST > 0).reshape(B, S * T, 1)
-        beta_BXH = jnp.where(token_BX1, nn.sigmoid(project("beta")), 0)
-        rate_BXH = jnp.exp(p["decay_rate_bias"]) * nn.softplus(project("decay") + p["decay_bias"])
-        log_alpha_BXH = jnp.where(token_BX1, -rate_BXH, 0)
+        log_alpha_BXH = -jnp.exp(p["decay_rate_bias"]) * nn.softplus(project("decay") + p["decay_bias"])
+        beta_BXH = nn.sigmoid(project("beta"))
+        for name, value_BXH in (("input", beta_BXH), ("forget", jnp.exp(log_alpha_BXH))):
+            self.sow("gates", name, jnp.mean(value_BXH))
+        log_alpha_BXH, beta_BXH = (jnp.where(token_BX1, x, 0) for x in (log_alpha_BXH, beta_BXH))
         q_BXHK, k_BXHK, v_BXHV = _of_length_1(heads("query")), _of_length_1(heads("key")), heads("value")
         starts_BX = _starts(layout).reshape(B, S * T)
         out_BXHV, bank = gated_delta_rule(q_BXHK, k_BXHK, v_BXHV, log_alpha_BXH, beta_BXH, starts_BX, bank)
@@ -125,9 +127,6 @@ class DeltaMemory(BlockMemory):
         if self.is_mutable_collection("intermediates"):
             for name, size_BXHK in (("read", q_BXHK), ("write", k_BXHK * beta_BXH[..., None])):
                 self.sow("intermediates", name, jnp.abs(size_BXHK).reshape(B, S * T, -1))
-        tokens = jnp.maximum(jnp.sum(token_BX1), 1)
-        for name, value_BXH in (("input", beta_BXH), ("forget", jnp.where(token_BX1, jnp.exp(log_alpha_BXH), 0))):
-            self.sow("gates", name, jnp.sum(value_BXH) / (tokens * H))
         return added_BXD.reshape(x_BSTD.shape), bank
 
 
