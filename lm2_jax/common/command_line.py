@@ -159,8 +159,12 @@ def bench_arguments() -> argparse.Namespace:
         "segments, slots and context.",
         "--config configs/babilong_tiny.yaml --output bench.json",
         "--config configs/lm2_125m.yaml --set data.batch_size=4 --only decoding",
+        "--config configs/books.yaml --against transformers",
     )
     add_config(parser)
+    parser.add_argument(
+        "--against", choices=("transformers",), help="compare the config's Llama, without memory, with this library's"
+    )
     parser.add_argument("--output", type=to_path, metavar="FILE.json", help="write the figures")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="runs of every program, in turns; default 5")
     parser.add_argument("--only", default="", metavar="TEXT", help="only the tables whose titles contain this text")

@@ -24,7 +24,7 @@ from lm2_jax.common.storage import AnyPath, to_path
 from lm2_jax.common.untrusted import short_repr
 from lm2_jax.config import MemoryConfig, ModelConfig
 from lm2_jax.decoding import sampling
-from lm2_jax.model.decode import DecodeState
+from lm2_jax.model.decode import DecodeState, stack, unstack
 from lm2_jax.model.decoder import Decoder
 from lm2_jax.model.edge import MOST_TOKENS
 from lm2_jax.model.layers import KVCache
@@ -92,21 +92,14 @@ def load_state(path: str | AnyPath, model: Decoder, params: Any) -> DecodeState:
     if problems:
         raise UserError(f"{path}: does not hold the arrays of this model's memory:\n" + "\n".join(sorted(problems)))
     stacked = jax.tree.unflatten(jax.tree.structure(like), [saved[name] for name in expected])
-    caches = {name: _of_layers(cache, model.stacks[name]) for name, cache in stacked.caches.items()}
+    caches = {name: unstack(_swap_heads(cache), model.stacks[name]) for name, cache in stacked.caches.items()}
     return sampling.with_memory_cache(model, params, stacked.replace(caches=caches))
 
 
 def _stacked(state: DecodeState) -> DecodeState:
     """The state as the file has it: without the memory cache, layers stacked, keys [L,B,C,G,K]."""
-    caches = {
-        name: _swap_heads(jax.tree.map(lambda *layers: jnp.stack(layers), *layers))
-        for name, layers in state.caches.items()
-    }
+    caches = {name: _swap_heads(stack(layers)) for name, layers in state.caches.items()}
     return state.replace(memory_cache=[], caches=caches)
-
-
-def _of_layers(stacked: KVCache, count: int) -> list[KVCache]:
-    return [jax.tree.map(lambda x: x[i], _swap_heads(stacked)) for i in range(count)]
 
 
 def _swap_heads(cache: KVCache) -> KVCache:

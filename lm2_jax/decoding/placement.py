@@ -89,7 +89,7 @@ def state_specs(model: Decoder, mesh: Any, state: DecodeState) -> DecodeState:
 
     return rows(state).replace(
         memory=rows(state.memory, model.lane_axis),
-        memory_cache=jax.tree.map(lambda x: heads(x, -1), state.memory_cache),
+        memory_cache=jax.tree.map(lambda x: heads(x, 1), state.memory_cache),
         caches={name: [cache(c) for c in layers] for name, layers in state.caches.items()},
     )
 

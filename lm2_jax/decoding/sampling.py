@@ -2,10 +2,12 @@
 
 Every row of a batch has its own segment clock. Keys and values are cached for the unfinished segment only; when a row
 has filled its segment and reads on, its memory is written and its next segment begins. So neither the cost per token
-nor the state grows with the text, and the logits are those of `segments.run_segments` over all of it. A prompt is read in windows of `WINDOW` tokens, so
-what reading it holds does not grow with T either.
+nor the state grows with the text, and the logits are those of `segments.run_segments` over all of it. A prompt is read
+in windows of `WINDOW` tokens, so what reading it holds does not grow with T either.
 
-Parameters are taken as they are or, for speed, as `placement.prepare` returns them. Axes: B rows, Q tokens at a time, T tokens in a segment, V vocabulary.
+Parameters are taken as they are or, for speed, as `placement.prepare` returns them.
+
+Axes: B rows, Q tokens at a time, T tokens in a segment, V vocabulary.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from lm2_jax.parallel.fsdp import BATCH_AXES, can_shard_batch
 
 _REGISTER_WIDTH = 128  # lanes of a TPU's vector registers: the kernel's tiles are multiples of it
 _LARGEST_TILE = 512
+_SUBLANES = 8  # of those registers
 _CACHE_TILE = 512  # cached positions that many queries attend to at once
 _NO_SINK = -1e4  # log-sum-exp of no scores: weighs nothing, and is finite
 
@@ -64,6 +65,8 @@ def attention_to_cache(
     q_BGPK = (q_BQHK / math.sqrt(K)).reshape(B, Q, G, H // G, K).transpose(0, 2, 3, 1, 4)
     q_BGPK = q_BGPK.reshape(B, G, H // G * Q, K).astype(keys_BGCK.dtype)  # P: the queries of a kv head
     index_BP1 = jnp.tile(index_BQ, (1, H // G))[..., None]
+    if H // G * Q == 1 and _on_tpu():  # a single query would be multiplied without the matrix unit
+        q_BGPK = jnp.pad(q_BGPK, ((0, 0), (0, 0), (0, _SUBLANES - 1), (0, 0)))
 
     def scores_of(keys_BGCK: jax.Array, first: jax.Array | int) -> jax.Array:
         scores_BGPC = jnp.einsum("bgpk,bgck->bgpc", q_BGPK, keys_BGCK, preferred_element_type=jnp.float32)
@@ -93,7 +96,7 @@ def attention_to_cache(
             running = (zeros_BGP1 + jnp.finfo(jnp.float32).min, zeros_BGP1, jnp.zeros(q_BGPK.shape))
             _, total_BGP1, sum_BGPK = jax.lax.fori_loop(0, (filled + _CACHE_TILE - 1) // _CACHE_TILE, tile, running)
             out_BGPK = sum_BGPK / jnp.maximum(total_BGP1, 1e-30)  # no row has read anything: no tile
-        out_BGRQK = out_BGPK.reshape(B, G, H // G, Q, K).astype(q_BQHK.dtype)
+        out_BGRQK = out_BGPK[:, :, : H // G * Q].reshape(B, G, H // G, Q, K).astype(q_BQHK.dtype)
         return out_BGRQK.transpose(0, 3, 1, 2, 4).reshape(B, Q, H, K)
 
 

@@ -6,15 +6,16 @@ Reading a segment takes three kinds of call, each for many rows; every row has i
                          ^                                            |
                          +--------------- the next segment -----------+
 
-The functions take a bound decoder: `model.apply({"params": params}, *arguments, method=append_tokens)`. Layers run one by
-one, each with arrays of its own: sliced from a stack in a loop, caches would be copied for every token. `by_layer` gives
-parameters that form, too.
+The functions take a bound decoder: `model.apply({"params": params}, *arguments, method=append_tokens)`. Layers run one
+by one, each with arrays of its own: sliced from a stack in a loop, caches would be copied for every token. `by_layer`
+gives parameters that form, too.
 
 Axes: B rows, Q tokens at a time, T tokens in a segment, D model width, C cached positions, m memory tokens, L layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -49,15 +50,30 @@ class DecodeState:
     segment_length: int = struct.field(pytree_node=False)
 
 
+def stack(layers: Sequence[Any]) -> Any:
+    """One tree of stacked arrays [L,...] from those of L layers."""
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)
+
+
+def unstack(stacked: Any, count: int) -> list[Any]:
+    """Undoes `stack`, for `count` layers."""
+
+    def layer(i: int) -> Any:
+        return jax.tree.map(lambda x: x[i], stacked)
+
+    return [layer(i) for i in range(count)]
+
+
 def by_layer(model: Decoder, params: Any) -> Any:
-    """Parameters whose stacks are dicts of layers, "0" and so on, with weight matrices in the dtype of activations."""
+    """Parameters whose stacks are dicts of layers, "0" and so on, with matrices in the dtype of activations."""
 
     def cast(leaf: jax.Array) -> jax.Array:
         return leaf.astype(model.spec.dtype) if leaf.ndim > 1 else leaf
 
     def split(name: str, tree: Any) -> Any:
-        layers = {str(i): jax.tree.map(lambda x: x[i], tree) for i in range(model.stacks.get(name, 0))}
-        return jax.tree.map(cast, layers) if layers else tree
+        layers = {str(i): layer for i, layer in enumerate(unstack(tree, model.stacks.get(name, 0)))}
+        is_memory = name in model.kind.parameters()
+        return tree if is_memory else jax.tree.map(cast, layers or tree)
 
     return {name: split(name, tree) for name, tree in params.items()}
 
@@ -125,8 +141,7 @@ def finish_segment(decoder: Decoder, rows_B: jax.Array, state: DecodeState) -> D
     written = kind.finish_segment(memory, _bank_parameters(decoder), inputs_LBTD, token_BT, ends_BmD)
     for name, edge in edges.items():
         caches = state.caches[name]
-        keys_LBTGK = jnp.stack([cache.keys_BGCK.swapaxes(1, 2) for cache in caches])
-        values_LBTGK = jnp.stack([cache.values_BGCK.swapaxes(1, 2) for cache in caches])
+        keys_LBTGK, values_LBTGK = stack([(c.keys_BGCK.swapaxes(1, 2), c.values_BGCK.swapaxes(1, 2)) for c in caches])
         next_edges = jax.vmap(next_edge, in_axes=(0, 0, 0, None))
         edges = edges | {name: next_edges(edge, keys_LBTGK, values_LBTGK, token_BT.astype(jnp.int32))}
     return _start_segment(decoder, rows_B, join_edges(written, edges), state)
@@ -153,8 +168,7 @@ def refresh_memory_cache(decoder: Decoder, state: DecodeState) -> DecodeState:
     """Recomputes the cached read projections of the memory."""
     memory, _ = split_edges(state.memory)
     projected = decoder.kind.project_memory(memory, _bank_parameters(decoder))
-    layers = range(decoder.kind.num_bank_layers)
-    return state.replace(memory_cache=[jax.tree.map(lambda x: x[i], projected) for i in layers])
+    return state.replace(memory_cache=unstack(projected, decoder.kind.num_bank_layers))
 
 
 def _layers(decoder: Decoder, name: str) -> list[Any]:
@@ -168,7 +182,7 @@ def _layers(decoder: Decoder, name: str) -> list[Any]:
 def _bank_parameters(decoder: Decoder) -> Any:
     if "bank_blocks" not in decoder.stacks:
         return None
-    return jax.tree.map(lambda *layers: jnp.stack(layers), *(p["memory"] for p in _layers(decoder, "bank_blocks")))
+    return stack([layer["memory"] for layer in _layers(decoder, "bank_blocks")])
 
 
 def _append_memory(
@@ -201,10 +215,10 @@ def _append(
     )
     x_B1QD, caches, (_, edges) = x_BQD[:, None], {}, split_edges(state.memory)
     for name in decoder.stacks:
-        block, caches[name] = Block(decoder.spec, decoder.kind, name == "bank_blocks", parent=None), []
-        for i, (params, cache) in enumerate(zip(_layers(decoder, name), state.caches[name], strict=True)):
-            bank = state.memory_cache[i] if block.with_bank else None
-            edge = jax.tree.map(lambda x: x[i], edges.get(name))
+        count, with_bank, caches[name] = decoder.stacks[name], name == "bank_blocks", []
+        block, banks = Block(decoder.spec, decoder.kind, with_bank, parent=None), state.memory_cache
+        own = banks if with_bank else [None] * count, state.caches[name], unstack(edges.get(name), count)
+        for params, bank, cache, edge in zip(_layers(decoder, name), *own, strict=True):
             (x_B1QD, _), (_, cache, _) = block.apply({"params": params}, (x_B1QD, None), bank, layout, cache, edge)
             caches[name].append(cache)
     return decoder.final_norm(x_B1QD)[:, 0], state.replace(caches=caches)

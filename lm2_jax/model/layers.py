@@ -68,7 +68,6 @@ class KVCache:
     inputs_BCD: jax.Array | None
     tail_BWD: jax.Array | None
 
-
     def append(self, k_BQGK: jax.Array, v_BQGK: jax.Array, index_BQ: jax.Array) -> KVCache:
         """The cache with keys and values of Q new positions; see `write_at`."""
         return self.replace(
@@ -90,7 +89,8 @@ def write_at(array: jax.Array, new: jax.Array, index_BQ: jax.Array) -> jax.Array
         offset_Q1 = jnp.arange(Q)[:, None] - shift
         written_Q1 = (offset_Q1 >= 0) & (offset_Q1 < jnp.sum(index_Q < C))
         old = jax.lax.dynamic_slice_in_dim(row, start, Q, axis)
-        new = jnp.where(written_Q1, jnp.roll(new.astype(row.dtype), shift, axis), old)
+        new = jnp.roll(new, shift, axis) if Q > 1 else new
+        new = jnp.where(written_Q1, new.astype(row.dtype), old)
         return jax.lax.dynamic_update_slice_in_dim(row, new, start, axis)
 
     return jax.vmap(write)(array, new, index_BQ)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from lm2_jax.config import MemoryConfig
 from lm2_jax.config.spec import ModelSpec
 from lm2_jax.model import layers
-from lm2_jax.model.attention import attention, attention_weights
+from lm2_jax.model.attention import attention, attention_to_cache, attention_weights
 from lm2_jax.model.layers import Initializer, Layout, linear_init, rms_norm, vector
 from lm2_jax.model.memory.base import Memory, MemoryKind, Parameters
 from lm2_jax.parallel.fsdp import with_logical_constraint
@@ -55,13 +55,24 @@ def split(x: jax.Array, num_heads: int) -> jax.Array:
 def attend(
     q_BQM: jax.Array, k_BKM: jax.Array, v_BKM: jax.Array, num_heads: int, visible_BK: jax.Array | None = None
 ) -> jax.Array:
-    """Multi-head attention without projections, [B,Q,M]. visible_BK: bool, keys that may be attended to; None: all."""
+    """Multi-head attention without projections, [B,Q,M]. visible_BK: bool, keys that may be attended to; None: all.
+
+    Keys and values that `by_heads` gave may be attended to as well, all of them.
+    """
+    if k_BKM.ndim == 4:
+        last_BQ = jnp.full(q_BQM.shape[:2], k_BKM.shape[2] - 1)
+        return attention_to_cache(split(q_BQM, num_heads), k_BKM, v_BKM, last_BQ).reshape(q_BQM.shape)
     documents = {}
     if visible_BK is not None:
         documents["q_document_ids_BT"] = jnp.ones(q_BQM.shape[:2], jnp.int32)
         documents["kv_document_ids_BU"] = visible_BK.astype(jnp.int32)
     q, k, v = (split(x, num_heads) for x in (q_BQM, k_BKM, v_BKM))
     return attention(q, k, v, **documents).reshape(q_BQM.shape)
+
+
+def by_heads(x_BKM: jax.Array, num_heads: int) -> jax.Array:
+    """Keys or values [B,H,K,M/H], as single queries want them."""
+    return with_logical_constraint(split(x_BKM, num_heads).swapaxes(1, 2), "batch", "heads", None, None)
 
 
 def project_bank(p: Parameters, eps: float, bank: jax.Array, dtype: jnp.dtype) -> Projections:
@@ -261,9 +272,14 @@ class LM2(MemoryKind):
         return functools.partial(BankMemory, self.spec)
 
     def project_memory(self, memory: Memory, block_parameters: Parameters) -> Projections:
-        """Keys and values of every bank, [L,B,N,D]."""
-        eps, dtype = self.spec.model.norm_eps, self.spec.dtype
-        return jax.lax.map(lambda layer: project_bank(layer[0], eps, layer[1], dtype), (block_parameters, memory))
+        """Keys and values of every bank, [L,B,H,N,D/H]."""
+        eps, dtype, heads = self.spec.model.norm_eps, self.spec.dtype, self.spec.memory.num_heads
+
+        def layer(inputs: tuple[Parameters, jax.Array]) -> Projections:
+            keys_BND, values_BND = project_bank(inputs[0], eps, inputs[1], dtype)
+            return by_heads(keys_BND, heads), by_heads(values_BND, heads)
+
+        return jax.lax.map(layer, (block_parameters, memory))
 
     def finish_segment(
         self, memory: Memory, block_parameters: Parameters, inputs_LBTD: jax.Array, token_BT: jax.Array, ends_BmD: None
