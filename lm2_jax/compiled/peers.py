@@ -134,10 +134,10 @@ def _their_decoding(attention: str, config: Config) -> Program:
     @torch.no_grad()
     def run(times: int) -> None:
         for _ in range(times):
-            cache.crop(tokens_BT.shape[1])
             next_B1 = token_B1
             for _ in range(_STEPS):
                 next_B1 = model(next_B1, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            cache.crop(-_STEPS)
 
     return Program(run, _STEPS * len(tokens_BT), config)
 

@@ -44,7 +44,7 @@ def attention(
     A query without a key gets a finite value without meaning.
     """
     with jax.named_scope("causal_attention" if causal else "full_attention"):
-        if _on_tpu() and _has_tiles(q_BTHK.shape[1], k_BUGK.shape[1], q_BTHK.shape[3]):
+        if on_tpu() and _has_tiles(q_BTHK.shape[1], k_BUGK.shape[1], q_BTHK.shape[3]):
             mask = (masks.CausalMask if causal else masks.FullMask)((q_BTHK.shape[1], k_BUGK.shape[1]))
             return _splash(q_BTHK, k_BUGK, v_BUGK, mask, q_document_ids_BT, kv_document_ids_BU)
         mask = None
@@ -65,7 +65,7 @@ def attention_to_cache(
     q_BGPK = (q_BQHK / math.sqrt(K)).reshape(B, Q, G, H // G, K).transpose(0, 2, 3, 1, 4)
     q_BGPK = q_BGPK.reshape(B, G, H // G * Q, K).astype(keys_BGCK.dtype)  # P: the queries of a kv head
     index_BP1 = jnp.tile(index_BQ, (1, H // G))[..., None]
-    if H // G * Q == 1 and _on_tpu():  # a single query would be multiplied without the matrix unit
+    if H // G * Q == 1 and on_tpu():  # a single query would be multiplied without the matrix unit
         q_BGPK = jnp.pad(q_BGPK, ((0, 0), (0, 0), (0, _SUBLANES - 1), (0, 0)))
 
     def scores_of(keys_BGCK: jax.Array, first: jax.Array | int) -> jax.Array:
@@ -131,7 +131,7 @@ def window_attention(
     """
     T, U = q_BTHK.shape[1], k_BUGK.shape[1]
     with jax.named_scope("window_attention"):
-        if _on_tpu() and _has_tiles(T, _REGISTER_WIDTH, q_BTHK.shape[3]):  # keys are padded
+        if on_tpu() and _has_tiles(T, _REGISTER_WIDTH, q_BTHK.shape[3]):  # keys are padded
             return _splash_window(q_BTHK, k_BUGK, v_BUGK, window, q_document_ids_BT, kv_document_ids_BU, sinks)
         back_TU = jnp.arange(T)[:, None] + U - T - jnp.arange(U)
         visible_BTU = q_document_ids_BT[:, :, None] == kv_document_ids_BU[:, None]
@@ -180,7 +180,7 @@ def attention_weights(q_BTHK: jax.Array, k_BUGK: jax.Array, visible_BTU: jax.Arr
     return jnp.mean(jax.nn.softmax(scores_BHTU, axis=-1), axis=1)
 
 
-def _on_tpu() -> bool:
+def on_tpu() -> bool:
     """True if the program is compiled for TPUs: those of the mesh in use, or else JAX's default device."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() == "tpu" if device is None else device.device_kind.startswith("TPU")

@@ -17,7 +17,7 @@ from flax import struct
 
 from lm2_jax.batch import Batch
 from lm2_jax.config import ModelConfig, RopeScaling
-from lm2_jax.model.attention import attention, attention_to_cache, attention_weights
+from lm2_jax.model.attention import attention, attention_to_cache, attention_weights, on_tpu
 from lm2_jax.model.lora import LowRank, Weight, with_addition
 
 Initializer = Callable[..., jax.Array]
@@ -77,23 +77,15 @@ class KVCache:
 
 
 def write_at(array: jax.Array, new: jax.Array, index_BQ: jax.Array) -> jax.Array:
-    """array [B,...,C,K] with new [B,...,Q,K] written at consecutive indices; those of padding, from C on, are dropped.
-
-    A slice for each row: a donated array is written in place, which scatters do not do everywhere.
-    """
-    C, Q = array.shape[-2], new.shape[-2]
-
-    def write(row: jax.Array, new: jax.Array, index_Q: jax.Array) -> jax.Array:
-        start = jnp.clip(index_Q[0], 0, C - Q)
-        shift, axis = index_Q[0] - start, row.ndim - 2
-        offset_Q1 = jnp.arange(Q)[:, None] - shift
-        written_Q1 = (offset_Q1 >= 0) & (offset_Q1 < jnp.sum(index_Q < C))
-        old = jax.lax.dynamic_slice_in_dim(row, start, Q, axis)
-        new = jnp.roll(new, shift, axis) if Q > 1 else new
-        new = jnp.where(written_Q1, new.astype(row.dtype), old)
-        return jax.lax.dynamic_update_slice_in_dim(row, new, start, axis)
-
-    return jax.vmap(write)(array, new, index_BQ)
+    """array [B,C,D] or [B,G,C,K] with `new` [B,Q,D] or [B,G,Q,K] written at index_BQ; an index beyond C is dropped."""
+    (B, C), new = (array.shape[0], array.shape[-2]), new.astype(array.dtype)
+    row_B1 = jnp.arange(B)[:, None]
+    if array.ndim == 3:
+        return array.at[row_B1, index_BQ].set(new, mode="drop")
+    if index_BQ.shape[1] == 1 and on_tpu():  # a scatter copies narrow heads to another layout and back
+        return jnp.where((jnp.arange(C) == index_BQ)[:, None, :, None], new, array)
+    head_G1 = jnp.arange(array.shape[1])[:, None]
+    return array.at[row_B1[:, None], head_G1, index_BQ[:, None]].set(new, mode="drop")
 
 
 def linear_init(axes: tuple[str | None, ...], scale: float = 1.0) -> Initializer:
