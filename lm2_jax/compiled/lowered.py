@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from lm2_jax.batch import Batch
 from lm2_jax.config import Config
@@ -40,14 +40,14 @@ class Programs:
         packed = data.boundaries == "packed"
         return abstract_batch(self.mesh, data.batch_size, stage.segments, stage.segment_length, packed)
 
-    def lower_train_step(self) -> tuple[jax.stages.Lowered, int]:
-        """The step of the last stage, and its tokens."""
+    def lower_train_step(self) -> tuple[jax.stages.Lowered, int, Mesh]:
+        """The step of the last stage, its tokens and its mesh."""
         batch = self.abstract_batch()
         with use_mesh(self.mesh):
             lowered = make_train_step(self.model, self.mesh, self._settings).lower(self.state, batch)
-        return lowered, batch.tokens_BST.size
+        return lowered, batch.tokens_BST.size, self.mesh
 
-    def lower_decode_step(self) -> tuple[jax.stages.Lowered, int]:
+    def lower_decode_step(self) -> tuple[jax.stages.Lowered, int, Mesh]:
         """One token for each of data.batch_size rows in the middle of a segment, on decoding's own mesh."""
         rows, T = self.config.data.batch_size, self.config.trained_segment_length
         mesh = placement.decode_mesh(self.model, list(self.mesh.devices.flat))
@@ -62,4 +62,4 @@ class Programs:
         state = lay_out(state, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))
         tokens_BQ, count_B = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, 1), (rows,)))
         with use_mesh(mesh):
-            return sampling.append.lower(self.model, params, tokens_BQ, count_B, state), rows
+            return sampling.append.lower(self.model, params, tokens_BQ, count_B, state), rows, mesh
