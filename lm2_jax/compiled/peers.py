@@ -35,7 +35,7 @@ def peer_comparisons(config: Config) -> Iterator[Comparison]:
     for package in ("torch", "transformers"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f"--against transformers: {package} is missing; pip install torch transformers")
-    config = replace(config, memory={"kind": "none"}, mesh={"data": 1, "fsdp": 1, "tensor": 1})
+    config = replace(config, memory={"kind": "none"})
     training = _with_context(config, 8, 512)
     theirs = {name: functools.partial(_their_training, name) for name in ("sdpa", "eager", "compiled")}
     yield _against("Training, 8 x 512", train_program, theirs, training)

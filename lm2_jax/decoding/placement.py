@@ -1,4 +1,4 @@
-"""Where the arrays of decoding lie: on a mesh of its own, which need not be the mesh of training.
+"""The layout of decoding: a mesh of its own, which need not be the mesh of training.
 
 Weights lie along `tensor` alone, by heads, feed-forward width and vocabulary, in the dtype of activations, so no step
 gathers any. As many devices as divide the heads share one copy of them; the rows are spread over the copies (`data`).
