@@ -33,6 +33,7 @@ def main() -> None:
     from rich.console import Console
 
     from lm2_jax.compiled.comparisons import comparisons
+    from lm2_jax.compiled.peers import peer_comparisons
     from lm2_jax.compiled.timing import measure, table_of
     from lm2_jax.config import load_config
     from lm2_jax.model import build_model
@@ -40,11 +41,12 @@ def main() -> None:
     from lm2_jax.tokenizer import with_vocabulary
 
     config = with_vocabulary(load_config(arguments.config, arguments.set))
-    if config.memory.kind != "lm2":
+    if config.memory.kind != "lm2" and arguments.against is None:
         raise UserError(f"memory.kind: found {config.memory.kind}; bench compares a config of lm2 with none and rmt")
-    wanted = [c for c in comparisons(config) if arguments.only.lower() in c.title.lower()]
+    found = list(comparisons(config) if arguments.against is None else peer_comparisons(config))
+    wanted = [c for c in found if arguments.only.lower() in c.title.lower()]
     if not wanted:
-        titles = "\n".join(f"  {comparison.title}" for comparison in comparisons(config))
+        titles = "\n".join(f"  {comparison.title}" for comparison in found)
         raise UserError(f"--only: found {arguments.only!r}, which no title contains; the titles are\n{titles}")
     console, device = Console(highlight=False, soft_wrap=True), jax.devices()[0].device_kind
     schedule = choose_schedule(build_model(config), "auto")

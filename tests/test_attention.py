@@ -26,7 +26,7 @@ def on_tpu(monkeypatch):
     make = functools.partial(splash.make_splash_mqa_single_device, interpret=True)
 
     def choose(yes):
-        monkeypatch.setattr(module, "_on_tpu", lambda: yes)
+        monkeypatch.setattr(module, "on_tpu", lambda: yes)
         monkeypatch.setattr(splash, "make_splash_mqa_single_device", make)
 
     return choose

@@ -9,7 +9,7 @@ from helpers import TINY
 
 from lm2_jax import bench
 from lm2_jax.common.errors import UserError
-from lm2_jax.compiled import timing
+from lm2_jax.compiled import peers, timing
 from lm2_jax.compiled.comparisons import comparisons
 from lm2_jax.config import parse_config
 from lm2_jax.model.sizes import parameters
@@ -50,6 +50,19 @@ def test_what_is_measured_is_written_and_shown(monkeypatch, tmp_path, capsys, ti
         assert 0 < row["seconds"][0] <= row["seconds"][1] <= row["seconds"][2]
         assert row["ratio_range"][0] <= row["time_per_token_ratio"] <= row["ratio_range"][1]
         assert re.search(rf"│ {row['name']} +│ +{row['parameters']:,} │", shown)
+
+
+@pytest.mark.parametrize("title", ["Prefill, 2 x 16", "Decoding, 2 x 16"])
+def test_transformers_is_raced(monkeypatch, tmp_path, title):
+    """In the same run, by tokens a second, with each of its implementations of attention."""
+    monkeypatch.setattr(timing, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(peers, "CONTEXTS", (16,))
+    monkeypatch.setattr(peers, "BATCHES", (2,))
+    output = tmp_path / "bench.json"
+    run(monkeypatch, tmp_path, "--against", "transformers", "--only", title, "--rounds", "2", "--output", str(output))
+    (rows,) = json.loads(output.read_text())["races"].values()
+    assert [row["name"] for row in rows] == ["lm2_jax", "transformers, sdpa", "transformers, eager"]
+    assert all(row["tokens_per_second"] > 0 for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The command `generate`: prompts, memory files and mistakes, as a user meets them."""
 
+import json
 import os
 import subprocess
 import sys
@@ -126,3 +127,19 @@ def test_seen_from_the_shell(command, run_dir):
         timeout=120,
     )
     assert (done.returncode, done.stdout, done.stderr) == command(*arguments)
+
+
+def test_a_file_of_prompts_is_answered_line_by_line(command):
+    """What each line gives alone, whichever rows it shares; mistakes are named by their line."""
+    lines = [PROMPT, f"{PROMPT} {PROMPT}", "John went to the garden. Where is John?"]
+    Path("prompts.txt").write_text("\n".join(lines) + "\n")
+    options = ("--temperature", "1", "--max-new-tokens", "5")
+    code, out, err = command("--prompts", "prompts.txt", "--rows", "2", *options)
+    assert (code, err) == (0, "")
+    found = {answer["line"]: answer["text"] for answer in map(json.loads, out.splitlines())}
+    alone = [command("--prompt", line, "--seed", str(seed), *options)[1] for seed, line in enumerate(lines)]
+    assert found == {number: text.removesuffix("\n") for number, text in enumerate(alone, 1)}
+    Path("prompts.txt").write_text(f"{PROMPT}\n\n{PROMPT}\n")
+    code, _, err = command("--prompts", "prompts.txt")
+    assert code == 2
+    assert "line 2 is empty" in err

@@ -81,7 +81,7 @@ MAY_IMPORT = {
     "convert": BASE | {"model", "tokenizer"},
     "checkpoint": BASE | {"parallel"},
     "loading": BASE | {"tokenizer", "parallel", "model", "convert", "checkpoint"},
-    "decoding": BASE | {"model", "tokenizer", "checkpoint"},
+    "decoding": BASE | {"parallel", "model", "tokenizer", "checkpoint"},
     "plots": BASE,
     "training": BASE | RUNNING | {"batch", "tokenizer", "data", "checkpoint", "loading", "plots"},
     "evals": BASE | RUNNING | {"batch", "tokenizer", "data", "convert", "checkpoint", "loading", "decoding", "plots"},

@@ -105,11 +105,16 @@ def generate_arguments() -> argparse.Namespace:
         "--checkpoint runs/books --prompt-file book.txt --max-new-tokens 0 --save-memory book.safetensors",
         '--checkpoint runs/books --load-memory book.safetensors --prompt "Who is Ahab?" --stop .',
         '--checkpoint my_instruct --chat --prompt "What is the capital of France?"',
+        "--checkpoint runs/books --prompts questions.txt --rows 16",
     )
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help=_CHECKPOINT)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="text to continue")
     prompt.add_argument("--prompt-file", metavar="FILE", help="UTF-8 file with the text to continue")
+    prompt.add_argument(
+        "--prompts", metavar="FILE", help="UTF-8 file with a prompt a line; prints a JSON object for each"
+    )
+    parser.add_argument("--rows", type=int, default=8, metavar="N", help="of --prompts, worked on at a time; default 8")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default 128; 0: only read")
     parser.add_argument(
         "--chat", action="store_true", help="put the prompt into the model's chat template, as a user's"
@@ -129,6 +134,10 @@ def generate_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if "" in arguments.stop:
         parser.error("argument --stop: an empty string occurs everywhere")
+    if arguments.prompts and (arguments.stop or arguments.load_memory or arguments.save_memory):
+        parser.error("argument --prompts: not allowed with --stop, --load-memory or --save-memory")
+    if arguments.rows < 1:
+        parser.error("argument --rows: expected 1 or more")
     return arguments
 
 
@@ -159,8 +168,12 @@ def bench_arguments() -> argparse.Namespace:
         "segments, slots and context.",
         "--config configs/babilong_tiny.yaml --output bench.json",
         "--config configs/lm2_125m.yaml --set data.batch_size=4 --only decoding",
+        "--config configs/books.yaml --against transformers",
     )
     add_config(parser)
+    parser.add_argument(
+        "--against", choices=("transformers",), help="compare the config's Llama, without memory, with this library's"
+    )
     parser.add_argument("--output", type=to_path, metavar="FILE.json", help="write the figures")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="runs of every program, in turns; default 5")
     parser.add_argument("--only", default="", metavar="TEXT", help="only the tables whose titles contain this text")

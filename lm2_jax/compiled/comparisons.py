@@ -10,7 +10,7 @@ import numpy as np
 
 from lm2_jax.batch import Batch
 from lm2_jax.config import Config, StageConfig, replace
-from lm2_jax.decoding import sampling
+from lm2_jax.decoding import placement, sampling
 from lm2_jax.model import build_model
 from lm2_jax.model.sizes import parameters, with_parameters
 from lm2_jax.parallel.mesh import make_mesh, to_devices, use_mesh
@@ -37,11 +37,21 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Programs to compare; each is made from its config only when it is compiled."""
+    """Programs to compare; each is made from its config only when it is compiled.
+
+    Attributes:
+      variants: config by name; the others are compared with the first.
+      makers: of variants that `make` does not make.
+    """
 
     title: str
     make: Callable[[Config], Program]
-    variants: Mapping[str, Config]  # the others are compared with the first
+    variants: Mapping[str, Config]
+    makers: Mapping[str, Callable[[Config], Program]] = dataclasses.field(default_factory=dict)
+
+    def program(self, name: str) -> Program:
+        """The program of a variant."""
+        return self.makers.get(name, self.make)(self.variants[name])
 
 
 def train_program(config: Config) -> Program:
@@ -77,7 +87,7 @@ def random_batch(B: int, stage: StageConfig, vocab_size: int) -> Batch:
 def decode_program(config: Config) -> Program:
     """The decode step, run for a whole segment including its end, where memory is written."""
     model, T = build_model(config), config.stages[-1].segment_length
-    params = jax.jit(model.init_params)(jax.random.key(config.train.seed))
+    params = placement.prepare(model, jax.jit(model.init_params)(jax.random.key(config.train.seed)))
     tokens_BQ, count_B = np.ones((_ROWS, 1), np.int32), np.ones(_ROWS, np.int32)
     held = [sampling.start(model, params, _ROWS, T)]
 

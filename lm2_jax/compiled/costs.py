@@ -22,6 +22,9 @@ _COLLECTIVES = (
 )  # fmt: skip
 
 
+_IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}  # opcode -> the operand that is written into the first
+
+
 @dataclasses.dataclass
 class Collective:
     """All collectives of a kind over the same mesh axes.
@@ -188,8 +191,11 @@ def memory_bytes(instruction: Instruction, computation: Computation, program: Pr
         return 2.0 * hlo.size_in_bytes(instruction.type, True)
     if instruction.opcode == "dynamic-update-slice":
         return 2.0 * hlo.size_in_bytes(operands[1].type, True)
-    if instruction.opcode in ("copy-start", "slice-start"):  # its type lists both ends
+    if instruction.opcode == "copy-start":  # its type lists both ends
         return float(hlo.size_in_bytes(instruction.type, True))
+    if instruction.opcode == "slice-start":  # its type lists the whole source, in brackets, and the slice
+        _, _, taken = instruction.type.partition("), ")
+        return float(hlo.size_in_bytes(taken) + hlo.size_in_bytes(taken, True))
     read = [hlo.size_in_bytes(operand.type, True) for operand in operands]
     written = hlo.size_in_bytes(instruction.type, True)
     if instruction.opcode == "fusion":
@@ -198,11 +204,12 @@ def memory_bytes(instruction: Instruction, computation: Computation, program: Pr
             if parameter.opcode != "parameter" or not read[int(parameter.arguments)]:
                 continue
             users = [user for user in body.instructions.values() if parameter.name in user.operands]
-            updates = [user for user in users if user.opcode == "dynamic-update-slice"]
+            updates = [user for user in users if user.opcode in _IN_PLACE and user.operands[0] == parameter.name]
             if users and all(user.opcode in ("dynamic-slice", "slice", "gather") for user in users):
                 read[int(parameter.arguments)] = sum(hlo.size_in_bytes(user.type) for user in users)
             elif updates and updates == users:  # in place
-                size = sum(hlo.size_in_bytes(body.instructions[user.operands[1]].type) for user in updates)
+                new = (body.instructions[user.operands[_IN_PLACE[user.opcode]]] for user in updates)
+                size = sum(hlo.size_in_bytes(instruction.type) for instruction in new)
                 written += size - read[int(parameter.arguments)]
                 read[int(parameter.arguments)] = 0
     return float(sum(read) + max(written, 0))

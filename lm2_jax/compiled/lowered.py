@@ -7,13 +7,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
 from lm2_jax.batch import Batch
 from lm2_jax.config import Config
-from lm2_jax.decoding import sampling
+from lm2_jax.decoding import placement, sampling
 from lm2_jax.model import build_model
+from lm2_jax.model.decode import by_layer
 from lm2_jax.model.sizes import count_parameters
-from lm2_jax.parallel.mesh import abstract_batch, batch_sharding, make_mesh, memory_shardings, use_mesh
+from lm2_jax.parallel.mesh import abstract_batch, make_mesh, use_mesh
 from lm2_jax.training.state import StepConfig, abstract_state
 from lm2_jax.training.step import make_train_step
 
@@ -38,26 +40,26 @@ class Programs:
         packed = data.boundaries == "packed"
         return abstract_batch(self.mesh, data.batch_size, stage.segments, stage.segment_length, packed)
 
-    def lower_train_step(self) -> tuple[jax.stages.Lowered, int]:
-        """The step of the last stage, and its tokens."""
+    def lower_train_step(self) -> tuple[jax.stages.Lowered, int, Mesh]:
+        """The step of the last stage, its tokens and its mesh."""
         batch = self.abstract_batch()
         with use_mesh(self.mesh):
             lowered = make_train_step(self.model, self.mesh, self._settings).lower(self.state, batch)
-        return lowered, batch.tokens_BST.size
+        return lowered, batch.tokens_BST.size, self.mesh
 
-    def lower_decode_step(self) -> tuple[jax.stages.Lowered, int]:
-        """One token for each of data.batch_size rows in the middle of a segment."""
+    def lower_decode_step(self) -> tuple[jax.stages.Lowered, int, Mesh]:
+        """One token for each of data.batch_size rows in the middle of a segment, on decoding's own mesh."""
         rows, T = self.config.data.batch_size, self.config.trained_segment_length
+        mesh = placement.decode_mesh(self.model, list(self.mesh.devices.flat))
 
-        def lanes(x: jax.ShapeDtypeStruct, lane_axis: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=memory_shardings(self.mesh, x, lane_axis))
+        def lay_out(shapes: Any, shardings: Any) -> Any:
+            return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
-        with use_mesh(self.mesh):
-            state = jax.eval_shape(lambda params: sampling.start(self.model, params, rows, T), self.state.all_params)
-            state = jax.tree.map(lambda x: lanes(x, 1 if x.ndim > 1 else 0), state)
-            if self.model.lane_axis == 0:
-                state = state.replace(memory=jax.tree.map(lambda x: lanes(x, 0), state.memory))
-            rows_sharding = batch_sharding(self.mesh)
-            tokens_BQ = jax.ShapeDtypeStruct((rows, 1), jnp.int32, sharding=rows_sharding)
-            count_B = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=rows_sharding)
-            return sampling.append.lower(self.model, self.state.all_params, tokens_BQ, count_B, state), rows
+        params = jax.eval_shape(lambda params: by_layer(self.model, params), self.model.abstract_params())
+        params = lay_out(params, placement.weight_shardings(self.model, mesh))
+        state = jax.eval_shape(lambda params: sampling.initial_state(self.model, params, rows, T), params)
+        specs = placement.state_specs(self.model, mesh, state)
+        state = lay_out(state, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))
+        tokens_BQ, count_B = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, 1), (rows,)))
+        with use_mesh(mesh):
+            return sampling.append.lower(self.model, params, tokens_BQ, count_B, state), rows, mesh

@@ -54,13 +54,14 @@ def compile_for(
     for name, lower in lowerings.items():
         if program in (name, "both"):
             log(f"compiling the {name} step ...")
-            lowered, tokens = lower()
+            lowered, tokens, mesh = lower()
             flops = model_flops(programs.parameters, tokens, name == "train", programs.frozen) / len(devices)
-            text, figures[name] = _compile(lowered, chip, config, mesh_shape, flops)
+            text, figures[name] = _compile(lowered, chip, config, dict(mesh.shape), flops)
             if not figures[name]["fits"]:
                 continue
             figures[name] |= {
                 "tokens": tokens,
+                "mesh": dict(mesh.shape),
                 "involuntary_rematerialisations": warnings.involuntary_rematerialisations(),
             }
             if keep is not None:
@@ -116,6 +117,7 @@ def describe(figures: Figures) -> str:
     roof = figures["roofline"]
     lines = [
         ("tokens a step", f"{figures['tokens']:,}"),
+        ("mesh", " x ".join(f"{axis} {size}" for axis, size in figures["mesh"].items())),
         (
             "memory of a chip",
             f"peak {figures['peak_bytes'] / _GIB:.2f} GiB of {figures['limit_bytes'] / _GIB:.2f} "
@@ -144,7 +146,7 @@ def describe(figures: Figures) -> str:
         ),
         (
             "at best",
-            f"{roof['step']:.3f} s a step, {roof['mfu']:.0%} of peak (6ND, of frozen parameters 4ND; decode 2ND)",
+            f"{roof['step']:.4f} s a step, {roof['mfu']:.0%} of peak (6ND, of frozen parameters 4ND; decode 2ND)",
         ),
         ("involuntary rematerialisations", f"{figures['involuntary_rematerialisations']}"),
         ("compiled in", f"{figures['compile_seconds']:.0f} s"),

@@ -19,9 +19,9 @@ LEAST_SECONDS = 0.2  # a turn repeats its program for about this long
 def measure(comparison: Comparison, rounds: int, log: Callable[[str], None]) -> list[dict[str, Any]]:
     """Seconds of a run of every variant (least, median and largest of `rounds` turns), and rates derived from them."""
     programs, repeats = {}, {}
-    for name, config in comparison.variants.items():
+    for name in comparison.variants:
         log(f"compiling: {name}")
-        programs[name] = comparison.make(config)
+        programs[name] = comparison.program(name)
         programs[name].run(1)
         repeats[name] = max(1, round(LEAST_SECONDS / max(_seconds(programs[name], 1), 1e-6)))
     turns: dict[str, list[float]] = {name: [] for name in programs}

@@ -24,9 +24,10 @@ from lm2_jax.common.storage import AnyPath, to_path
 from lm2_jax.common.untrusted import short_repr
 from lm2_jax.config import MemoryConfig, ModelConfig
 from lm2_jax.decoding import sampling
-from lm2_jax.model.decode import DecodeState
+from lm2_jax.model.decode import DecodeState, stack, unstack
 from lm2_jax.model.decoder import Decoder
 from lm2_jax.model.edge import MOST_TOKENS
+from lm2_jax.model.layers import KVCache
 
 _KEY = "lm2_jax.memory"  # key of the metadata
 _LONGEST_OWNER = 1 << 20  # characters
@@ -38,7 +39,7 @@ def save_state(path: str | AnyPath, model: Decoder, params: Any, state: DecodeSt
     metadata = {_KEY: json.dumps(_owner(model, params) | {"segment_length": state.segment_length})}
     path = to_path(path, "--save-memory")
     try:
-        write_bytes_atomically(path, safetensors.flax.save(_named(state), metadata))
+        write_bytes_atomically(path, safetensors.flax.save(_named(_stacked(state)), metadata))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
@@ -70,8 +71,8 @@ def load_state(path: str | AnyPath, model: Decoder, params: Any) -> DecodeState:
         raise UserError(f"{path}: memory of another model:\n" + "\n".join(problems))
 
     batch_size = saved["count_B"].size if "count_B" in saved else 1
-    like = jax.eval_shape(lambda params: sampling.start(model, params, batch_size, segment_length), params)
-    like = like.replace(memory_cache=None)
+    like = jax.eval_shape(lambda params: sampling.initial_state(model, params, batch_size, segment_length), params)
+    like = jax.eval_shape(_stacked, like)
     expected = _named(like)
     problems += [f"  {name}: is missing" for name in expected.keys() - saved.keys()]
     problems += [f"  {name}: unknown" for name in saved.keys() - expected.keys()]
@@ -90,15 +91,29 @@ def load_state(path: str | AnyPath, model: Decoder, params: Any) -> DecodeState:
     problems += [f"  {name}: holds NaN or infinite numbers" for name, x in saved.items() if not jnp.isfinite(x).all()]
     if problems:
         raise UserError(f"{path}: does not hold the arrays of this model's memory:\n" + "\n".join(sorted(problems)))
-    state = jax.tree.unflatten(jax.tree.structure(like), [saved[name] for name in expected])
-    return sampling.with_memory_cache(model, params, state)
+    stacked = jax.tree.unflatten(jax.tree.structure(like), [saved[name] for name in expected])
+    caches = {name: unstack(_swap_heads(cache), model.stacks[name]) for name, cache in stacked.caches.items()}
+    return sampling.with_memory_cache(model, params, stacked.replace(caches=caches))
 
 
-def _named(state: DecodeState) -> dict[str, Any]:
+def _stacked(state: DecodeState) -> DecodeState:
+    """The state as the file has it: without the memory cache, layers stacked, keys [L,B,C,G,K]."""
+    caches = {name: _swap_heads(stack(layers)) for name, layers in state.caches.items()}
+    return state.replace(memory_cache=[], caches=caches)
+
+
+def _swap_heads(cache: KVCache) -> KVCache:
+    """Exchanges the axes of heads and positions of keys and values."""
+    keys, values = (x.swapaxes(2, 3) for x in (cache.keys_BGCK, cache.values_BGCK))
+    return cache.replace(keys_BGCK=keys, values_BGCK=values)
+
+
+def _named(stacked: DecodeState) -> dict[str, Any]:
     """The state's arrays, in order, by their names in the file, such as past.blocks.keys_BCGK."""
-    leaves = jax.tree_util.tree_leaves_with_path(state.replace(memory_cache=None))
+    leaves = jax.tree_util.tree_leaves_with_path(stacked)
     names = (jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves)
-    return {re.sub(r"^caches\b", "past", name): leaf for name, (_, leaf) in zip(names, leaves, strict=True)}
+    names = (re.sub(r"^caches\b", "past", name).replace("_BGCK", "_BCGK") for name in names)
+    return {name: leaf for name, (_, leaf) in zip(names, leaves, strict=True)}
 
 
 def _owner(model: Decoder, params: Any) -> dict[str, Any]:

@@ -2,7 +2,10 @@
 
 Every row of a batch has its own segment clock. Keys and values are cached for the unfinished segment only; when a row
 has filled its segment and reads on, its memory is written and its next segment begins. So neither the cost per token
-nor the state grows with the text, and the logits are those of `segments.run_segments` over all of it.
+nor the state grows with the text, and the logits are those of `segments.run_segments` over all of it. A prompt is read
+in windows of `WINDOW` tokens, so what reading it holds does not grow with T either.
+
+Parameters are taken as they are or, for speed, as `placement.prepare` returns them.
 
 Axes: B rows, Q tokens at a time, T tokens in a segment, V vocabulary.
 """
@@ -20,15 +23,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm2_jax.common.errors import UserError
+from lm2_jax.decoding.placement import lay_out, mesh_of, prepare
 from lm2_jax.model.decode import (
     DecodeState,
     append_tokens,
     finish_segment,
     init_decode_state,
     refresh_memory_cache,
+    restart,
 )
 from lm2_jax.model.decoder import Decoder
 
+WINDOW = 256  # tokens of a prompt that a row reads at once
 OnToken = Callable[[int, int], bool | None]
 _DRAW = zlib.crc32(b"lm2_jax.decoding.draw")  # name of the random stream: a change would change what seeds give
 
@@ -45,13 +51,16 @@ def start(model: Decoder, params: Any, batch_size: int, segment_length: int | No
             f"memory.kind {model.spec.memory.kind}: cannot generate; its tokens look ahead to the end of their "
             "segment, so there is no next token to ask for before the segment is complete"
         )
-    return _start(model, params, batch_size, segment_length or model.spec.segment_length)
+    params = prepare(model, params)
+    with mesh_of(params):
+        return initial_state(model, params, batch_size, segment_length or model.spec.segment_length)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def with_memory_cache(model: Decoder, params: Any, state: DecodeState) -> DecodeState:
     """Completes a state that was saved without its memory cache."""
-    return model.apply({"params": params}, state, method=refresh_memory_cache)
+    params = prepare(model, params)
+    with mesh_of(params):
+        return _with_memory_cache(model, params, state)
 
 
 def advance(
@@ -62,37 +71,47 @@ def advance(
     Args:
       tokens_BQ: token ids, each row padded on its right.
       count_B: how many of a row are not padding.
+      state: given up: its arrays are written in place.
 
     Returns:
       float32 logits [B,V] of the token after each row's last (without meaning for rows that read nothing), the state.
     """
-    count_B = np.asarray(count_B, np.int32)
+    params, count_B = prepare(model, params), np.asarray(count_B, np.int32)
     full_B = (np.asarray(state.count_B) == state.segment_length) & (count_B > 0)
-    if full_B.any():
-        state = _finish(model, params, full_B, state)
-    return append(model, params, np.asarray(tokens_BQ, np.int32), count_B, state)
+    with mesh_of(params):
+        if full_B.any():
+            state = _finish(model, params, full_B, state)
+        return append(model, params, np.asarray(tokens_BQ, np.int32), count_B, state)
+
+
+def restart_rows(model: Decoder, params: Any, rows_B: np.ndarray, state: DecodeState) -> DecodeState:
+    """Puts the selected rows at a document's start. state: given up, as by `advance`."""
+    params = prepare(model, params)
+    with mesh_of(params):
+        return _restart(model, params, np.asarray(rows_B, bool), state)
 
 
 def read(
     model: Decoder, params: Any, prompts: Sequence[Sequence[int]], state: DecodeState
 ) -> tuple[jax.Array, DecodeState]:
-    """Streams a prompt into each row, a segment at a time.
+    """Streams a prompt into each row, a window at a time.
 
     Returns float32 logits [B,V] of the next token, and the state. Raises UserError for an empty prompt or an id that is
     not in the vocabulary.
     """
-    rests = _check_prompts(prompts, model.spec.model.vocab_size)
+    rests, params = check_prompts(prompts, model.spec.model.vocab_size), prepare(model, params)
     T, B = state.segment_length, len(rests)
+    Q, state = min(T, WINDOW), jax.tree.map(jnp.copy, state)
     if len(state.count_B) != B:
         raise ValueError(f"{B} prompts for a state of {len(state.count_B)} rows")
     logits_BV = jnp.zeros((B, model.spec.model.vocab_size))
     while any(map(len, rests)):
-        tokens_BT, count_B = np.zeros((B, T), np.int32), np.zeros(B, np.int32)
+        tokens_BQ, count_B = np.zeros((B, Q), np.int32), np.zeros(B, np.int32)
         for row, (rest, before) in enumerate(zip(rests, np.asarray(state.count_B), strict=True)):
-            chunk = rest[: T - before % T]  # a full segment makes room for T
-            tokens_BT[row, : len(chunk)], count_B[row] = chunk, len(chunk)
+            chunk = rest[: min(Q, T - before % T)]  # a full segment makes room for T
+            tokens_BQ[row, : len(chunk)], count_B[row] = chunk, len(chunk)
             rests[row] = rest[len(chunk) :]
-        new_BV, state = advance(model, params, tokens_BT, count_B, state)
+        new_BV, state = advance(model, params, tokens_BQ, count_B, state)
         logits_BV = jnp.where(count_B[:, None] > 0, new_BV, logits_BV)
     return logits_BV, state
 
@@ -163,18 +182,14 @@ def decode(
       the new tokens of each row, and the state after all that was read, the new tokens included.
       Raises UserError for an option that makes no sense, and as `read` does.
     """
-    wanted = DecodeOptions(**options)
+    wanted, params = DecodeOptions(**options), prepare(model, params)
     logits_BV, state = read(model, params, prompts, state)
     seeds = [seed + row for row in range(len(prompts))] if isinstance(seed, int) else seed
     seed_B = np.array([seed % 2**32 for seed in seeds], np.uint32)
     written: list[list[int]] = [[] for _ in prompts]
     active_B = np.ones(len(prompts), bool)
     for _ in range(wanted.max_new_tokens):
-        if wanted.temperature == 0:
-            token_B = np.asarray(jnp.argmax(logits_BV, axis=-1))
-        else:
-            cut = wanted.top_k or jnp.inf, wanted.top_p or jnp.inf
-            token_B = np.asarray(draw(logits_BV, seed_B, state.read_B, wanted.temperature, *cut))
+        token_B = next_tokens(logits_BV, seed_B, state.read_B, wanted)
         for row in np.flatnonzero(active_B).tolist():
             token = int(token_B[row])
             if token in wanted.stop_ids:
@@ -187,6 +202,14 @@ def decode(
             break
         logits_BV, state = advance(model, params, token_B[:, None], active_B, state)
     return written, state
+
+
+def next_tokens(logits_BV: jax.Array, seed_B: np.ndarray, read_B: jax.Array, wanted: DecodeOptions) -> np.ndarray:
+    """The next token of each row [B]: the most likely one, or one drawn from the row's seed and what it has read."""
+    if wanted.temperature == 0:
+        return np.asarray(jnp.argmax(logits_BV, axis=-1))
+    cut = wanted.top_k or jnp.inf, wanted.top_p or jnp.inf
+    return np.asarray(draw(logits_BV, seed_B, read_B, wanted.temperature, *cut))
 
 
 @jax.jit
@@ -221,12 +244,19 @@ def draw(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
-def _start(model: Decoder, params: Any, batch_size: int, segment_length: int) -> DecodeState:
+def initial_state(model: Decoder, params: Any, batch_size: int, segment_length: int) -> DecodeState:
+    """Does what `start` does."""
     memory = model.init_memory(batch_size, params)
-    return model.apply({"params": params}, memory, batch_size, segment_length, method=init_decode_state)
+    state = model.apply({"params": params}, memory, batch_size, segment_length, method=init_decode_state)
+    return lay_out(model, state)
 
 
 @functools.partial(jax.jit, static_argnums=0)
+def _with_memory_cache(model: Decoder, params: Any, state: DecodeState) -> DecodeState:
+    return lay_out(model, model.apply({"params": params}, state, method=refresh_memory_cache))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
 def append(
     model: Decoder, params: Any, tokens_BQ: jax.Array, count_B: jax.Array, state: DecodeState
 ) -> tuple[jax.Array, DecodeState]:
@@ -234,18 +264,24 @@ def append(
     hidden_BQD, state = model.apply({"params": params}, tokens_BQ, count_B, state, method=append_tokens)
     last_B11 = jnp.maximum(count_B - 1, 0)[:, None, None]
     hidden_BD = jnp.take_along_axis(hidden_BQD, last_B11, axis=1)[:, 0]
-    return model.apply({"params": params}, hidden_BD, method=Decoder.project), state
+    return model.apply({"params": params}, hidden_BD, method=Decoder.project), lay_out(model, state)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def _finish(model: Decoder, params: Any, rows_B: jax.Array, state: DecodeState) -> DecodeState:
-    return model.apply({"params": params}, rows_B, state, method=finish_segment)
+    return lay_out(model, model.apply({"params": params}, rows_B, state, method=finish_segment))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _restart(model: Decoder, params: Any, rows_B: jax.Array, state: DecodeState) -> DecodeState:
+    return lay_out(model, model.apply({"params": params}, rows_B, state, method=restart))
 
 
 # --- What a caller can get wrong -----------------------------------------------------------------------------------
 
 
-def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> list[np.ndarray]:
+def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> list[np.ndarray]:
+    """The prompts as arrays. Raises UserError for an empty one, or an id that is not in the vocabulary."""
     arrays = [np.asarray(prompt) for prompt in prompts]
     for row, array in enumerate(arrays):
         if not array.size:

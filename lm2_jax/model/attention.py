@@ -21,6 +21,8 @@ from lm2_jax.parallel.fsdp import BATCH_AXES, can_shard_batch
 
 _REGISTER_WIDTH = 128  # lanes of a TPU's vector registers: the kernel's tiles are multiples of it
 _LARGEST_TILE = 512
+_SUBLANES = 8  # of those registers
+_CACHE_TILE = 512  # cached positions that many queries attend to at once
 _NO_SINK = -1e4  # log-sum-exp of no scores: weighs nothing, and is finite
 
 
@@ -42,13 +44,60 @@ def attention(
     A query without a key gets a finite value without meaning.
     """
     with jax.named_scope("causal_attention" if causal else "full_attention"):
-        if _on_tpu() and _has_tiles(q_BTHK.shape[1], k_BUGK.shape[1], q_BTHK.shape[3]):
+        if on_tpu() and _has_tiles(q_BTHK.shape[1], k_BUGK.shape[1], q_BTHK.shape[3]):
             mask = (masks.CausalMask if causal else masks.FullMask)((q_BTHK.shape[1], k_BUGK.shape[1]))
             return _splash(q_BTHK, k_BUGK, v_BUGK, mask, q_document_ids_BT, kv_document_ids_BU)
         mask = None
         if q_document_ids_BT is not None:
             mask = (q_document_ids_BT[:, :, None] == kv_document_ids_BU[:, None, :])[:, None]
         return jax.nn.dot_product_attention(q_BTHK, k_BUGK, v_BUGK, mask=mask, is_causal=causal)
+
+
+def attention_to_cache(
+    q_BQHK: jax.Array, keys_BGCK: jax.Array, values_BGCK: jax.Array, index_BQ: jax.Array
+) -> jax.Array:
+    """Attention to the cached positions up to the query's own, index_BQ; from C on: padding; [B,Q,H,K].
+
+    One query, as in decoding, is two products with the cache. Several go through tiles of the cache as far as it is
+    filled, with a running softmax, so the weights are never held.
+    """
+    (B, Q, H, K), (G, C) = q_BQHK.shape, keys_BGCK.shape[1:3]
+    q_BGPK = (q_BQHK / math.sqrt(K)).reshape(B, Q, G, H // G, K).transpose(0, 2, 3, 1, 4)
+    q_BGPK = q_BGPK.reshape(B, G, H // G * Q, K).astype(keys_BGCK.dtype)  # P: the queries of a kv head
+    index_BP1 = jnp.tile(index_BQ, (1, H // G))[..., None]
+    if H // G * Q == 1 and on_tpu():  # a single query would be multiplied without the matrix unit
+        q_BGPK = jnp.pad(q_BGPK, ((0, 0), (0, 0), (0, _SUBLANES - 1), (0, 0)))
+
+    def scores_of(keys_BGCK: jax.Array, first: jax.Array | int) -> jax.Array:
+        scores_BGPC = jnp.einsum("bgpk,bgck->bgpc", q_BGPK, keys_BGCK, preferred_element_type=jnp.float32)
+        visible_BPC = first + jnp.arange(keys_BGCK.shape[2]) <= index_BP1
+        return jnp.where(visible_BPC[:, None], scores_BGPC, jnp.finfo(jnp.float32).min)
+
+    def mixed(weights_BGPC: jax.Array, values_BGCK: jax.Array) -> jax.Array:
+        weights_BGPC = weights_BGPC.astype(values_BGCK.dtype)
+        return jnp.einsum("bgpc,bgck->bgpk", weights_BGPC, values_BGCK, preferred_element_type=jnp.float32)
+
+    def tile(i: jax.Array, running: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        largest_BGP1, total_BGP1, sum_BGPK = running
+        first = jnp.minimum(i * _CACHE_TILE, C - _CACHE_TILE)  # the last tile may overlap the one before
+        keys, values = (jax.lax.dynamic_slice_in_dim(x, first, _CACHE_TILE, 2) for x in (keys_BGCK, values_BGCK))
+        scores_BGPC = jnp.where(first + jnp.arange(_CACHE_TILE) < i * _CACHE_TILE, -jnp.inf, scores_of(keys, first))
+        new_BGP1 = jnp.maximum(largest_BGP1, jnp.max(scores_BGPC, axis=-1, keepdims=True))
+        weights_BGPC, shrunk_BGP1 = jnp.exp(scores_BGPC - new_BGP1), jnp.exp(largest_BGP1 - new_BGP1)
+        total_BGP1 = total_BGP1 * shrunk_BGP1 + jnp.sum(weights_BGPC, axis=-1, keepdims=True)
+        return new_BGP1, total_BGP1, sum_BGPK * shrunk_BGP1 + mixed(weights_BGPC, values)
+
+    with jax.named_scope("cache_attention"):
+        if Q == 1 or C <= _CACHE_TILE:
+            out_BGPK = mixed(jax.nn.softmax(scores_of(keys_BGCK, 0), axis=-1), values_BGCK)
+        else:
+            filled = jnp.max(jnp.where(index_BQ < C, index_BQ + 1, 0))
+            zeros_BGP1 = jnp.zeros((*q_BGPK.shape[:3], 1))
+            running = (zeros_BGP1 + jnp.finfo(jnp.float32).min, zeros_BGP1, jnp.zeros(q_BGPK.shape))
+            _, total_BGP1, sum_BGPK = jax.lax.fori_loop(0, (filled + _CACHE_TILE - 1) // _CACHE_TILE, tile, running)
+            out_BGPK = sum_BGPK / jnp.maximum(total_BGP1, 1e-30)  # no row has read anything: no tile
+        out_BGRQK = out_BGPK[:, :, : H // G * Q].reshape(B, G, H // G, Q, K).astype(q_BQHK.dtype)
+        return out_BGRQK.transpose(0, 3, 1, 2, 4).reshape(B, Q, H, K)
 
 
 class Sinks(NamedTuple):
@@ -82,7 +131,7 @@ def window_attention(
     """
     T, U = q_BTHK.shape[1], k_BUGK.shape[1]
     with jax.named_scope("window_attention"):
-        if _on_tpu() and _has_tiles(T, _REGISTER_WIDTH, q_BTHK.shape[3]):  # keys are padded
+        if on_tpu() and _has_tiles(T, _REGISTER_WIDTH, q_BTHK.shape[3]):  # keys are padded
             return _splash_window(q_BTHK, k_BUGK, v_BUGK, window, q_document_ids_BT, kv_document_ids_BU, sinks)
         back_TU = jnp.arange(T)[:, None] + U - T - jnp.arange(U)
         visible_BTU = q_document_ids_BT[:, :, None] == kv_document_ids_BU[:, None]
@@ -134,7 +183,7 @@ def attention_weights(
     return jnp.mean(jax.nn.softmax(scores_BHTU, axis=-1), axis=1)
 
 
-def _on_tpu() -> bool:
+def on_tpu() -> bool:
     """True if the program is compiled for TPUs: those of the mesh in use, or else JAX's default device."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() == "tpu" if device is None else device.device_kind.startswith("TPU")

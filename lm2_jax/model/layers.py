@@ -17,7 +17,7 @@ from flax import struct
 
 from lm2_jax.batch import Batch
 from lm2_jax.config import ModelConfig, RopeScaling
-from lm2_jax.model.attention import attention, attention_weights
+from lm2_jax.model.attention import attention, attention_to_cache, attention_weights, on_tpu
 from lm2_jax.model.lora import LowRank, Weight, with_addition
 from lm2_jax.parallel.fsdp import with_logical_constraint
 
@@ -58,22 +58,37 @@ class Layout:
 class KVCache:
     """Earlier positions of an unfinished segment, as a block keeps them; C positions fit, W = conv_width.
 
+    Heads stand before positions, as products of every head want it: otherwise CPUs copy the cache for each token.
+
     Attributes:
-      keys_BCGK, values_BCGK: of self-attention.
+      keys_BGCK, values_BGCK: of self-attention.
       inputs_BCD: x', from which the bank will be written; None without a bank, or if the kind decodes in place.
       tail_BWD: the last W - 1 inputs of the convolution; None without one.
     """
 
-    keys_BCGK: jax.Array
-    values_BCGK: jax.Array
+    keys_BGCK: jax.Array
+    values_BGCK: jax.Array
     inputs_BCD: jax.Array | None
     tail_BWD: jax.Array | None
 
+    def append(self, k_BQGK: jax.Array, v_BQGK: jax.Array, index_BQ: jax.Array) -> KVCache:
+        """The cache with keys and values of Q new positions; see `write_at`."""
+        return self.replace(
+            keys_BGCK=write_at(self.keys_BGCK, k_BQGK.swapaxes(1, 2), index_BQ),
+            values_BGCK=write_at(self.values_BGCK, v_BQGK.swapaxes(1, 2), index_BQ),
+        )
+
 
 def write_at(array: jax.Array, new: jax.Array, index_BQ: jax.Array) -> jax.Array:
-    """array [B,C,...] with new[b, q] of new [B,Q,...] written at index[b, q]; an index beyond C is dropped."""
-    row_B1 = jnp.arange(array.shape[0])[:, None]
-    return array.at[row_B1, index_BQ].set(new.astype(array.dtype), mode="drop")
+    """array [B,C,D] or [B,G,C,K] with `new` [B,Q,D] or [B,G,Q,K] written at index_BQ; an index beyond C is dropped."""
+    (B, C), new = (array.shape[0], array.shape[-2]), new.astype(array.dtype)
+    row_B1 = jnp.arange(B)[:, None]
+    if array.ndim == 3:
+        return array.at[row_B1, index_BQ].set(new, mode="drop")
+    if index_BQ.shape[1] == 1 and on_tpu():  # a scatter copies narrow heads to another layout and back
+        return jnp.where((jnp.arange(C) == index_BQ)[:, None, :, None], new, array)
+    head_G1 = jnp.arange(array.shape[1])[:, None]
+    return array.at[row_B1[:, None], head_G1, index_BQ[:, None]].set(new, mode="drop")
 
 
 def linear_init(axes: tuple[str | None, ...], scale: float = 1.0) -> Initializer:
@@ -141,12 +156,6 @@ def rotate(x_BTHK: jax.Array, position_BT: jax.Array, frequencies_K: jax.Array) 
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTHK.dtype)
 
 
-def attention_to_cache(q_BQHK: jax.Array, cache: KVCache, index_BQ: jax.Array) -> jax.Array:
-    """Softmax attention to the cached positions of an unfinished segment up to the query's own; [B,Q,H,K]."""
-    mask_BQC = jnp.arange(cache.keys_BCGK.shape[1]) <= index_BQ[..., None]
-    return jax.nn.dot_product_attention(q_BQHK, cache.keys_BCGK, cache.values_BCGK, mask=mask_BQC[:, None])
-
-
 class LlamaLayer(nn.Module):
     """A part of a Llama block, whose weights may have low-rank additions (model.lora)."""
 
@@ -188,11 +197,8 @@ class SelfAttention(LlamaLayer):
             attended_NTHK = attention(q_NTHK, k_NTGK, v_NTGK, causal=True, **documents)
         else:
             index_BT = layout.cache_index_BST[:, 0]
-            cache = cache.replace(
-                keys_BCGK=write_at(cache.keys_BCGK, k_NTGK, index_BT),
-                values_BCGK=write_at(cache.values_BCGK, v_NTGK, index_BT),
-            )
-            attended_NTHK = attention_to_cache(q_NTHK, cache, index_BT)
+            cache = cache.append(k_NTGK, v_NTGK, index_BT)
+            attended_NTHK = attention_to_cache(q_NTHK, cache.keys_BGCK, cache.values_BGCK, index_BT)
         return dense(attended_NTHK.reshape(B, S, T, H * K), w_o), cache
 
     def weights(self, width: int) -> tuple[Weight, Weight, Weight, Weight]:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from lm2_jax.config import ModelConfig
 from lm2_jax.model.attention import Sinks, masked_attention, scores, window_attention
 from lm2_jax.model.edge import Edge, edges_of_window
-from lm2_jax.model.layers import KVCache, Layout, SelfAttention, dense, rope_frequencies, rotate, write_at
+from lm2_jax.model.layers import KVCache, Layout, SelfAttention, dense, rope_frequencies, rotate
 from lm2_jax.model.lora import Weight
 
 
@@ -61,10 +61,7 @@ class WindowedAttention(SelfAttention):
             attended = attend_segments(c, *_merge((q_BSTHK, k_BSTGK, v_BSTGK, layout.document_BST, found)))
         else:
             index_BT = layout.cache_index_BST[:, 0]
-            cache = cache.replace(
-                keys_BCGK=write_at(cache.keys_BCGK, k_BSTGK[:, 0], index_BT),
-                values_BCGK=write_at(cache.values_BCGK, v_BSTGK[:, 0], index_BT),
-            )
+            cache = cache.append(k_BSTGK[:, 0], v_BSTGK[:, 0], index_BT)
             attended = attend_cache(c, q_BSTHK[:, 0], cache, layout.position_BST[:, 0], edge)
         return dense(attended.reshape(*x_BSTD.shape[:3], -1), w_o), edge, cache
 
@@ -82,11 +79,11 @@ def attend_segments(
 
 def attend_cache(c: ModelConfig, q_BQHK: jax.Array, cache: KVCache, index_BQ: jax.Array, edge: Edge) -> jax.Array:
     """Attention of tokens at index_BQ of an unfinished segment, [B,Q,H,K]; the cached keys are not rotated."""
-    one_BT = jnp.ones(cache.keys_BCGK.shape[:2], jnp.int32)
-    cached = _places(one_BT, edge.length_B)
-    keys, values, index_BU, document_BU = _near(c, cache.keys_BCGK, cache.values_BCGK, cached, edge)
+    k_BCGK, v_BCGK = cache.keys_BGCK.swapaxes(1, 2), cache.values_BGCK.swapaxes(1, 2)
+    cached = _places(jnp.ones(k_BCGK.shape[:2], jnp.int32), edge.length_B)
+    keys, values, index_BU, document_BU = _near(c, k_BCGK, v_BCGK, cached, edge)
     queries = Places(index_BQ, jnp.ones_like(index_BQ), edge.length_B[:, None] + index_BQ)
-    sinks = _sinks(c, q_BQHK, queries, cache.keys_BCGK, cache.values_BCGK, cached, edge)
+    sinks = _sinks(c, q_BQHK, queries, k_BCGK, v_BCGK, cached, edge)
     back_BQU = index_BQ[:, :, None] - index_BU[:, None]
     visible_BQU = (back_BQU >= 0) & (back_BQU < c.window) & (document_BU == 1)[:, None]
     return masked_attention(_rotate(c, q_BQHK, index_BQ), keys, values, visible_BQU, sinks)

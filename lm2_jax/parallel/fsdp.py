@@ -7,6 +7,7 @@ to the compiler, a loop over segments would do both for every segment. The axis 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,18 +19,19 @@ BATCH_AXES = ("data", "fsdp")  # the mesh axes that lanes are spread over
 
 
 def with_logical_constraint(x: jax.Array, *axes: str | None) -> jax.Array:
-    """x with its axes laid along the mesh axes that the rules give for their logical names."""
+    """x with its axes laid along the mesh axes that the rules give for their logical names, where they divide."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or set(mesh.axis_names) == set(mesh.manual_axes):
         return x
-    spec = [_automatic(mesh, axis) for axis in nn.logical_to_mesh_axes(axes)]
+    spec = [_automatic(mesh, axis, size) for axis, size in zip(nn.logical_to_mesh_axes(axes), x.shape, strict=True)]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
-def _automatic(mesh: AbstractMesh, axis: Any) -> Any:
-    """Drops the mesh axes that an enclosing `shard_map` already handles from one PartitionSpec entry."""
+def _automatic(mesh: AbstractMesh, axis: Any, size: int) -> Any:
+    """One PartitionSpec entry, without axes that an enclosing `shard_map` handles; None if `size` does not divide."""
     names = (axis,) if isinstance(axis, str) else axis or ()
-    return tuple(name for name in names if name not in mesh.manual_axes) or None
+    free = tuple(name for name in names if name not in mesh.manual_axes)
+    return free if free and size % math.prod(mesh.shape[name] for name in free) == 0 else None
 
 
 def can_shard_batch(num_lanes: int) -> bool:

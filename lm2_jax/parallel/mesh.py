@@ -107,13 +107,13 @@ def boxed_shardings(mesh: Mesh, boxed: Any) -> Any:
 
     boxed = jax.tree.map(full, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
     specs = nn.logical_to_mesh(nn.get_partition_spec(boxed), RULES)
-    return jax.tree.map(lambda array, spec: NamedSharding(mesh, _fit(mesh, spec, array.shape)), unbox(boxed), specs)
+    return jax.tree.map(lambda array, spec: NamedSharding(mesh, fit(mesh, spec, array.shape)), unbox(boxed), specs)
 
 
 def memory_shardings(mesh: Mesh, memory: Any, lane_axis: int) -> Any:
     """Shardings of a memory, whose leaves have lanes at `lane_axis`."""
     lanes = PartitionSpec(*[None] * lane_axis, BATCH_AXES)
-    return jax.tree.map(lambda array: NamedSharding(mesh, _fit(mesh, lanes, array.shape)), memory)
+    return jax.tree.map(lambda array: NamedSharding(mesh, fit(mesh, lanes, array.shape)), memory)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -154,7 +154,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def _fit(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...]) -> PartitionSpec:
+def fit(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...]) -> PartitionSpec:
+    """The spec [...] of an array of this shape; an axis that does not divide over its mesh axes is replicated."""
+
     def fits(size: int, axes: Any) -> bool:
         names = (axes,) if isinstance(axes, str) else axes or ()
         return size % math.prod(mesh.shape[name] for name in names) == 0

@@ -21,9 +21,10 @@ import jax.numpy as jnp
 
 from lm2_jax.config import MemoryConfig
 from lm2_jax.config.spec import ModelSpec
-from lm2_jax.model.attention import attention, attention_weights
+from lm2_jax.model.attention import attention, attention_to_cache, attention_weights
 from lm2_jax.model.layers import Initializer, Layout, linear_init, replicated_dense, rms_norm, vector
 from lm2_jax.model.memory.base import BlockMemory, Memory, MemoryKind, Parameters, select_lanes
+from lm2_jax.parallel.fsdp import with_logical_constraint
 
 Projections = tuple[jax.Array, jax.Array]  # keys and values of the read
 _EXTRA_SLOTS_SEED = 2502_06049  # of the constant rows beyond the identity
@@ -54,8 +55,12 @@ def attend(
     """Multi-head attention without projections, [B,Q,M].
 
     visible_BK: bool, keys that may be attended to; None: all. share_BQK, instead: factors of the weights before they
-    are made to add up to 1; a query whose factors are all 0 gets a finite value without meaning.
+    are made to add up to 1; a query whose factors are all 0 gets a finite value without meaning. Keys and values that
+    `by_heads` gave may be attended to as well, all of them.
     """
+    if k_BKM.ndim == 4:
+        last_BQ = jnp.full(q_BQM.shape[:2], k_BKM.shape[2] - 1)
+        return attention_to_cache(split(q_BQM, num_heads), k_BKM, v_BKM, last_BQ).reshape(q_BQM.shape)
     if share_BQK is not None:
         q, k, v = (split(x, num_heads) for x in (q_BQM, k_BKM, v_BKM))
         bias, mask = log_share(share_BQK)[:, None].astype(q.dtype), (share_BQK > 0)[:, None]
@@ -66,6 +71,11 @@ def attend(
         documents["kv_document_ids_BU"] = visible_BK.astype(jnp.int32)
     q, k, v = (split(x, num_heads) for x in (q_BQM, k_BKM, v_BKM))
     return attention(q, k, v, **documents).reshape(q_BQM.shape)
+
+
+def by_heads(x_BKM: jax.Array, num_heads: int) -> jax.Array:
+    """Keys or values [B,H,K,M/H], as single queries want them."""
+    return with_logical_constraint(split(x_BKM, num_heads).swapaxes(1, 2), "batch", "heads", None, None)
 
 
 def log_share(share: jax.Array) -> jax.Array:
@@ -313,9 +323,14 @@ class LM2(MemoryKind):
         return attention_weights(q, k, share_BNT > 0, log_share(share_BNT)[:, None])
 
     def project_memory(self, memory: Memory, block_parameters: Parameters) -> Projections:
-        """Keys and values of every bank, [L,B,N,D]."""
-        eps, dtype, slots_LBNM = self.spec.model.norm_eps, self.spec.dtype, self.as_slots(memory)
-        return jax.lax.map(lambda layer: project_bank(layer[0], eps, layer[1], dtype), (block_parameters, slots_LBNM))
+        """Keys and values of every bank, [L,B,H,N,D/H]."""
+        eps, dtype, heads = self.spec.model.norm_eps, self.spec.dtype, self.spec.memory.num_heads
+
+        def layer(inputs: tuple[Parameters, jax.Array]) -> Projections:
+            keys_BND, values_BND = project_bank(inputs[0], eps, inputs[1], dtype)
+            return by_heads(keys_BND, heads), by_heads(values_BND, heads)
+
+        return jax.lax.map(layer, (block_parameters, self.as_slots(memory)))
 
     def finish_segment(
         self, memory: Memory, block_parameters: Parameters, inputs_LBTD: jax.Array, token_BT: jax.Array, ends_BmD: None
