@@ -19,6 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lm2_jax.model.decode import DecodeState, by_layer
 from lm2_jax.model.decoder import Decoder
+from lm2_jax.model.edge import join_edges, split_edges
 from lm2_jax.model.layers import KVCache
 from lm2_jax.parallel.fsdp import BATCH_AXES
 from lm2_jax.parallel.mesh import boxed_shardings, fit, use_mesh
@@ -74,22 +75,27 @@ def weight_shardings(model: Decoder, mesh: Mesh) -> Any:
 
 
 def state_specs(model: Decoder, mesh: Any, state: DecodeState) -> DecodeState:
-    """PartitionSpecs of a state: everything by rows; keys and values by heads, too."""
+    """PartitionSpecs of a state: by rows; keys and values by heads, too; what waits for a segment's end, by width."""
 
     def rows(tree: Any, axis: int = 0) -> Any:
         return jax.tree.map(lambda x: fit(mesh, PartitionSpec(*[None] * axis, BATCH_AXES), x.shape), tree)
 
-    def heads(x: jax.Array, axis: int) -> PartitionSpec:
-        axes: list[Any] = [BATCH_AXES] + [None] * (x.ndim - 1)
-        axes[axis] = "tensor"
-        return fit(mesh, PartitionSpec(*axes), x.shape)
+    def split(tree: Any, axis: int, lane_axis: int = 0) -> Any:
+        def spec(x: jax.Array) -> PartitionSpec:
+            axes: list[Any] = [None] * x.ndim
+            axes[lane_axis], axes[axis] = BATCH_AXES, "tensor"
+            return fit(mesh, PartitionSpec(*axes), x.shape)
+
+        return jax.tree.map(spec, tree)
 
     def cache(c: KVCache) -> KVCache:
-        return rows(c).replace(keys_BGCK=heads(c.keys_BGCK, 1), values_BGCK=heads(c.values_BGCK, 1))
+        keys, values = split((c.keys_BGCK, c.values_BGCK), 1)
+        return rows(c).replace(keys_BGCK=keys, values_BGCK=values, inputs_BCD=split(c.inputs_BCD, -1))
 
+    memory, edges = split_edges(state.memory)
     return rows(state).replace(
-        memory=rows(state.memory, model.lane_axis),
-        memory_cache=jax.tree.map(lambda x: heads(x, 1), state.memory_cache),
+        memory=join_edges(split(memory, -1, model.kind.lane_axis), rows(edges, model.lane_axis)),
+        memory_cache=split(state.memory_cache, 1),
         caches={name: [cache(c) for c in layers] for name, layers in state.caches.items()},
     )
 

@@ -83,6 +83,8 @@ class Block(nn.Module):
             conv_BSTD, cache = CausalConv(c.conv_width, name="conv")(normed_BSTD, layout, cache)
             x_BSTD += conv_BSTD
         normed_BSTD = RMSNorm(c.norm_eps, name="attention_norm")(x_BSTD)
+        if cache is not None:  # the cache of inputs lies by width; activations do not
+            normed_BSTD = with_logical_constraint(normed_BSTD, "batch", None, None, "activation")
         if edge is None:
             attention = SelfAttention(c, self.kind.linear_init, name="attention")
             attended_BSTD, cache = attention(normed_BSTD, layout, cache)
