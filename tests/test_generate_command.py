@@ -83,7 +83,7 @@ def test_command_stops_at_a_string(command):
         (["--prompt", "a", "--checkpoint", "missing"], "missing: no such directory; give a run directory"),
         (["--prompt", "a", "--prompt-file", "b"], "argument --prompt-file: not allowed with argument --prompt"),
         (["--prompt", "a", "--stop", ""], "argument --stop: an empty string occurs everywhere"),
-        ([], "one of the arguments --prompt --prompt-file is required"),
+        ([], "one of the arguments --prompt --prompt-file --prompts is required"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
