@@ -214,6 +214,28 @@ def test_another_initial_bank_is_refused(tmp_path):
         convert("huggingface", "lm2_jax", tmp_path / "changed", tmp_path / "back")
 
 
+@pytest.mark.parametrize(
+    ("memory", "missing"),
+    [
+        (
+            ("memory.kind=armt",),
+            "memory.kind armt, memory.write dense: our modelling code in PyTorch has no memory/beta",
+        ),
+        (("memory.kind=delta",), "memory.kind delta, .* has no memory/beta"),
+        (("memory.kind=ntm",), "memory.kind ntm, .* has no memory/head_add"),
+        (
+            ("memory.write=top_k",),
+            "memory.kind lm2, memory.write top_k: .* has no memory/router; such a model stays in",
+        ),
+    ],
+)
+def test_memories_without_code_in_torch_are_refused(memory, missing, tmp_path):
+    ours = random_own(tmp_path / "ours", *memory)
+    with pytest.raises(UserError, match=missing):
+        convert("lm2_jax", "huggingface", ours, tmp_path / "theirs")
+    assert not (tmp_path / "theirs").exists()
+
+
 # --- Warm start ----------------------------------------------------------------------------------------------------
 
 WARM = ("memory.kind=lm2", "memory.num_slots=6", "memory.width=16", f"data.segment_length={T}", "data.batch_size=4")

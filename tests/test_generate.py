@@ -22,7 +22,7 @@ from lm2_jax.segments import run_segments
 from lm2_jax.tokenizer import BytesTokenizer
 
 T, V = 8, 50
-CAUSAL = ("lm2", "rmt", "none")
+CAUSAL = ("lm2", "rmt", "armt", "delta", "ntm", "none")
 
 
 @functools.cache
@@ -65,8 +65,9 @@ def assert_close(found, expected):
 # --- One token at a time is all at once ----------------------------------------------------------------------------
 
 OTHER_SIZES = ("model.conv_width=0", "memory.width=24", "memory.num_layers=1", "memory.gates=independent")
+ROUTED = ("memory.write=top_k", "memory.write_slots=1")
 MIDDLE = ("model.num_layers=4", "memory.first_layer=1", "memory.num_layers=2", "model.lora.targets=[mlp, embedding]")
-VARIANTS = [*((kind, ()) for kind in CAUSAL), ("lm2", OTHER_SIZES), ("lm2", MIDDLE)]
+VARIANTS = [*((kind, ()) for kind in CAUSAL), ("lm2", OTHER_SIZES), ("lm2", MIDDLE), ("lm2", ROUTED)]
 VARIANTS += [(kind, OTHER_SIZES[:1]) for kind in ("rmt", "none")]
 
 

@@ -29,13 +29,18 @@ memory: {{num_slots: 3, num_heads: 2}}
 data: {{batch_size: 4, segment_length: {T}, segments_per_window: {S}, stories: {{facts: [1, 4]}}}}
 """
 OFFICIAL = ("memory.kind=official", "model.d_model=24", "memory.num_slots=24")
-KINDS = [(), ("memory.num_layers=1", "memory.width=8"), ("memory.kind=rmt",), OFFICIAL]
+KINDS = [(), ("memory.num_layers=1", "memory.width=8"), ("memory.write=top_k",), ("memory.kind=rmt",), OFFICIAL]
+KINDS += [(f"memory.kind={kind}", "memory.num_layers=1") for kind in ("armt", "delta", "ntm")]
+SLOTS = {"memory.kind=armt": 6 * 16, "memory.kind=delta": 16}  # by features, not memory.num_slots
 
 
 @functools.cache
 def make(*overrides):
     model = build_model(parse_config(CONFIG, overrides))
-    return model, jax.jit(model.init_params)(jax.random.key(0))
+    params = jax.jit(model.init_params)(jax.random.key(0))
+    if "memory.kind=armt" in overrides:  # which stores nothing at first
+        params["bank_blocks"]["memory"]["value"] += 0.1 * jax.random.normal(jax.random.key(1), (1, 16, 16))
+    return model, params
 
 
 @pytest.mark.parametrize("overrides", KINDS, ids=str)
@@ -44,6 +49,7 @@ def test_reading(overrides):
     ids_n = np.arange(2 * T + 5) % 185
     trace = read_text(model, params, ids_n, last=10)
     L, N = model.spec.num_memory_layers or model.spec.model.num_layers, model.spec.memory.num_slots
+    N = SLOTS.get(overrides[0] if overrides else "", N)
     assert trace.read_LKN.shape == (L, 10, N)
     assert trace.read_LSN.shape == (L, 3, N)
     assert trace.change_LSN.shape == trace.norm_LSN.shape == (len(trace.slots_LNM), 3, N)
@@ -60,7 +66,10 @@ def test_reading(overrides):
         tokens_11T[..., : len(piece)], document_11T[..., : len(piece)] = piece, 1
         _, memory = read(tokens_11T, memory, document_BST=document_11T)
     np.testing.assert_allclose(trace.slots_LNM, model.kind.as_slots(memory)[:, 0], atol=1e-5)
-    change_LN = np.linalg.norm(trace.slots_LNM - before_LNM, axis=-1) / np.linalg.norm(before_LNM, axis=-1)
+    before_LN, after_LN = (np.linalg.norm(x, axis=-1) for x in (before_LNM, trace.slots_LNM))
+    assert before_LN.max() > 0
+    change_LN = np.linalg.norm(trace.slots_LNM - before_LNM, axis=-1)
+    change_LN /= np.maximum(np.where(before_LN > 0, before_LN, after_LN), 1e-9)
     np.testing.assert_allclose(trace.change_LSN[:, -1], change_LN, rtol=1e-3)
 
 

@@ -14,7 +14,8 @@ from lm2_jax.model.memory.lm2 import initial_bank
 from lm2_jax.segments import run_segments
 
 B, S, T, V = 3, 4, 8, 50
-KINDS = ("lm2", "rmt", "none")
+KINDS = ("lm2", "rmt", "armt", "delta", "ntm", "none")
+LAYERED = tuple(kind for kind in KINDS if kind != "rmt")  # also run layer by layer, and packed
 
 
 @functools.cache
@@ -65,8 +66,8 @@ def ragged_layout(packed, seed=1):
 
 
 def random_memory(model, params, seed=3):
-    memory = model.init_memory(B, params)
-    return jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(seed), x.shape), memory)
+    """What some text left."""
+    return segments(model, params, tokens(seed=seed), model.init_memory(B, params))[1]
 
 
 def relative_difference(a, b):
@@ -108,7 +109,7 @@ def test_initial_bank():
 
 
 @pytest.mark.parametrize(
-    ("kind", "schedule"), [*((kind, "segment") for kind in KINDS), ("lm2", "layer"), ("none", "layer")]
+    ("kind", "schedule"), [*((kind, "segment") for kind in KINDS), *((kind, "layer") for kind in LAYERED)]
 )
 def test_causal(kind, schedule):
     """Changing token t moves no logit before t, nor any memory written before its segment's end."""
@@ -148,20 +149,27 @@ def test_no_gradient_from_earlier_positions_to_later_tokens():
 
 
 OTHER_SIZES = ("memory.width=24", "memory.num_layers=1", "memory.gates=independent")
+ROUTED = ("memory.write=top_k", "memory.write_slots=1")
+MIDDLE = ("memory.width=24", "model.num_layers=3", "memory.first_layer=1", "memory.num_layers=1")
 
 
 @pytest.mark.parametrize(
-    ("remat", "packed", "overrides"),
+    ("kind", "remat", "packed", "overrides"),
     [
-        ("none", True, OTHER_SIZES),
-        ("block", True, ("train.unroll=2",)),
-        ("full", False, ()),
-        ("offload", True, ()),
+        ("lm2", "none", True, OTHER_SIZES),
+        ("lm2", "block", True, ("train.unroll=2",)),
+        ("lm2", "full", False, ()),
+        ("lm2", "offload", True, ()),
+        ("armt", "none", True, MIDDLE),
+        ("armt", "full", False, ()),
+        ("delta", "none", True, MIDDLE),
+        ("ntm", "none", True, MIDDLE),
+        ("lm2", "none", True, ROUTED),
     ],
 )
-def test_schedules_agree(remat, packed, overrides):
+def test_schedules_agree(kind, remat, packed, overrides):
     """Logits, banks and all gradients, with resets, padding and packing."""
-    model, params = make(f"train.remat={remat}", *overrides)
+    model, params = make(f"train.remat={remat}", *overrides, kind=kind)
     document_BST, reset_BS = ragged_layout(packed)
     memory, batch = random_memory(model, params), tokens()
 
@@ -171,7 +179,8 @@ def test_schedules_agree(remat, packed, overrides):
                 model, params, batch, memory, reset_BS=reset_BS, document_BST=document_BST, schedule=schedule
             )
             weights = (document_BST > 0)[..., None]
-            return jnp.sum(jnp.sin(logits) * weights) + jnp.sum(jnp.cos(after)), (logits, after)
+            carried = sum(jnp.sum(jnp.cos(x)) for x in jax.tree.leaves(after))
+            return jnp.sum(jnp.sin(logits) * weights) + carried, (logits, after)
 
         return jax.jit(jax.value_and_grad(objective, argnums=(0, 1), has_aux=True))(params, memory)
 
@@ -182,7 +191,7 @@ def test_schedules_agree(remat, packed, overrides):
 def test_scan_is_the_loop(kind):
     """run_segments is one model.apply after the other, with its loops unrolled or not."""
     (model, params), (unrolled, _) = make(kind=kind), make("train.unroll=2", kind=kind)
-    document_BST, reset_BS = ragged_layout(packed=kind != "rmt")
+    document_BST, reset_BS = ragged_layout(packed=kind in LAYERED)
     start, batch = random_memory(model, params), tokens()
     memory, logits = start, []
     for s in range(S):
@@ -247,7 +256,7 @@ def _lanes(model, x, count):
     return jnp.moveaxis(jnp.moveaxis(x, model.kind.lane_axis, 0)[:count], 0, model.kind.lane_axis)
 
 
-@pytest.mark.parametrize("kind", ["lm2", "none"])
+@pytest.mark.parametrize("kind", LAYERED)
 @pytest.mark.parametrize("schedule", ["segment", "layer"])
 def test_packed_is_alone(kind, schedule):
     """A document gives the same logits, and leaves the same bank, among others as alone at the same cut points."""
@@ -274,7 +283,7 @@ def test_packed_is_alone(kind, schedule):
 
     def run(documents):
         document_1ST, reset_1S = lay_out(documents)
-        memory = jax.tree.map(lambda x: x + 0.5, model.init_memory(1, params))  # stale: must not be seen
+        memory = jax.tree.map(lambda x: _lanes(model, x, 1), random_memory(model, params))  # stale: must not be seen
         batch = jnp.array(np.where(np.array(document_1ST) > 0, text.reshape(1, -1, T), 9))
         logits, memory = segments(
             model, params, batch, memory, reset_BS=reset_1S, document_BST=document_1ST, schedule=schedule
@@ -290,7 +299,7 @@ def test_packed_is_alone(kind, schedule):
 
 def test_gradient_reaches_through_all_segments():
     """What a segment writes is trained by the loss of every later one."""
-    for kind in ("lm2", "rmt"):
+    for kind in KINDS[:-1]:
         model, params = make(kind=kind)
 
         def last_logits(memory, model=model, params=params):
@@ -310,7 +319,7 @@ def test_convex_gates_bound_the_bank():
 
 
 def test_memory_matters():
-    """What stood in an earlier segment changes later logits for lm2 and rmt, and nothing for none."""
+    """What stood in an earlier segment changes later logits for every memory, and nothing for none."""
     for kind in KINDS:
         model, params = make(kind=kind)
         memory, batch = model.init_memory(B, params), tokens()

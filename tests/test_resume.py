@@ -88,11 +88,13 @@ def crash():
     ("kind", "overrides"),
     [
         ("rmt stories", ()),
+        ("armt stories", ("train.curriculum=[]",)),
+        ("lm2 packed text", ("train.curriculum=[]", "memory.kind=delta")),
         ("lm2 packed text", ("train.curriculum=[]", "optim.kind=muon")),
         ("lm2 packed text", ("train.curriculum=[]", "model.window=12", "model.sinks=2", "model.max_distance=20")),
         ("lm2 stream", ("model.lora.rank=2", "optim.train=[memory, lora]", "train.frozen_dtype=bfloat16")),
     ],
-    ids=("rmt", "packed", "window", "frozen"),
+    ids=("rmt", "armt", "delta", "packed", "window", "frozen"),
 )
 def test_crashed_run_equals_whole_run(kind, overrides, tmp_path, monkeypatch, quick):
     train(config_of(kind, tmp_path / "whole", *overrides))

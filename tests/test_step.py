@@ -74,7 +74,8 @@ def assert_same_run(one, other, tolerance=2e-4):
 @pytest.mark.parametrize(
     ("kind", "remat", "schedule", "optimizer"),
     [("lm2", "none", "layer", "adamw"), ("lm2", "full", "layer", "adamw"), ("lm2", "none", "segment", "adamw"),
-     ("rmt", "none", "segment", "adamw"), ("none", "none", "layer", "muon")],
+     ("rmt", "none", "segment", "adamw"), ("armt", "none", "layer", "adamw"), ("delta", "none", "layer", "adamw"),
+     ("ntm", "none", "layer", "adamw"), ("none", "none", "layer", "muon")],
 )  # fmt: skip
 def test_eight_devices_are_one(kind, remat, schedule, optimizer):
     """data 2 x fsdp 2 x tensor 2, same data order, to float noise."""
@@ -83,7 +84,7 @@ def test_eight_devices_are_one(kind, remat, schedule, optimizer):
     eight = trained(8, *run, "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
     assert_same_run(one, eight)
     # and the work is really spread
-    query = eight[2].params["bank_blocks" if kind == "lm2" else "blocks"]["attention"]["query"]
+    query = eight[2].params["blocks" if kind in ("rmt", "none") else "bank_blocks"]["attention"]["query"]
     assert query.sharding.shard_shape(query.shape) == (query.shape[0], query.shape[1] // 2, query.shape[2] // 2)
     for leaf in jax.tree.leaves(eight[2].memory):
         assert leaf.sharding.shard_shape(leaf.shape)[0 if kind == "rmt" else 1] == B // 4
@@ -162,7 +163,7 @@ def test_validation_leaves_training_alone():
         jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state))
 
 
-@pytest.mark.parametrize("kind", ["lm2", "rmt", "none"])
+@pytest.mark.parametrize("kind", ["lm2", "rmt", "armt", "delta", "ntm", "none"])
 def test_decay_mask(kind):
     params = build_model(config_of(f"memory.kind={kind}", "model.conv_width=4")).abstract_params()
     for path, decays in jax.tree_util.tree_leaves_with_path(decay_mask(params)):

@@ -92,7 +92,11 @@ WINDOWS = [
 @pytest.mark.parametrize("window", WINDOWS, ids=lambda w: "-".join(map(str, w.values())))
 @pytest.mark.parametrize("kind", ["lm2", "none"])
 def test_segments_are_the_whole_document(kind, window, schedule):
-    config, model, params = make(kind, **window)
+    check_documents(*make(kind, **window), schedule)
+
+
+def check_documents(config, model, params, schedule):
+    """The logits of every document in LANES are those of the reference."""
     tokens, document, reset = layout()
     run = program(model, schedule)
     logits, _ = run(params, tokens, document, reset, model.init_memory(len(LANES), params))
@@ -102,6 +106,13 @@ def test_segments_are_the_whole_document(kind, window, schedule):
             cuts = [sum(place < end for place in places) for end in range(T, S * T, T)]
             text = tokens[lane].ravel()[places]
             assert_close(logits[lane, places], logits_of(config, params, text, cuts))
+
+
+@pytest.mark.parametrize("schedule", ["layer", "segment"])
+@pytest.mark.parametrize(("kind", "bank"), [("lm2", ("memory.write=top_k", "memory.write_slots=2")), ("ntm", ())])
+def test_other_banks_beside_a_window(kind, bank, schedule):
+    """Routed writes and Turing machines, each against its equations."""
+    check_documents(*make(kind, *bank, window=5), schedule)
 
 
 @pytest.mark.parametrize(("remat", "schedule"), [("block", "layer"), ("full", "layer"), ("none", "segment")])
@@ -187,8 +198,8 @@ def test_the_memory_is_looked_into_without_the_edges():
     _, model, params = make("lm2", sinks=2)
     trace = read_text(model, params, np.arange(20))
     assert trace.slots_LNM.shape == (1, 5, 32) and trace.read_LKN.shape == (1, 20, 5)
-    norms = memory_norms(model.init_memory(3))
-    assert norms == memory_norms(model.kind.init_memory(3, None))
+    norms = memory_norms(model, model.init_memory(3))
+    assert norms == memory_norms(model, model.kind.init_memory(3, None))
 
 
 # --- Decoding and files --------------------------------------------------------------------------------------------
@@ -260,11 +271,11 @@ def test_memory_files_are_read_strictly(tmp_path):
         ),
         (
             ("model.window=8", "memory={kind: rmt}"),
-            "model.window 8: memory.kind rmt attends to one segment alone; use lm2 or none, or null",
+            "model.window 8: memory.kind rmt attends to one segment alone; use another, or null",
         ),
         (
             ("model={window: 8, d_model: 32}", "memory={kind: official, num_slots: 32}"),
-            "model.window 8: memory.kind official attends to one segment alone; use lm2 or none, or null",
+            "model.window 8: memory.kind official attends to one segment alone; use another, or null",
         ),
     ],
 )  # fmt: skip

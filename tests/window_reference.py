@@ -1,20 +1,19 @@
 """A plain reference of a model with a window, in NumPy: one document, a dense mask, every distance by itself."""
 
 import numpy as np
+from bank_reference import read_banks
+from slow_llama import feed_forward, layers_of, logits, rms_norm, softmax
 
 
 def logits_of(config, params, tokens, cuts):
     """Logits of one document [t,V]; segments end before the tokens `cuts`. Head: the embedding table."""
     c, x = config.model, np.asarray(params["embedding"], np.float64)[tokens]
-    stacks = [params[name] for name in ("bank_blocks", "blocks") if name in params]
-    layers = [_layer(stack, i) for stack in stacks for i in range(len(stack["attention_norm"]["scale"]))]
-    for p in layers:
-        normed = _norm(x, p["attention_norm"]["scale"], c.norm_eps)
-        read = _bank(config, p["memory"], normed, cuts) if "memory" in p else 0
+    for p in layers_of(params):
+        normed = rms_norm(x, p["attention_norm"]["scale"], c.norm_eps)
+        read = read_banks(config, p["memory"], normed, cuts) if "memory" in p else 0
         x = x + _attention(c, p["attention"], normed) + read
-        normed = _norm(x, p["mlp_norm"]["scale"], c.norm_eps)
-        x = x + (_silu(normed @ p["mlp"]["gate"]) * (normed @ p["mlp"]["up"])) @ p["mlp"]["down"]
-    return _norm(x, params["final_norm"]["scale"], c.norm_eps) @ np.asarray(params["embedding"], np.float64).T
+        x = x + feed_forward(p["mlp"], rms_norm(x, p["mlp_norm"]["scale"], c.norm_eps))
+    return logits(params, c, x)
 
 
 def visible(t, window, sinks):
@@ -34,52 +33,5 @@ def _attention(c, p, x):
     first, second = np.split(q[:, None], 2, axis=-1)
     turned = [first * np.cos(angle) - second * np.sin(angle), second * np.cos(angle) + first * np.sin(angle)]
     scores = np.einsum("tshk,shk->hts", np.concatenate(turned, axis=-1), k) / K**0.5
-    weights = _softmax(np.where(visible(t, c.window, c.sinks), scores, -np.inf))
+    weights = softmax(np.where(visible(t, c.window, c.sinks), scores, -np.inf))
     return np.einsum("hts,shk->thk", weights, v).reshape(t, -1) @ p["output"]
-
-
-def _bank(config, p, x, cuts):
-    """What tokens read of the bank, which each segment's end rewrites."""
-    memory, eps = config.memory, config.model.norm_eps
-    bank, read = np.eye(memory.num_slots, config.spec.memory_width), []
-    for chunk in np.split(x, cuts):
-        if not len(chunk):
-            continue
-        slots = _norm(bank, p["bank_norm"], eps)
-        found = _heads(chunk @ p["read_query"], slots @ p["read_key"], slots @ p["read_value"], memory.num_heads)
-        found = found @ p["read_output"]
-        read.append(_sigmoid(found @ p["output_gate"] + p["output_gate_bias"]) * found)
-        u = _heads(slots @ p["write_query"], chunk @ p["write_key"], chunk @ p["write_value"], memory.num_heads)
-        u = u @ p["write_output"]
-        new = _norm(slots + u, p["candidate_norm"], eps)
-        new = _norm(new + _silu(new @ p["candidate_up"]) @ p["candidate_down"], p["candidate_norm_2"], eps)
-        gate = _sigmoid(u @ p["forget_gate"] + np.tanh(bank) @ p["forget_gate_bank"] + p["forget_gate_bias"])
-        bank = (1 - gate) * np.tanh(new) + gate * bank
-    return np.concatenate(read)
-
-
-def _layer(stack, i):
-    return {k: _layer(v, i) if isinstance(v, dict) else np.asarray(v[i], np.float64) for k, v in stack.items()}
-
-
-def _heads(q, k, v, heads):
-    q, k, v = (a.reshape(len(a), heads, -1) for a in (q, k, v))
-    weights = _softmax(np.einsum("qhm,khm->hqk", q, k) / q.shape[-1] ** 0.5)
-    return np.einsum("hqk,khm->qhm", weights, v).reshape(len(q), -1)
-
-
-def _norm(x, scale, eps):
-    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps) * scale
-
-
-def _softmax(x):
-    e = np.exp(x - x.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
-
-
-def _sigmoid(x):
-    return 1 / (1 + np.exp(-x))
-
-
-def _silu(x):
-    return x * _sigmoid(x)

@@ -138,15 +138,18 @@ class ModelConfig(Section):
 class MemoryConfig(Section):
     """The memory that carries information across segments."""
 
-    kind: Literal["lm2", "rmt", "none", "official"] = "lm2"  # none: plain Llama; official: the authors' published model
-    num_slots: PositiveInt = 16  # lm2: slots N of each bank; rmt: memory tokens m
-    width: PositiveInt | None = None  # lm2: slot width M; null: d_model
-    num_heads: PositiveInt = 4  # lm2: heads of read and write attention; official: heads of its memory attention
-    first_layer: NonNegativeInt = 0  # lm2: the first block, counted from 0, that has a bank
-    num_layers: PositiveInt | None = None  # lm2: number of blocks, from first_layer on, that have a bank; null: all
+    # none: plain Llama; official: the authors' published model
+    kind: Literal["lm2", "rmt", "armt", "delta", "ntm", "none", "official"] = "lm2"
+    num_slots: PositiveInt = 16  # lm2, ntm: slots N of each bank; rmt, armt: memory tokens m
+    width: PositiveInt | None = None  # lm2, ntm: slot width M; armt: of keys; delta: of all heads' keys; null: d_model
+    num_heads: PositiveInt = 4  # of the memory: lm2, official: attention; ntm: it, and write heads; delta: matrices
+    first_layer: NonNegativeInt = 0  # not rmt, official: the first block, counted from 0, that has a bank
+    num_layers: PositiveInt | None = None  # not rmt: number of blocks, from first_layer on, that have a bank; null: all
     gates: Literal["convex", "independent"] = "convex"  # convex: input gate = 1 - forget gate
     forget_bias: float = 2.0  # b_f; positive: memory is retained at first
     input_bias: float = -1.0  # b_i; for independent gates only
+    write: Literal["dense", "top_k"] = "dense"  # lm2: top_k: a router lets each token write its best slots alone
+    write_slots: PositiveInt = 2  # with write top_k: slots k that a token may write
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # official: of its memory attention; published code: 0.9
 
 

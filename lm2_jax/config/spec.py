@@ -23,6 +23,8 @@ from lm2_jax.config.sections import (
     raise_problems,
 )
 
+_WITH_BANKS = ("lm2", "ntm", "armt", "delta")  # kinds with banks in the blocks that memory.num_layers says
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
@@ -46,13 +48,13 @@ class ModelSpec:
 
     @property
     def memory_width(self) -> int:
-        """Slot width M of the lm2 banks."""
+        """Slot width M of the banks of lm2 and ntm; width of the keys of armt and delta."""
         return self.memory.width or self.model.d_model
 
     @property
     def num_memory_layers(self) -> int:
         """Number of blocks that have a bank; 0 for kinds without banks."""
-        if self.memory.kind not in ("lm2", "official"):
+        if self.memory.kind not in (*_WITH_BANKS, "official"):
             return 0
         return self.memory.num_layers or self.model.num_layers - self.memory.first_layer
 
@@ -116,13 +118,17 @@ class Config(Section):
 
 
 def _bank_problems(config: Config) -> Iterator[str]:
-    """Problems of the sizes of lm2's banks."""
+    """Problems of the sizes of banks, and of the blocks that have one."""
     model, memory = config.model, config.memory
-    if memory.kind != "lm2":
+    if memory.write != "dense" and memory.kind != "lm2":
+        yield f"memory.write {memory.write}: only kind lm2 has a router; use dense"
+    if memory.kind not in _WITH_BANKS:
         return
     for name, width in (("model.d_model", model.d_model), ("memory.width", memory.width)):
-        if width and width % memory.num_heads:
+        if memory.kind != "armt" and width and width % memory.num_heads:
             yield f"memory.num_heads {memory.num_heads} does not divide {name} {width}"
+    if memory.kind == "lm2" and memory.write == "top_k" and memory.write_slots > memory.num_slots:
+        yield f"memory.write_slots {memory.write_slots} is above memory.num_slots {memory.num_slots}"
     first, banks = memory.first_layer, memory.num_layers or 1
     if first + banks > model.num_layers:
         found = (
@@ -176,8 +182,8 @@ def _window_problems(config: Config) -> Iterator[str]:
         if model.max_distance is not None:
             yield f"model.max_distance {model.max_distance} needs model.window"
         return
-    if kind not in ("lm2", "none"):
-        yield f"model.window {model.window}: memory.kind {kind} attends to one segment alone; use lm2 or none, or null"
+    if kind in ("rmt", "armt", "official"):
+        yield f"model.window {model.window}: memory.kind {kind} attends to one segment alone; use another, or null"
     shortest = min(stage.segment_length for stage in config.stages)
     if model.window > shortest:
         yield f"model.window {model.window} is above the segment length {shortest}; it reaches one segment back at most"

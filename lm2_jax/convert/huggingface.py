@@ -47,6 +47,7 @@ from lm2_jax.convert.tables import (
 from lm2_jax.convert.tensors import Tensor, open_tensors, write_tensors
 from lm2_jax.convert.tokenizer_files import special_ids, write_generation, write_tokenizer
 from lm2_jax.model import build_model
+from lm2_jax.model.lora import is_addition
 from lm2_jax.tokenizer import Origin
 
 _CODE = Path(__file__).parent / "huggingface_model"
@@ -236,7 +237,8 @@ def lm2_params(
 
 
 def lm2_settings(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
-    """The config.json of our modelling code."""
+    """The config.json of our modelling code. Raises UserError for a memory that it does not have."""
+    _check_code(checkpoint)
     config, rows = checkpoint.config, 1 if checkpoint.memory is None else len(checkpoint.memory)
     layers = config.spec.num_memory_layers or None
     memory = config.memory.model_copy(update={"width": config.spec.memory_width, "num_layers": layers})
@@ -261,6 +263,16 @@ def lm2_settings(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
         **{key: getattr(memory, ours) for key, ours in _MEMORY_KEYS.items()},
         "transformers_version": _TRANSFORMERS,
     }
+
+
+def _check_code(checkpoint: Checkpoint) -> None:
+    memory, rules = checkpoint.config.memory, lm2(checkpoint.config.model.tie_embeddings).rules
+    missing = sorted({table_key(path) for path in checkpoint.params if not is_addition(path)} - rules.keys())
+    if missing:
+        raise UserError(
+            f"memory.kind {memory.kind}, memory.write {memory.write}: our modelling code in PyTorch has no "
+            f"{', '.join(missing)}; such a model stays in lm2_jax, which trains, evaluates and generates with it"
+        )
 
 
 def copy_code(directory: Path) -> None:

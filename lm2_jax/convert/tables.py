@@ -171,7 +171,7 @@ _LM2_MEMORY = {
 
 # What can be added to a Llama: while STARTS_AT_ZERO are zero, its logits do not change
 _CONVOLUTION = {"conv_norm/scale": Rule("conv_norm.weight"), "conv/kernel": Rule("conv.weight")}
-CAN_BE_ADDED = {*_CONVOLUTION, *_LM2_MEMORY}
+CAN_BE_ADDED = {*_CONVOLUTION, *_LM2_MEMORY, "memory/router"}
 STARTS_AT_ZERO = ("memory/read_output", "conv/kernel")
 
 

@@ -34,7 +34,7 @@ class MemoryTrace:
       written_LK: attention of the slots to the last tokens when memory was written, mean over slots, times the
         segment's tokens: 1 is an even share. None where slots do not attend to tokens.
       read_LSN: attention of a segment's tokens to the slots, mean over its tokens.
-      change_LSN: |slot after the segment - before| / |before|.
+      change_LSN: |slot after the segment - before| / |before|; 1 where an empty slot was filled.
       norm_LSN: |slot| after the segment.
       gates: input, forget, output: mean of each gate in a segment, [L,S]; empty without gates.
       slots_LNM: the memory at the end.
@@ -67,7 +67,7 @@ class SegmentTrace:
     Attributes:
       read_LBTN: attention of the tokens to the slots.
       written_LBNT: attention of the slots to the tokens when memory was written; None where they do not attend.
-      change_LBN: |slot after - before| / |before|.
+      change_LBN: |slot after - before| / |before|; 1 where an empty slot was filled.
       norm_LBN: |slot| after.
       gates: mean of each gate [L], by name.
       logits_BTV: of the next tokens.
@@ -150,12 +150,13 @@ def trace_segment(
     )
     read_LBTN, write_LBNT = model.kind.attention_to_slots(sown["intermediates"])
     before_LBNM, slots_LBNM = model.as_slots(memory), model.as_slots(after)
-    before_LBN = jnp.linalg.norm(before_LBNM, axis=-1)
+    before_LBN, after_LBN = (jnp.linalg.norm(x, axis=-1) for x in (before_LBNM, slots_LBNM))
+    base_LBN = jnp.where(before_LBN > 0, before_LBN, after_LBN)
     trace = SegmentTrace(
         read_LBTN=read_LBTN,
         written_LBNT=write_LBNT,
-        change_LBN=jnp.linalg.norm(slots_LBNM - before_LBNM, axis=-1) / jnp.maximum(before_LBN, 1e-9),
-        norm_LBN=jnp.linalg.norm(slots_LBNM, axis=-1),
+        change_LBN=jnp.linalg.norm(slots_LBNM - before_LBNM, axis=-1) / jnp.maximum(base_LBN, 1e-9),
+        norm_LBN=after_LBN,
         gates={gate_name(path): g_L for path, g_L in jax.tree_util.tree_leaves_with_path(sown.get("gates", {}))},
         logits_BTV=logits_BTV,
     )

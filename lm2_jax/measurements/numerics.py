@@ -92,7 +92,7 @@ def measure(config: Config, params: Any, segments: int) -> list[dict[str, Any]]:
         apart = [
             jnp.sum((a - b) ** 2) / jnp.sum(a**2) for a, b in zip(*map(jax.tree.leaves, after.values()), strict=True)
         ]
-        record = {dtype: memory_norms(memory) for dtype, memory in after.items()}
+        record = {dtype: memory_norms(models[dtype], memory) for dtype, memory in after.items()}
         record |= {"divergence": jnp.mean(divergence_BST), "apart": jnp.sqrt(jnp.mean(jnp.stack(apart)))}
         return after, record
 

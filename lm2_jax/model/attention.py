@@ -121,13 +121,16 @@ def _mix(weights_BHTU: jax.Array, v_BUGK: jax.Array) -> jax.Array:
     return jnp.einsum("bgrtu,bugk->btgrk", weights_BGRTU, v_BUGK).reshape(B, T, H, K)
 
 
-def attention_weights(q_BTHK: jax.Array, k_BUGK: jax.Array, visible_BTU: jax.Array) -> jax.Array:
-    """softmax(q kᵀ / √K), mean over the heads, float32 [B,T,U].
+def attention_weights(
+    q_BTHK: jax.Array, k_BUGK: jax.Array, visible_BTU: jax.Array, bias_B1TU: jax.Array | float = 0.0
+) -> jax.Array:
+    """softmax(q kᵀ / √K + bias), mean over the heads, float32 [B,T,U].
 
     For inspection: the fused TPU kernel never materialises these weights.
     visible_BTU: bool, keys that a query may attend to; without any, it attends to all alike.
     """
-    scores_BHTU = jnp.where(visible_BTU[:, None], scores(q_BTHK, k_BUGK), jnp.finfo(jnp.float32).min)
+    scores_BHTU = scores(q_BTHK, k_BUGK) + bias_B1TU
+    scores_BHTU = jnp.where(visible_BTU[:, None], scores_BHTU, jnp.finfo(jnp.float32).min)
     return jnp.mean(jax.nn.softmax(scores_BHTU, axis=-1), axis=1)
 
 

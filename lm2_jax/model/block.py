@@ -39,7 +39,7 @@ class Block(nn.Module):
         """Runs the block: (x [B,S,T,D], a shared bank or None) and the block's own bank, before the window to after.
 
         Decoding: with a cache, x [B,1,T,D] continues an unfinished segment. Its keys and values are appended, and
-        `own_bank` holds the bank's cached key and value projections instead of the bank.
+        `own_bank` holds what the kind made of the bank for reading, unless it decodes in place.
 
         edge: what is carried over the segment's edge, before the window to after; None without model.window.
         """
@@ -50,7 +50,7 @@ class Block(nn.Module):
         if can_shard_batch(x_BSTD.shape[0]) and layout.deterministic and not self.is_initializing():
             return self._on_each_device(carry, own_bank, layout, cache, edge)
         bank = own_bank if shared_bank is None else shared_bank
-        if self.spec.recomputes_segments and x_BSTD.shape[1] > 1:
+        if (self.spec.recomputes_segments or self.kind.block_is_recurrent) and x_BSTD.shape[1] > 1:
             x_BSTD, bank, edge = self._segment_by_segment(x_BSTD, bank, layout, edge)
         else:
             x_BSTD, bank, cache, edge = self._window(x_BSTD, bank, layout, cache, edge)
@@ -75,6 +75,9 @@ class Block(nn.Module):
         self, x_BSTD: jax.Array, bank: Memory, layout: Layout, cache: KVCache | None, edge: Edge | None
     ) -> tuple[jax.Array, Memory, KVCache | None, Edge | None]:
         c = self.spec.model
+        memory = self.kind.block_memory()(name="memory") if self.with_bank else None
+        if memory is not None:
+            x_BSTD, bank = memory.before_attention(x_BSTD, bank, layout)
         if c.conv_width:
             normed_BSTD = RMSNorm(c.norm_eps, name="conv_norm")(x_BSTD)
             conv_BSTD, cache = CausalConv(c.conv_width, name="conv")(normed_BSTD, layout, cache)
@@ -87,20 +90,22 @@ class Block(nn.Module):
             attention = WindowedAttention(c, self.kind.linear_init, name="attention")
             attended_BSTD, edge, cache = attention(normed_BSTD, layout, edge, cache)
         x_BSTD += attended_BSTD
-        if self.with_bank:
-            if cache is not None:
+        if memory is not None:
+            if cache is not None and cache.inputs_BCD is not None:
                 inputs_BCD = write_at(cache.inputs_BCD, normed_BSTD[:, 0], layout.cache_index_BST[:, 0])
                 cache = cache.replace(inputs_BCD=inputs_BCD)
-            added_BSTD, bank = self.kind.block_memory()(name="memory")(normed_BSTD, attended_BSTD, bank, layout)
+            added_BSTD, bank = memory(normed_BSTD, attended_BSTD, bank, layout)
             x_BSTD += added_BSTD
         normed_BSTD = RMSNorm(c.norm_eps, name="mlp_norm")(x_BSTD)
         x_BSTD += SwiGLU(c, self.kind.linear_init, name="mlp")(normed_BSTD)
+        if memory is not None:
+            bank = memory.after_feed_forward(x_BSTD, bank, layout)
         return with_logical_constraint(x_BSTD, "batch", None, None, "activation"), bank, cache, edge
 
     def _segment_by_segment(
         self, x_BSTD: jax.Array, bank: Memory, layout: Layout, edge: Edge | None
     ) -> tuple[jax.Array, Memory, Edge | None]:
-        """Does the same, holding the activations of one segment at a time: only x, bank and edge of each are kept."""
+        """Does the same, one segment after the other; if segments are recomputed, only x, bank and edge are kept."""
 
         def segment(
             block: Block, carried: tuple[Memory, Edge | None], inputs: tuple[jax.Array, Layout]
@@ -111,7 +116,7 @@ class Block(nn.Module):
             return (bank, edge), x_B1TD[:, 0]
 
         over_segments = nn.scan(
-            nn.remat(segment, prevent_cse=False),
+            nn.remat(segment, prevent_cse=False) if self.spec.recomputes_segments else segment,
             variable_broadcast="params",
             variable_axes={"gates": 0},
             split_rngs={"params": False},

@@ -48,16 +48,17 @@ class DecodeState:
 def init_decode_state(decoder: Decoder, memory: Memory, batch_size: int, segment_length: int) -> DecodeState:
     """The state of `batch_size` rows at a document's start, about to read segments of `segment_length` tokens."""
     c, dtype = decoder.spec.model, decoder.spec.dtype
-    cache_size = segment_length + 2 * decoder.kind.num_memory_tokens
+    kind = decoder.kind
+    cache_size = segment_length + sum(kind.num_memory_tokens)
 
-    def empty_cache(layers: int, with_bank: bool) -> KVCache:
+    def empty_cache(layers: int, keeps_inputs: bool) -> KVCache:
         def zeros(*shape: int) -> jax.Array:
             return jnp.zeros((layers, batch_size, *shape), dtype)
 
         return KVCache(
             keys_BCGK=zeros(cache_size, c.num_kv_heads, c.attention_head_dim),
             values_BCGK=zeros(cache_size, c.num_kv_heads, c.attention_head_dim),
-            inputs_BCD=zeros(cache_size, c.d_model) if with_bank else None,
+            inputs_BCD=zeros(cache_size, c.d_model) if keeps_inputs else None,
             tail_BWD=zeros(c.conv_width - 1, c.d_model) if c.conv_width else None,
         )
 
@@ -65,15 +66,16 @@ def init_decode_state(decoder: Decoder, memory: Memory, batch_size: int, segment
     state = DecodeState(
         memory=memory,
         memory_cache=None,
-        caches={name: empty_cache(layers, name == "bank_blocks") for name, layers in decoder.stacks.items()},
+        caches={
+            name: empty_cache(layers, name == "bank_blocks" and not kind.decodes_in_place)
+            for name, layers in decoder.stacks.items()
+        },
         count_B=zeros_B,
         read_B=zeros_B,
         segment_length=segment_length,
     )
     state = refresh_memory_cache(decoder, state)
-    if decoder.kind.num_memory_tokens:
-        _, state = _append_memory(decoder, jnp.ones(batch_size, bool), zeros_B, state)
-    return state
+    return _append_front(decoder, jnp.ones(batch_size, bool), state)
 
 
 def append_tokens(
@@ -88,9 +90,9 @@ def append_tokens(
     Returns:
       hidden states after the final norm [B,Q,D] (without meaning for padding), and the state after the tokens.
     """
-    m = decoder.kind.num_memory_tokens
+    front, _ = decoder.kind.num_memory_tokens
     position_BQ = state.count_B[:, None] + jnp.arange(tokens_BQ.shape[1])
-    x_BQD, first_B = decoder.embed(tokens_BQ), m + state.count_B
+    x_BQD, first_B = decoder.embed(tokens_BQ), front + state.count_B
     hidden_BQD, state = _append(decoder, x_BQD, position_BQ, first_B, count_B, state)
     return hidden_BQD, state.replace(count_B=state.count_B + count_B, read_B=state.read_B + count_B)
 
@@ -98,11 +100,11 @@ def append_tokens(
 def finish_segment(decoder: Decoder, rows_B: jax.Array, state: DecodeState) -> DecodeState:
     """Writes the memory of the selected rows from their segments, and starts their next ones. Other rows stay."""
     kind, T = decoder.kind, state.segment_length
-    m, ends_BmD, inputs_LBTD = kind.num_memory_tokens, None, None
-    if m:
-        ends_BmD, state = _append_memory(decoder, rows_B, m + state.count_B, state)
-    if decoder.bank_blocks is not None:
-        inputs_LBTD = state.caches["bank_blocks"].inputs_BCD[:, :, m : m + T]
+    (front, back), ends_BmD, inputs_LBTD = kind.num_memory_tokens, None, None
+    if back:
+        ends_BmD, state = _append_memory(decoder, rows_B, front + state.count_B, state, back)
+    if decoder.bank_blocks is not None and not kind.decodes_in_place:
+        inputs_LBTD = state.caches["bank_blocks"].inputs_BCD[:, :, front : front + T]
     token_BT = jnp.arange(T) < state.count_B[:, None]
     memory, edges = split_edges(state.memory)
     written = kind.finish_segment(memory, _bank_parameters(decoder), inputs_LBTD, token_BT, ends_BmD)
@@ -113,10 +115,7 @@ def finish_segment(decoder: Decoder, rows_B: jax.Array, state: DecodeState) -> D
     state = state.replace(
         memory=decoder.select_lanes(rows_B, written, state.memory), count_B=jnp.where(rows_B, 0, state.count_B)
     )
-    state = refresh_memory_cache(decoder, state)
-    if m:
-        _, state = _append_memory(decoder, rows_B, jnp.zeros_like(state.count_B), state)
-    return state
+    return _append_front(decoder, rows_B, refresh_memory_cache(decoder, state))
 
 
 def refresh_memory_cache(decoder: Decoder, state: DecodeState) -> DecodeState:
@@ -129,13 +128,20 @@ def _bank_parameters(decoder: Decoder) -> Any:
     return None if decoder.bank_blocks is None else decoder.variables["params"]["bank_blocks"]["memory"]
 
 
+def _append_front(decoder: Decoder, rows_B: jax.Array, state: DecodeState) -> DecodeState:
+    """Begins a segment in the selected rows: with its front memory tokens, if the kind has any."""
+    if decoder.kind.num_memory_tokens[0]:
+        _, state = _append_memory(decoder, rows_B, jnp.zeros_like(state.count_B), state)
+    return state
+
+
 def _append_memory(
-    decoder: Decoder, rows_B: jax.Array, first_B: jax.Array, state: DecodeState
+    decoder: Decoder, rows_B: jax.Array, first_B: jax.Array, state: DecodeState, writing: int = 0
 ) -> tuple[jax.Array, DecodeState]:
-    """Runs the memory tokens in the selected rows, at RoPE position 0."""
-    x_BmD = state.memory.astype(decoder.spec.dtype)
+    """Runs the memory tokens in the selected rows, at RoPE position 0; `writing` is `Layout.memory_tokens`."""
+    x_BmD = decoder.kind.memory_tokens(decoder.memory_parameters, state.memory).astype(decoder.spec.dtype)
     m = x_BmD.shape[1]
-    return _append(decoder, x_BmD, jnp.zeros(x_BmD.shape[:2], jnp.int32), first_B, m * rows_B, state)
+    return _append(decoder, x_BmD, jnp.zeros(x_BmD.shape[:2], jnp.int32), first_B, m * rows_B, state, writing)
 
 
 def _append(
@@ -145,18 +151,24 @@ def _append(
     first_B: jax.Array,
     count_B: jax.Array,
     state: DecodeState,
+    writing: int = 0,
 ) -> tuple[jax.Array, DecodeState]:
     """Runs count_B of the Q embeddings of each row, whose indices in the cache start at first_B."""
+    in_place = decoder.kind.decodes_in_place
     step_Q = jnp.arange(x_BQD.shape[1])
     real_BQ = step_Q < count_B[:, None]
-    cache_size = state.segment_length + 2 * decoder.kind.num_memory_tokens
+    cache_size = state.segment_length + sum(decoder.kind.num_memory_tokens)
     layout = Layout(
         document_BST=real_BQ[:, None].astype(jnp.int32),
         position_BST=position_BQ[:, None],
         reset_BS=jnp.zeros((x_BQD.shape[0], 1), bool),
         packed=False,
+        memory_tokens=writing,
         cache_index_BST=jnp.where(real_BQ, first_B[:, None] + step_Q, cache_size)[:, None],
     )
-    _, edges = split_edges(state.memory)
-    x_B1QD, _, caches, _ = decoder.run_blocks(x_BQD[:, None], state.memory_cache, layout, state.caches, edges)
+    memory, edges = split_edges(state.memory)
+    bank = memory if in_place else state.memory_cache
+    x_B1QD, bank, caches, _ = decoder.run_blocks(x_BQD[:, None], bank, layout, state.caches, edges)
+    if in_place:
+        state = state.replace(memory=join_edges(bank, edges))
     return decoder.final_norm(x_B1QD)[:, 0], state.replace(caches=caches)

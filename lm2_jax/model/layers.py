@@ -19,6 +19,7 @@ from lm2_jax.batch import Batch
 from lm2_jax.config import ModelConfig, RopeScaling
 from lm2_jax.model.attention import attention, attention_weights
 from lm2_jax.model.lora import LowRank, Weight, with_addition
+from lm2_jax.parallel.fsdp import with_logical_constraint
 
 Initializer = Callable[..., jax.Array]
 
@@ -33,6 +34,7 @@ class Layout:
       reset_BS: bool, the segment's first document starts here: it finds the initial memory.
       packed: static; whether document ids above 1 can occur.
       deterministic: static; no dropout.
+      memory_tokens: static; how many of the last positions are memory tokens, from which a block may write its bank.
       cache_index_BST: int32, the index of a position in the arrays of `KVCache`; beyond their end for padding. None:
         segments are whole, and nothing is cached.
     """
@@ -42,6 +44,7 @@ class Layout:
     reset_BS: jax.Array
     packed: bool = struct.field(pytree_node=False)
     deterministic: bool = struct.field(pytree_node=False, default=True)
+    memory_tokens: int = struct.field(pytree_node=False, default=0)
     cache_index_BST: jax.Array | None = None
 
     @classmethod
@@ -57,7 +60,7 @@ class KVCache:
 
     Attributes:
       keys_BCGK, values_BCGK: of self-attention.
-      inputs_BCD: x', from which the bank will be written; None without a bank.
+      inputs_BCD: x', from which the bank will be written; None without a bank, or if the kind decodes in place.
       tail_BWD: the last W - 1 inputs of the convolution; None without one.
     """
 
@@ -90,6 +93,16 @@ def dense(x: jax.Array, weight: Weight) -> jax.Array:
         return dense(x, weight.weight) + weight.scale * dense(dense(x, weight.a), weight.b)
     y_NO = x.reshape(-1, x.shape[-1]) @ weight.astype(x.dtype)  # as a matrix: XLA copies less on CPUs
     return y_NO.reshape(*x.shape[:-1], weight.shape[1])
+
+
+def replicated_dense(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """`dense`, with the result's last axis whole on every device.
+
+    Left to the compiler (jax 0.10.2), that axis lies along the mesh axis `tensor`, and with data, fsdp and tensor all
+    above 1 the gradients of a loop over segments come out wrong (tests/test_step.py holds them right).
+    """
+    y = dense(x, weight)
+    return with_logical_constraint(y, *[None] * y.ndim)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

@@ -30,9 +30,9 @@ _CLOSED = (
         "gate_input",
         0.001,
         "memory is hardly written",
-        "lower memory.forget_bias (gates convex), or raise memory.input_bias (independent)",
+        "with kind lm2 lower memory.forget_bias (gates convex), or raise memory.input_bias (independent)",
     ),
-    ("gate_forget", 0.01, "memory keeps nothing", "raise memory.forget_bias"),
+    ("gate_forget", 0.01, "memory keeps nothing", "with kind lm2 raise memory.forget_bias"),
 )
 
 
@@ -83,10 +83,10 @@ class Health:
             self._first_norms.append(norm)
             return
         usual = statistics.median(self._first_norms)
-        if self._lasts("growth", norm > _GROWTH * usual):
+        if self._lasts("growth", norm > _GROWTH * max(usual, 1.0)):  # 1: lm2's slots at first; others begin empty
             yield (
                 f"step {record['step']}: the memory grows without bound: its largest slot has norm {norm:.3g}, and had "
-                f"{usual:.3g} at first; set memory.gates to convex, which bounds it, or lower optim.learning_rate"
+                f"{usual:.3g} at first; lower optim.learning_rate, or set memory.gates to convex, which bounds lm2's"
             )
 
     def _lasts(self, what: str, here: bool) -> bool:

@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 
 from lm2_jax.batch import Batch
 from lm2_jax.model.decoder import Decoder
-from lm2_jax.model.edge import split_edges
 from lm2_jax.model.memory.base import Memory
 from lm2_jax.model.trained import join_params
 from lm2_jax.parallel.mesh import batch_sharding, replicated
@@ -70,7 +69,7 @@ def make_train_step(
             "lr": rate,
             "skipped": state.skipped,
             "skipped_in_a_row": state.skipped_in_a_row,
-            **memory_norms(memory),
+            **memory_norms(model, memory),
             **{f"gate_{name}": value for name, value in gates.items()},
         }
         return state, metrics
@@ -114,15 +113,13 @@ def make_fresh_memory(model: Decoder, mesh: Mesh, settings: StepConfig) -> Calla
     )
 
 
-def memory_norms(memory: Memory) -> Metrics:
+def memory_norms(model: Decoder, memory: Memory) -> Metrics:
     """Mean and largest norm of a slot, over layers and lanes; nothing where there is no memory."""
-    norms = [jnp.linalg.norm(leaf, axis=-1) for leaf in jax.tree.leaves(split_edges(memory)[0])]
-    if not norms:
+    slots_LBNM = model.as_slots(memory)
+    if slots_LBNM is None:
         return {}
-    return {
-        "memory_norm": jnp.mean(jnp.stack([jnp.mean(n) for n in norms])),
-        "memory_norm_max": jnp.max(jnp.stack([jnp.max(n) for n in norms])),
-    }
+    norm_LBN = jnp.linalg.norm(slots_LBNM, axis=-1)
+    return {"memory_norm": jnp.mean(norm_LBN), "memory_norm_max": jnp.max(norm_LBN)}
 
 
 def _gradients(

@@ -20,6 +20,7 @@ def warnings(records):
 def test_a_run_that_is_well():
     assert warnings([WELL | {"loss": 8 * 0.99**step, "memory_norm_max": 1 + step / 100} for step in range(600)]) == []
     assert warnings([{"loss": 2.0}] * 100) == []  # no memory
+    assert warnings([WELL | {"memory_norm_max": step / 100} for step in range(600)]) == []  # it begins empty
     assert warnings([WELL | {"stage": 0}] * 100 + [WELL | {"stage": 1, "loss": 9.0}] * 100) == []  # longer windows
     assert warnings(([WELL] * 59 + [WELL | {"loss": float("nan")}]) * 5) == []  # steps that were left out
 

@@ -24,6 +24,29 @@ Memory = Any  # a pytree of float32 arrays; with a window it has edges, too (mod
 Parameters = Mapping[str, jax.Array]
 
 
+class BlockMemory(nn.Module):
+    """A block's part of the memory: `before_attention`, `__call__` behind it, `after_feed_forward`.
+
+    Each is given the bank and returns it; by default it adds nothing to x and writes nothing. While a segment is
+    unfinished (the layout has cache indices) the bank is what `MemoryKind.project_memory` made of it, and is not
+    written, unless the kind decodes in place. A lane without tokens keeps its bank.
+    """
+
+    spec: ModelSpec
+
+    def before_attention(self, x_BSTD: jax.Array, bank: Memory, layout: Layout) -> tuple[jax.Array, Memory]:
+        """Takes the block's input x; returns x as the rest of the block sees it."""
+        return x_BSTD, bank
+
+    def __call__(self, x_BSTD: jax.Array, a_BSTD: jax.Array, bank: Memory, layout: Layout) -> tuple[jax.Array, Memory]:
+        """Takes x', the normalised input of self-attention, and what that added to x; returns what is added, too."""
+        return jnp.zeros_like(a_BSTD), bank
+
+    def after_feed_forward(self, y_BSTD: jax.Array, bank: Memory, layout: Layout) -> Memory:
+        """Takes the block's output."""
+        return bank
+
+
 @dataclasses.dataclass(frozen=True)
 class MemoryKind:
     """No memory: every segment is read by itself.
@@ -34,8 +57,11 @@ class MemoryKind:
       supports_layer_schedule: a block's bank depends on earlier segments only through this very bank, so a window may
         run layer by layer.
       shares_one_bank: one bank is passed from block to block, instead of one for each.
+      block_is_recurrent: what a block is given in a segment depends on what it returned in the segment before, so that
+        within a block, too, one segment comes after the other.
       is_causal: no logit depends on later tokens, so a segment may be read token by token.
-      num_memory_tokens: m; as many embeddings, the memory itself [B,m,D], stand before and after a segment's tokens.
+      decodes_in_place: while a segment is read token by token, its blocks are given the banks themselves, and what they
+        return goes on to the next tokens; nothing is left for `project_memory` and `finish_segment` to do.
       lane_axis: the axis of the lanes B in every leaf of the memory.
       linear_init: makes the initialiser of the blocks' weights; has the signature of `layers.linear_init`.
     """
@@ -43,7 +69,9 @@ class MemoryKind:
     spec: ModelSpec
     supports_layer_schedule = True
     shares_one_bank = False
+    block_is_recurrent = False
     is_causal = True
+    decodes_in_place = False
     lane_axis = 0
     linear_init = staticmethod(linear_init)
 
@@ -53,9 +81,13 @@ class MemoryKind:
         return 0
 
     @property
-    def num_memory_tokens(self) -> int:
-        """Number of embeddings on either side of a segment's tokens."""
-        return 0
+    def num_memory_tokens(self) -> tuple[int, int]:
+        """Numbers of memory tokens before and after a segment's tokens; the blocks see them as embeddings."""
+        return 0, 0
+
+    def memory_tokens(self, parameters: Parameters, memory: Memory) -> jax.Array:
+        """The embeddings [B,m,D] that stand before a segment's tokens, after them, or both."""
+        raise NotImplementedError
 
     def parameters(self) -> dict[str, tuple[Initializer, tuple[int, ...]]]:
         """Learned arrays of the memory outside the blocks: name to (initialiser, shape)."""
@@ -65,13 +97,8 @@ class MemoryKind:
         """The memory of one lane at a document's start; without parameters, zeros of its shape where it is learned."""
         return ()
 
-    def block_memory(self) -> Callable[[], nn.Module] | None:
-        """Makes the module that a block with a bank calls.
-
-        It is called with x' [B,S,T,D], what self-attention added to x, the bank and the layout, and returns what is
-        added to x, and the bank. While a segment is unfinished (the layout has cache indices) it is given the arrays of
-        `project_memory` instead of the bank, and returns None for it.
-        """
+    def block_memory(self) -> Callable[[], BlockMemory] | None:
+        """Makes the module that a block with a bank calls."""
         return None
 
     def project_memory(self, memory: Memory, block_parameters: Any) -> Any:
@@ -106,7 +133,7 @@ class MemoryKind:
           block_parameters: of the modules that `block_memory` makes, all layers stacked; None without banks.
           inputs_LBTD: x' of the blocks with a bank; None without banks.
           token_BT: bool, which of the T positions hold a token.
-          ends_BmD: the last layer's output at the back memory tokens; None without memory tokens.
+          ends_BmD: the last layer's output at the memory tokens after the segment's; None without any.
         """
         return memory
 

@@ -3,6 +3,9 @@
 The equations are those of the LM2 paper (arXiv 2502.06049, section 2), made strictly causal and free in their sizes:
 a segment's tokens read the bank as the previous segments left it, and write it after the segment's last token.
 
+With memory.write top_k a router, which is not in the paper, says which k slots each token may write (`route`). Slots
+that no token may write keep their content exactly.
+
 Axes: B lanes, S segments, T tokens, D model width, N memory slots, M slot width.
 """
 
@@ -18,11 +21,9 @@ import jax.numpy as jnp
 
 from lm2_jax.config import MemoryConfig
 from lm2_jax.config.spec import ModelSpec
-from lm2_jax.model import layers
 from lm2_jax.model.attention import attention, attention_weights
-from lm2_jax.model.layers import Initializer, Layout, linear_init, rms_norm, vector
-from lm2_jax.model.memory.base import Memory, MemoryKind, Parameters
-from lm2_jax.parallel.fsdp import with_logical_constraint
+from lm2_jax.model.layers import Initializer, Layout, linear_init, replicated_dense, rms_norm, vector
+from lm2_jax.model.memory.base import BlockMemory, Memory, MemoryKind, Parameters, select_lanes
 
 Projections = tuple[jax.Array, jax.Array]  # keys and values of the read
 _EXTRA_SLOTS_SEED = 2502_06049  # of the constant rows beyond the identity
@@ -37,31 +38,50 @@ def initial_bank(num_slots: int, width: int) -> jax.Array:
     return rows_NM
 
 
-def replicated_dense(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """`layers.dense`, with the result's last axis whole on every device.
-
-    Left to the compiler (jax 0.10.2), that axis lies along the mesh axis `tensor`, and with data, fsdp and tensor all
-    above 1 the gradients of a loop over segments come out wrong (tests/test_step.py holds them right).
-    """
-    y = layers.dense(x, weight)
-    return with_logical_constraint(y, *[None] * y.ndim)
-
-
 def split(x: jax.Array, num_heads: int) -> jax.Array:
     """The last axis as heads [..,H,K]."""
     return x.reshape(*x.shape[:-1], num_heads, -1)
 
 
 def attend(
-    q_BQM: jax.Array, k_BKM: jax.Array, v_BKM: jax.Array, num_heads: int, visible_BK: jax.Array | None = None
+    q_BQM: jax.Array,
+    k_BKM: jax.Array,
+    v_BKM: jax.Array,
+    num_heads: int,
+    visible_BK: jax.Array | None = None,
+    share_BQK: jax.Array | None = None,
 ) -> jax.Array:
-    """Multi-head attention without projections, [B,Q,M]. visible_BK: bool, keys that may be attended to; None: all."""
+    """Multi-head attention without projections, [B,Q,M].
+
+    visible_BK: bool, keys that may be attended to; None: all. share_BQK, instead: factors of the weights before they
+    are made to add up to 1; a query whose factors are all 0 gets a finite value without meaning.
+    """
+    if share_BQK is not None:
+        q, k, v = (split(x, num_heads) for x in (q_BQM, k_BKM, v_BKM))
+        bias, mask = log_share(share_BQK)[:, None].astype(q.dtype), (share_BQK > 0)[:, None]
+        return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask).reshape(q_BQM.shape)
     documents = {}
     if visible_BK is not None:
         documents["q_document_ids_BT"] = jnp.ones(q_BQM.shape[:2], jnp.int32)
         documents["kv_document_ids_BU"] = visible_BK.astype(jnp.int32)
     q, k, v = (split(x, num_heads) for x in (q_BQM, k_BKM, v_BKM))
     return attention(q, k, v, **documents).reshape(q_BQM.shape)
+
+
+def log_share(share: jax.Array) -> jax.Array:
+    """Its logarithm; 0 where it is 0, since there a mask decides."""
+    return jnp.log(jnp.where(share > 0, share, 1.0))
+
+
+def route(p: Parameters, num_slots: int, x_BTD: jax.Array, token_BT: jax.Array) -> jax.Array:
+    """How much each token may write each slot, float32 [B,N,T]: sigmoid(x' W_router) for its k best slots, else 0.
+
+    num_slots: k.
+    """
+    share_BTN = nn.sigmoid(replicated_dense(x_BTD, p["router"]).astype(jnp.float32))
+    _, best_BTk = jax.lax.top_k(share_BTN, num_slots)
+    may_BTN = jnp.any(best_BTk[..., None] == jnp.arange(share_BTN.shape[-1]), axis=2) & token_BT[..., None]
+    return jnp.swapaxes(jnp.where(may_BTN, share_BTN, 0), 1, 2)
 
 
 def project_bank(p: Parameters, eps: float, bank: jax.Array, dtype: jnp.dtype) -> Projections:
@@ -111,6 +131,9 @@ def write(
     g_f = sigmoid(U W_f + tanh(Bank) W'_f + b_f);  g_in = 1 - g_f, or sigmoid(U W_i + tanh(Bank) W'_i + b_i)
     Bank <- g_in ⊙ tanh(C) + g_f ⊙ Bank
 
+    With a router, the attention weights of U are multiplied by `route`, before they are made to add up to 1, and the
+    change of a slot by its largest, so that all of the router is learned from what the slots hold.
+
     Args:
       x_BTD: x', the normalised input of the block's self-attention.
       bank_BNM: the float32 bank at the segment's start.
@@ -122,8 +145,10 @@ def write(
     slots_BNM = rms_norm(bank_BNM, p["bank_norm"], eps).astype(x_BTD.dtype)
 
     # What the slots find
+    share_BNT = route(p, config.write_slots, x_BTD, token_BT) if config.write == "top_k" else None
     keys_BTM, values_BTM = replicated_dense(x_BTD, p["write_key"]), replicated_dense(x_BTD, p["write_value"])
-    u_BNM = attend(replicated_dense(slots_BNM, p["write_query"]), keys_BTM, values_BTM, config.num_heads, token_BT)
+    queries_BNM = replicated_dense(slots_BNM, p["write_query"])
+    u_BNM = attend(queries_BNM, keys_BTM, values_BTM, config.num_heads, token_BT, share_BNT)
     u_BNM = replicated_dense(u_BNM, p["write_output"])
 
     # The candidate
@@ -141,10 +166,13 @@ def write(
 
     g_f_BNM = gate("forget")
     g_in_BNM = 1 - g_f_BNM if config.gates == "convex" else gate("input")
-    return g_in_BNM * jnp.tanh(c_BNM.astype(jnp.float32)) + g_f_BNM * bank_BNM, g_in_BNM, g_f_BNM
+    new_BNM = g_in_BNM * jnp.tanh(c_BNM.astype(jnp.float32)) + g_f_BNM * bank_BNM
+    if share_BNT is not None:
+        new_BNM = bank_BNM + jnp.max(share_BNT, axis=-1, keepdims=True) * (new_BNM - bank_BNM)
+    return new_BNM, g_in_BNM, g_f_BNM
 
 
-class BankMemory(nn.Module):
+class BankMemory(BlockMemory):
     """One block's bank over a window: the recurrence (`write`, scanned over the segments), then all reads at once.
 
     In packed segments, tokens of a document that began inside the segment read the initial bank, and only the segment's
@@ -152,93 +180,75 @@ class BankMemory(nn.Module):
 
     While decoding, a segment only reads, from the projections cached by `LM2.project_memory`; `LM2.finish_segment`
     writes.
+
+    Attributes:
+      kind: `LM2`, or a kind whose banks are read like its banks, but written otherwise.
     """
 
-    spec: ModelSpec
+    kind: LM2
 
     @nn.compact
     def __call__(
-        self, x_BSTD: jax.Array, a_BSTD: jax.Array, bank_BNM: jax.Array | Projections, layout: Layout
-    ) -> tuple[jax.Array, jax.Array | None]:
+        self, x_BSTD: jax.Array, a_BSTD: jax.Array, bank: Memory | Projections, layout: Layout
+    ) -> tuple[jax.Array, Memory | Projections]:
         """x' [B,S,T,D] and the bank before the window to (g_out ⊙ E_mem [B,S,T,D], the bank after the window)."""
-        memory, eps = self.spec.memory, self.spec.model.norm_eps
-        p = {name: self.param(name, init, shape) for name, (init, shape) in _parameters(self.spec).items()}
+        kind, memory, eps = self.kind, self.spec.memory, self.spec.model.norm_eps
+        p = {name: self.param(name, init, shape) for name, (init, shape) in kind.block_parameters().items()}
         if layout.cache_index_BST is not None:
-            return read(p, memory, x_BSTD[:, 0], bank_BNM)[0][:, None], None
-        (B, S), (N, M) = x_BSTD.shape[:2], bank_BNM.shape[-2:]
-        start_BNM = jnp.broadcast_to(initial_bank(N, M), bank_BNM.shape)
+            return read(p, memory, x_BSTD[:, 0], bank)[0][:, None], bank
+        B, S = x_BSTD.shape[:2]
+        start = jax.tree.map(lambda x: jnp.broadcast_to(x, (B, *x.shape)), kind.block_start())
 
         def step(
-            bank_BNM: jax.Array, segment: tuple[jax.Array, jax.Array, jax.Array]
-        ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+            bank: Memory, segment: tuple[jax.Array, jax.Array, jax.Array]
+        ) -> tuple[Memory, tuple[Memory, dict[str, jax.Array]]]:
             x_BTD, document_BT, reset_B = segment
-            before_BNM = jnp.where(reset_B[:, None, None], start_BNM, bank_BNM)
+            before = select_lanes(0, reset_B, start, bank)
             last_B = jnp.max(document_BT, axis=1)
             token_BT = (document_BT == last_B[:, None]) & (document_BT > 0)
-            base_BNM = jnp.where((last_B > 1)[:, None, None], start_BNM, before_BNM) if layout.packed else before_BNM
-            new_BNM, g_in_BNM, g_f_BNM = write(p, memory, eps, x_BTD, base_BNM, token_BT)
-            new_BNM = jnp.where((last_B > 0)[:, None, None], new_BNM, before_BNM)
-            return new_BNM, (before_BNM, jnp.mean(g_in_BNM), jnp.mean(g_f_BNM))
+            base = select_lanes(0, last_B > 1, start, before) if layout.packed else before
+            new, gates = kind.write(p, x_BTD, base, token_BT)
+            return select_lanes(0, last_B > 0, new, before), (before, jax.tree.map(jnp.mean, gates))
 
         segments = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (x_BSTD, layout.document_BST, layout.reset_BS))
-        bank_BNM, (before_SBNM, g_in_S, g_f_S) = jax.lax.scan(step, bank_BNM, segments, unroll=self.spec.unroll)
+        bank, (before_S, gates) = jax.lax.scan(step, bank, segments, unroll=self.spec.unroll)
 
         def merge(a_BS: jax.Array) -> jax.Array:  # every segment reads by itself
             return a_BS.reshape(B * S, *a_BS.shape[2:])
 
-        def project(bank: jax.Array) -> Projections:
-            return project_bank(p, eps, bank, x_BSTD.dtype)
+        def project(bank: Memory) -> Projections:
+            return project_bank(p, eps, kind.as_slots(bank), x_BSTD.dtype)
 
-        packing = (project(initial_bank(N, M)), merge(layout.document_BST) > 1) if layout.packed else ()
-        before_BNM = merge(jnp.moveaxis(before_SBNM, 0, 1))
-        gated_BTD, g_out_BTD = read(p, memory, merge(x_BSTD), project(before_BNM), *packing)
+        packing = (project(kind.block_start()), merge(layout.document_BST) > 1) if layout.packed else ()
+        before = jax.tree.map(lambda x: merge(jnp.moveaxis(x, 0, 1)), before_S)
+        gated_BTD, g_out_BTD = read(p, memory, merge(x_BSTD), project(before), *packing)
 
         if self.is_mutable_collection("intermediates"):
-            self._sow_weights(p, merge(x_BSTD), merge(layout.document_BST) > 0, before_BNM)
-        for name, value in (("input", g_in_S), ("forget", g_f_S), ("output", g_out_BTD)):
+            self._sow_weights(p, merge(x_BSTD), merge(layout.document_BST) > 0, before)
+        for name, value in (*gates.items(), ("output", g_out_BTD)):
             self.sow("gates", name, jnp.mean(value.astype(jnp.float32)))
-        return gated_BTD.reshape(x_BSTD.shape), bank_BNM
+        return gated_BTD.reshape(x_BSTD.shape), bank
 
-    def _sow_weights(self, p: Parameters, x_BTD: jax.Array, token_BT: jax.Array, bank_BNM: jax.Array) -> None:
+    def _sow_weights(self, p: Parameters, x_BTD: jax.Array, token_BT: jax.Array, bank: Memory) -> None:
         """Sows the attention weights of tokens to slots ("read") and of slots to tokens ("write")."""
-        slots_BNM = rms_norm(bank_BNM, p["bank_norm"], self.spec.model.norm_eps)
-        all_B1N = jnp.ones((len(bank_BNM), 1, bank_BNM.shape[1]), bool)
-        for name, queries, keys, visible_B1K in (
-            ("read", x_BTD, slots_BNM, all_B1N),
-            ("write", slots_BNM, x_BTD, token_BT[:, None]),
-        ):
-            q = split(queries @ p[f"{name}_query"], self.spec.memory.num_heads)
-            k = split(keys @ p[f"{name}_key"], self.spec.memory.num_heads)
-            self.sow("intermediates", name, attention_weights(q, k, visible_B1K))
+        slots_BNM = rms_norm(self.kind.as_slots(bank), p["bank_norm"], self.spec.model.norm_eps)
+        q, k = (split(x, self.spec.memory.num_heads) for x in (x_BTD @ p["read_query"], slots_BNM @ p["read_key"]))
+        self.sow("intermediates", "read", attention_weights(q, k, jnp.ones((len(q), 1, k.shape[1]), bool)))
+        self.sow("intermediates", "write", self.kind.write_weights(p, x_BTD, bank, token_BT))
 
 
-def _parameters(spec: ModelSpec) -> dict[str, tuple[Initializer, tuple[int, ...]]]:
-    """Name to (initialiser, shape) of one block's memory."""
-    c, D, M = spec.memory, spec.model.d_model, spec.memory_width
-    to_slots = (linear_init(("slot_in", "slot_out")), (M, M))
-    slot_norm = (vector(1.0, "norm"), (M,))
-    shapes = {
-        "bank_norm": slot_norm,
+def read_parameters(spec: ModelSpec) -> dict[str, tuple[Initializer, tuple[int, ...]]]:
+    """Name to (initialiser, shape) of what reads a block's bank."""
+    D, M = spec.model.d_model, spec.memory_width
+    return {
+        "bank_norm": (vector(1.0, "norm"), (M,)),
         "read_query": (linear_init(("embed", "heads")), (D, D)),
         "read_key": (linear_init(("slot_in", "heads")), (M, D)),
         "read_value": (linear_init(("slot_in", "heads")), (M, D)),
         "read_output": (linear_init(("heads", "embed"), 1 / (2 * spec.model.num_layers)), (D, D)),
         "output_gate": (linear_init(("embed", "heads")), (D, D)),
         "output_gate_bias": (vector(0.0, "norm"), (D,)),
-        "write_query": to_slots,
-        "write_key": (linear_init(("embed", "slot_out")), (D, M)),
-        "write_value": (linear_init(("embed", "slot_out")), (D, M)),
-        "write_output": to_slots,
-        "candidate_norm": slot_norm,
-        "candidate_up": to_slots,
-        "candidate_down": to_slots,
-        "candidate_norm_2": slot_norm,
     }
-    biases = {"forget": c.forget_bias} | ({"input": c.input_bias} if c.gates == "independent" else {})
-    for name, bias in biases.items():
-        shapes[f"{name}_gate"] = shapes[f"{name}_gate_bank"] = to_slots
-        shapes[f"{name}_gate_bias"] = (vector(bias, "norm"), (M,))
-    return shapes
 
 
 class LM2(MemoryKind):
@@ -252,27 +262,69 @@ class LM2(MemoryKind):
         return self.spec.num_memory_layers
 
     def initial(self, parameters: Parameters | None) -> Memory:
-        """The same constant bank for every layer, [L,N,M]."""
-        bank_NM = initial_bank(self.spec.memory.num_slots, self.spec.memory_width)
-        return jnp.broadcast_to(bank_NM, (self.num_bank_layers, *bank_NM.shape))
+        """The same for every layer, [L,...]."""
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.num_bank_layers, *x.shape)), self.block_start())
 
-    def block_memory(self) -> Callable[[], nn.Module]:
+    def block_start(self) -> Memory:
+        """The constant bank [N,M] that a block has at a document's start."""
+        return initial_bank(self.spec.memory.num_slots, self.spec.memory_width)
+
+    def block_memory(self) -> Callable[[], BlockMemory]:
         """Read and write of one bank."""
-        return functools.partial(BankMemory, self.spec)
+        return functools.partial(BankMemory, self.spec, self)
+
+    def block_parameters(self) -> dict[str, tuple[Initializer, tuple[int, ...]]]:
+        """Name to (initialiser, shape) of one block's memory."""
+        c, D, M = self.spec.memory, self.spec.model.d_model, self.spec.memory_width
+        to_slots = (linear_init(("slot_in", "slot_out")), (M, M))
+        slot_norm = (vector(1.0, "norm"), (M,))
+        shapes = read_parameters(self.spec) | {
+            "write_query": to_slots,
+            "write_key": (linear_init(("embed", "slot_out")), (D, M)),
+            "write_value": (linear_init(("embed", "slot_out")), (D, M)),
+            "write_output": to_slots,
+            "candidate_norm": slot_norm,
+            "candidate_up": to_slots,
+            "candidate_down": to_slots,
+            "candidate_norm_2": slot_norm,
+        }
+        if c.write == "top_k":
+            shapes["router"] = (linear_init(("embed", None)), (D, c.num_slots))
+        biases = {"forget": c.forget_bias} | ({"input": c.input_bias} if c.gates == "independent" else {})
+        for name, bias in biases.items():
+            shapes[f"{name}_gate"] = shapes[f"{name}_gate_bank"] = to_slots
+            shapes[f"{name}_gate_bias"] = (vector(bias, "norm"), (M,))
+        return shapes
+
+    def write(
+        self, p: Parameters, x_BTD: jax.Array, bank: Memory, token_BT: jax.Array
+    ) -> tuple[Memory, dict[str, jax.Array]]:
+        """A bank after a segment, and its gates by name; `write` of this module."""
+        bank, g_in_BNM, g_f_BNM = write(p, self.spec.memory, self.spec.model.norm_eps, x_BTD, bank, token_BT)
+        return bank, {"input": g_in_BNM, "forget": g_f_BNM}
+
+    def write_weights(self, p: Parameters, x_BTD: jax.Array, bank: Memory, token_BT: jax.Array) -> jax.Array:
+        """Attention of the slots to the tokens in `write`, mean over heads, float32 [B,N,T]."""
+        c, slots_BNM = self.spec.memory, rms_norm(bank, p["bank_norm"], self.spec.model.norm_eps)
+        share_BNT = jnp.broadcast_to(token_BT[:, None], (*slots_BNM.shape[:2], token_BT.shape[1]))
+        if c.write == "top_k":
+            share_BNT = route(p, c.write_slots, x_BTD, token_BT)
+        q, k = split(slots_BNM @ p["write_query"], c.num_heads), split(x_BTD @ p["write_key"], c.num_heads)
+        return attention_weights(q, k, share_BNT > 0, log_share(share_BNT)[:, None])
 
     def project_memory(self, memory: Memory, block_parameters: Parameters) -> Projections:
         """Keys and values of every bank, [L,B,N,D]."""
-        eps, dtype = self.spec.model.norm_eps, self.spec.dtype
-        return jax.lax.map(lambda layer: project_bank(layer[0], eps, layer[1], dtype), (block_parameters, memory))
+        eps, dtype, slots_LBNM = self.spec.model.norm_eps, self.spec.dtype, self.as_slots(memory)
+        return jax.lax.map(lambda layer: project_bank(layer[0], eps, layer[1], dtype), (block_parameters, slots_LBNM))
 
     def finish_segment(
         self, memory: Memory, block_parameters: Parameters, inputs_LBTD: jax.Array, token_BT: jax.Array, ends_BmD: None
     ) -> Memory:
         """The write of every bank, layer by layer."""
 
-        def layer(inputs: tuple[Parameters, jax.Array, jax.Array]) -> jax.Array:
-            p, x_BTD, bank_BNM = inputs
-            return write(p, self.spec.memory, self.spec.model.norm_eps, x_BTD, bank_BNM, token_BT)[0]
+        def layer(inputs: tuple[Parameters, jax.Array, Memory]) -> Memory:
+            p, x_BTD, bank = inputs
+            return self.write(p, x_BTD, bank, token_BT)[0]
 
         return jax.lax.map(layer, (block_parameters, inputs_LBTD, memory))
 

@@ -20,9 +20,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm2_jax.config.spec import ModelSpec
 from lm2_jax.model.layers import Initializer, Layout, dense, vector
-from lm2_jax.model.memory.base import Memory, MemoryKind, Parameters
+from lm2_jax.model.memory.base import BlockMemory, Memory, MemoryKind, Parameters
 
 LAYER_NORM_EPS = 1e-5
 
@@ -111,10 +110,8 @@ def update(
     return g_in_BNN * jnp.tanh(y_BNN) + g_f_BNN * bank_BNN, g_in_BNN, g_f_BNN
 
 
-class OfficialMemory(nn.Module):
+class OfficialMemory(BlockMemory):
     """A block's part: updates the bank that all blocks share, and adds row t of it to token t."""
-
-    spec: ModelSpec
 
     @nn.compact
     def __call__(
@@ -186,7 +183,7 @@ class Official(MemoryKind):
         """The identity, [N,N]."""
         return jnp.eye(self.spec.memory.num_slots, dtype=jnp.float32)
 
-    def block_memory(self) -> Callable[[], nn.Module]:
+    def block_memory(self) -> Callable[[], BlockMemory]:
         """The update of the bank, and what it adds to the tokens."""
         return functools.partial(OfficialMemory, self.spec)
 

@@ -25,13 +25,13 @@ class RMT(MemoryKind):
     supports_layer_schedule = False
 
     @property
-    def num_memory_tokens(self) -> int:
-        """Number m of memory tokens on either side."""
-        return self.spec.memory.num_slots
+    def num_memory_tokens(self) -> tuple[int, int]:
+        """The same number on either side."""
+        return self.spec.memory.num_slots, self.spec.memory.num_slots
 
     @property
     def _shape(self) -> tuple[int, int]:
-        return self.num_memory_tokens, self.spec.model.d_model
+        return self.spec.memory.num_slots, self.spec.model.d_model
 
     def parameters(self) -> dict[str, tuple[Initializer, tuple[int, ...]]]:
         """The memory tokens at a document's start, drawn like embeddings."""
@@ -42,6 +42,10 @@ class RMT(MemoryKind):
     def initial(self, parameters: Parameters | None) -> Memory:
         """The learned memory tokens, [m,D]."""
         return jnp.zeros(self._shape) if parameters is None else parameters["memory_tokens"]
+
+    def memory_tokens(self, parameters: Parameters, memory: Memory) -> jax.Array:
+        """The memory itself."""
+        return memory
 
     def before_blocks(
         self, parameters: Parameters, x_BSTD: jax.Array, layout: Layout, memory: Memory
@@ -82,6 +86,6 @@ class RMT(MemoryKind):
 
     def attention_to_slots(self, sown: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
         """Tokens attend to the front memory tokens; the back ones, which become the memory, attend to the tokens."""
-        m = self.num_memory_tokens
+        m = self.spec.memory.num_slots
         weights_LBUU = sown["blocks"]["attention"]["weights"][0]
         return weights_LBUU[:, :, m:-m, :m], weights_LBUU[:, :, -m:, m:-m]
