@@ -28,6 +28,7 @@ def main() -> None:
     from lm2_jax.compiled import topology
     from lm2_jax.compiled.explain import explain_sharding
     from lm2_jax.compiled.report import compile_for, describe
+    from lm2_jax.compiled.where import table
     from lm2_jax.config import load_config
     from lm2_jax.tokenizer import with_vocabulary
 
@@ -38,10 +39,18 @@ def main() -> None:
         print(explain_sharding(with_vocabulary(config), devices))
         return
     figures = compile_for(
-        config, arguments.topology, arguments.slices, arguments.program, log=print, keep=arguments.hlo
+        config,
+        arguments.topology,
+        arguments.slices,
+        arguments.program,
+        log=print,
+        keep=arguments.hlo,
+        with_places=arguments.where,
     )
     for name, program in figures["programs"].items():
         print(f"\n{name} step\n" + describe(program))
+        if "where" in program:
+            print("\n" + table(program["where"]))
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(figures, indent=1) + "\n")
     over = [name for name, program in figures["programs"].items() if not program["fits"]]

@@ -147,6 +147,7 @@ def aot_arguments() -> argparse.Namespace:
     parser.add_argument("--program", choices=("train", "decode", "both"), default="both", help="default both")
     parser.add_argument("--output", type=to_path, metavar="FILE.json", help="write the figures")
     parser.add_argument("--hlo", type=to_path, metavar="DIRECTORY", help="keep the optimised programs as text")
+    parser.add_argument("--where", action="store_true", help="show which lines of the code the cycles go to")
     parser.add_argument("--explain-sharding", action="store_true", help="show how arrays are sharded, and stop")
     return parser.parse_args()
 

@@ -17,6 +17,7 @@ from lm2_jax.common.errors import TrainingFailed
 from lm2_jax.compiled import costs, hlo, topology
 from lm2_jax.compiled.lowered import Programs
 from lm2_jax.compiled.roofline import roofline
+from lm2_jax.compiled.where import where
 from lm2_jax.config import Config
 from lm2_jax.model.sizes import model_flops
 from lm2_jax.parallel.chips import Chip
@@ -33,8 +34,11 @@ def compile_for(
     program: str = "both",
     log: Callable[[str], None] = lambda text: None,
     keep: Path | None = None,
+    with_places: bool = False,
 ) -> Figures:
-    """Figures of a config's programs on a topology. program: train, decode or both. keep: directory for HLO texts.
+    """Figures of a config's programs on a topology.
+
+    program: train, decode or both. keep: directory for HLO texts. with_places: also where the cycles go.
 
     Raises UserError if the topology is unknown or the mesh does not fit it.
     """
@@ -63,6 +67,9 @@ def compile_for(
                 "tokens": tokens,
                 "involuntary_rematerialisations": warnings.involuntary_rematerialisations(),
             }
+            if with_places:
+                places = where(hlo.parse(text), text, chip)
+                figures[name]["where"] = [dataclasses.asdict(place) for place in places]
             if keep is not None:
                 keep.mkdir(parents=True, exist_ok=True)
                 (keep / f"{name}.hlo").write_text(text)
@@ -164,8 +171,8 @@ def too_large(message: str, chip: Chip, config: Config) -> Figures:
 def changes(config: Config) -> list[str]:
     """Settings that would make a train step smaller, the mildest first."""
     found = []
-    if config.train.remat != "full":
-        better = {"none": "block", "block": "full"}[config.train.remat]
+    better = {"none": "block", "block": "full"}.get(config.train.remat)
+    if better is not None:
         found.append(f"--set train.remat={better} (now {config.train.remat}): recompute instead of keeping")
     if config.train.dtype == "float32":
         found.append("--set train.dtype=bfloat16 (now float32): activations half as large")
