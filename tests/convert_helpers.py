@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
+from helpers import random_params
 
 from lm2_jax import convert_checkpoint
 from lm2_jax.config import parse_config
@@ -38,12 +38,7 @@ def random_own(path, *overrides, noise=0.3, seed=0):
     base = ("model.d_model=32", "model.d_ff=48", "model.num_layers=2", "model.num_kv_heads=2", "memory.num_slots=5")
     where = ("data.source=bin", "data.path=x.bin", "data.segment_length=16")
     config = parse_config("", (f"model.vocab_size={V}", *where, *base, *overrides))
-    model, key = build_model(config), jax.random.key(seed)
-    params = jax.jit(model.init_params)(key)
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    params = tree.unflatten([x + noise * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
-    return own_directory(path, config, params)
+    return own_directory(path, config, random_params(build_model(config), noise, seed))
 
 
 def assert_same_tensors(found, expected):

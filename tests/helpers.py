@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -163,14 +164,22 @@ def _one_device(module):
         yield
 
 
+def own_lines(stderr):
+    """Without what Grain and XLA say of JAX 0.10.0: that workers are not profiled, how code was compiled."""
+    return re.sub(r"(?m)^(WARNING:absl:Grain |[EW]\d{4} .*cpu_aot_loader).*\n", "", stderr)
+
+
+def random_params(model, noise, seed=0):
+    """Parameters away from their initialisation, where gates are constant and biases 0."""
+    leaves, tree = jax.tree.flatten(jax.jit(model.init_params)(jax.random.key(seed)))
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    return tree.unflatten([x + noise * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+
+
 def random_checkpoint(path, *overrides, noise=0.3):
     """A converted directory, which loads like a run, of a tiny model away from its initialisation."""
     config = parse_config(TINY, ["train.curriculum=[]", "model.vocab_size=258", "tokenizer.kind=bytes", *overrides])
-    model, key = build_model(config), jax.random.key(0)
-    params = jax.jit(model.init_params)(key)
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    params = tree.unflatten([x + noise * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+    params = random_params(build_model(config), noise)
     with directory.new_directory(Path(path)) as partial:
         directory.write(engine.Checkpoint(config, engine.from_arrays(params, path)), partial, lambda items, _: items)
     return path

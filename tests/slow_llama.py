@@ -6,6 +6,8 @@ Axes: X positions of one segment, D model width, H heads, G kv heads, K head wid
 import jax
 import numpy as np
 
+from lm2_jax.segments import run_segments
+
 
 def layers_of(params):
     """The blocks' parameters in order, in float64; their banks are in `memory`."""
@@ -53,6 +55,25 @@ def logits(params, c, x_XD):
     """Of a model with tied embeddings."""
     hidden = rms_norm(x_XD, np.asarray(params["final_norm"]["scale"], np.float64), c.norm_eps)
     return hidden @ np.asarray(params["embedding"], np.float64).T
+
+
+def assert_read_alike(model, params, lengths, read_document, atol):
+    """Logits of a document in segments of these lengths are those of `read_document`, in both schedules.
+
+    Yields the memory after the document in either, beside the state after it that `read_document` returns.
+    """
+    T, rng = model.spec.segment_length, np.random.default_rng(0)
+    segments = [rng.integers(0, model.spec.model.vocab_size, length) for length in lengths]
+    expected, state = read_document(model, params, segments)
+    tokens_ST, document_ST = np.zeros((2, len(lengths), T), np.int32)
+    for s, tokens in enumerate(segments):
+        tokens_ST[s, : len(tokens)], document_ST[s, : len(tokens)] = tokens, 1
+    for schedule in ("segment", "layer"):
+        logits, memory = run_segments(
+            model, params, tokens_ST[None], model.init_memory(1), document_BST=document_ST[None], schedule=schedule
+        )
+        np.testing.assert_allclose(logits[0][document_ST > 0], expected, atol=atol)
+        yield memory, state
 
 
 def _rotated(x_XHK, position_X, theta):

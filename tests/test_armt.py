@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import slow_llama as slow
+from helpers import random_params
 
 from lm2_jax.config import parse_config
 from lm2_jax.model import build_model
@@ -19,12 +20,8 @@ data: {{segment_length: {T}}}
 
 
 def made(noise=0.2):
-    """A model away from its initialisation."""
     model = build_model(parse_config(CONFIG))
-    params = jax.jit(model.init_params)(jax.random.key(0))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    return model, tree.unflatten([x + noise * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+    return model, random_params(model, noise)
 
 
 def phi(x):
@@ -68,17 +65,7 @@ def read_document(model, params, segments):
 def test_it_is_the_paper():
     """Four segments, the last one short; logits, A and z."""
     model, params = made()
-    lengths, rng = (T, T, T, 4), np.random.default_rng(0)
-    segments = [rng.integers(0, V, length) for length in lengths]
-    expected, state = read_document(model, params, segments)
-    tokens_ST, document_ST = np.zeros((2, len(lengths), T), np.int32)
-    for s, tokens in enumerate(segments):
-        tokens_ST[s, : len(tokens)], document_ST[s, : len(tokens)] = tokens, 1
-    for schedule in ("segment", "layer"):
-        logits, memory = run_segments(
-            model, params, tokens_ST[None], model.init_memory(1), document_BST=document_ST[None], schedule=schedule
-        )
-        np.testing.assert_allclose(logits[0][document_ST > 0], expected, atol=2e-4)
+    for memory, state in slow.assert_read_alike(model, params, (T, T, T, 4), read_document, atol=2e-4):
         for layer, (A, z) in enumerate(state):
             np.testing.assert_allclose(memory.matrix_BFD[layer, 0].T, A, atol=1e-4)
             np.testing.assert_allclose(memory.normaliser_BF[layer, 0], z, atol=1e-4)

@@ -373,6 +373,7 @@ def test_tokenizer_travels(tmp_path):
     test_tokenizers_of_exported_directories(tmp_path)
     random_llama(tmp_path / "llama")
     shutil.copy(tmp_path / "bpe.json", tmp_path / "llama" / "tokenizer.json")
+    (tmp_path / "llama" / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     convert("huggingface", "lm2_jax", tmp_path / "llama", tmp_path / "ours")
     (tmp_path / "ours").rename(tmp_path / "moved")
     config = load_run(tmp_path / "moved").config

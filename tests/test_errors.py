@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import own_lines
 
 from lm2_jax.common.errors import TrainingFailed, UserError, run_command
 from lm2_jax.config import parse_config, save_config
@@ -296,4 +297,4 @@ def test_no_config_given():
 def test_a_mistake_seen_from_the_shell():
     done = train_process("--config", "configs/babilong_tiny.yaml", "--set", "model.d_modle=64")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: --set model.d_modle: unknown key; did you mean 'd_model'?\n"
+    assert own_lines(done.stderr) == "error: --set model.d_modle: unknown key; did you mean 'd_model'?\n"

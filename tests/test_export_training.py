@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from export_helpers import KINDS, T, exported, gradients, random_ids, torch, works
+from packaging.version import Version
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "official"])
@@ -81,10 +82,10 @@ def test_trl_trains_with_its_defaults(packing, tmp_path):
     trl = pytest.importorskip("trl", reason="trl is not installed (requirements-dev.txt)")
     datasets = pytest.importorskip("datasets", reason="datasets is not installed (requirements-dev.txt)")
     tokenizers = pytest.importorskip("tokenizers")
-    from transformers import PreTrainedTokenizerFast
+    import transformers
 
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0, "a": 1}, unk_token="a"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="</s>")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="</s>")
     documents = [random_ids(n, seed=n).tolist() for n in (20, 11, 5, 9)]
     dataset = datasets.Dataset.from_list([{"input_ids": ids} for ids in documents])
     quiet = {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "bf16": False, "use_cpu": True}
@@ -95,8 +96,10 @@ def test_trl_trains_with_its_defaults(packing, tmp_path):
     with torch.no_grad():
         counts = [len(ids) - 1 for ids in documents]
         losses = [model(torch.tensor([ids]), labels=torch.tensor([ids])).loss.item() for ids in documents]
-    expected = sum(n * loss for n, loss in zip(counts, losses, strict=True)) / sum(counts)
+    total, targets = sum(n * loss for n, loss in zip(counts, losses, strict=True)), sum(counts)
     trainer = trl.SFTTrainer(model, args=settings, train_dataset=dataset, processing_class=tokenizer)
     works(trainer.train)
     assert model.is_gradient_checkpointing
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-4)
+    if not packing and Version(transformers.__version__) < Version("5.12"):
+        targets += len(documents)  # a Trainer that counts a document's first token, which has no loss
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(total / targets, rel=1e-4)

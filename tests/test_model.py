@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import random_params
 
 from lm2_jax.config import parse_config
 from lm2_jax.model import build_model
@@ -23,11 +24,7 @@ def make(*overrides, kind="lm2", seed=0):
     base = ("model.d_model=32", "model.d_ff=48", "model.num_layers=2", "model.num_kv_heads=2", "model.conv_width=4")
     config = parse_config("", (f"model.vocab_size={V}", f"memory.kind={kind}", "memory.num_slots=5", *base, *overrides))
     model = build_model(config)
-    params = jax.jit(model.init_params)(jax.random.key(seed))
-    # Away from the initialisation, where gates are constant and biases 0
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    return model, tree.unflatten([x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+    return model, random_params(model, 0.1, seed)
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """Two processes that share no file: each has a folder and a cache of its own, and they have a bucket together."""
 
+import pytest
 from helpers import assert_same_run, tiny_config
 from pairs import SIZES, killed_at_last, of_a_pair, start_one
 from store_helpers import StoreRun
@@ -25,6 +26,7 @@ def finish_pair(*arguments):
             run.finish()
 
 
+@pytest.mark.slow
 def test_a_pair_without_a_common_file(bucket, tmp_path):
     folder = tmp_path / "machines"
     folder.mkdir()

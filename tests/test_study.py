@@ -22,6 +22,7 @@ from lm2_jax.study.results import best_setting, mean_and_interval
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_smoke(tmp_path):
     """Trains every phase; a second call finds everything done; the report is drawn from the cells alone."""
     environment = {**os.environ, "XLA_FLAGS": xla_flags(devices=1)}

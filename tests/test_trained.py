@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
-from helpers import newest_checkpoint, quick_training, random_checkpoint, read_arrays, tiny_config
+from helpers import newest_checkpoint, quick_training, random_checkpoint, random_params, read_arrays, tiny_config
 
 import lm2_jax
 from lm2_jax.common.errors import UserError
@@ -31,15 +31,6 @@ EVERYWHERE = "model.lora={rank: 3, alpha: 6, targets: [attention, mlp, embedding
 
 def config_of(*overrides):
     return parse_config("", (*SMALL, *overrides))
-
-
-def random_params(model, seed=0):
-    """Parameters without a zero among them, so that no addition vanishes."""
-    leaves = flatten_dict(model.init_params(jax.random.key(seed)), sep="/")
-    rng = np.random.default_rng(seed)
-    return unflatten_dict(
-        {name: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32) for name, leaf in leaves.items()}, sep="/"
-    )
 
 
 def logits_of(model, params, tokens):
@@ -92,7 +83,7 @@ def test_an_addition_changes_nothing_at_first_and_counts_once(tie):
     base = unflatten_dict({n: x for n, x in flatten_dict(fresh, sep="/").items() if not is_addition(n)}, sep="/")
     np.testing.assert_array_equal(logits_of(model, fresh, tokens), logits_of(plain, base, tokens))
 
-    params = random_params(model)
+    params = random_params(model, 0.1)
     tensors = engine.merged(engine.Checkpoint(config, engine.from_arrays(params, Path()))).params
     leaves = {name: tensor.read() for name, tensor in tensors.items()}
     assert leaves.keys() == flatten_dict(base, sep="/").keys()
@@ -110,7 +101,7 @@ def test_an_addition_changes_nothing_at_first_and_counts_once(tie):
 def test_tokens_without_weight_cost_nothing_and_change_nothing(answers, devices):
     config = config_of(EVERYWHERE, "data.batch_size=8")
     model, rng = build_model(config), np.random.default_rng(2)
-    params = random_params(model)
+    params = random_params(model, 0.1)
     hidden = jnp.asarray(rng.normal(size=(8, 2, 16, 16)), jnp.float32)
     batch = lm2_jax.batch.Batch.zeros(8, 2, 16)
     batch.document_BST[:] = rng.random(batch.document_BST.shape) < 0.9

@@ -126,6 +126,11 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + eps) * scale).astype(x.dtype)
 
 
+def of_length_1(x: jax.Array, eps: float = 1e-12) -> jax.Array:
+    """x / sqrt(sum(x²) + eps) over the last axis."""
+    return x * jax.lax.rsqrt(jnp.sum(x**2, axis=-1, keepdims=True) + eps)
+
+
 class RMSNorm(nn.Module):
     """`rms_norm` with a learned scale."""
 

@@ -95,8 +95,12 @@ def _facts(base: Config, texts: list[str], questions: list[str]) -> list[Config]
     common = replace(
         base,
         data={
-            **{"source": "stories", "path": None, "document_separator": None, "segments_per_window": 4},
-            **{"stories": {"questions_between": [0, 1], "questions_after": [3, 4]}, "batch_size": 8},
+            "source": "stories",
+            "stories": {"questions_between": [0, 1], "questions_after": [3, 4]},
+            "path": None,
+            "document_separator": None,
+            "segments_per_window": 4,
+            "batch_size": 8,
         },
         optim={"learning_rate": 1e-3, "schedule": "linear", "lm_loss_weight": 0.0},
         eval={"every_steps": 0, "lengths": [4, 8, 16, 32, 64], "questions": 32, "path": questions or None},

@@ -69,11 +69,13 @@ class _TracedStep:
         options = jax.profiler.ProfileOptions()
         # JAX would name a trace by the second in which it ends, and the later of two overwrites the other
         options.session_id = f"steps_{self._first}_to_{self._last}"
-        # JAX 0.10 gives no other trace to a process that could not write one where it said, so it is copied there
+        options.python_tracer_level = 0  # it would hook every Python call of every thread
+        # Not into the run directory: a trace that JAX 0.10 fails to write keeps the process from any other
         here = tempfile.TemporaryDirectory()
         try:
             jax.profiler.start_trace(here.name, profiler_options=options)
         except RuntimeError as error:  # one that is going on already
+            here.cleanup()
             self._log(f"warning: train.profile: nothing is traced ({error})")
         else:
             self._here = here

@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from lm2_jax.model.layers import Initializer, Layout, linear_init, replicated_dense, vector
+from lm2_jax.model.layers import Initializer, Layout, linear_init, of_length_1, replicated_dense, vector
 from lm2_jax.model.memory.base import BlockMemory, Memory, MemoryKind, Parameters, select_lanes
 
 _ORDERS = (1, 2, 3)  # of DPFP-3
@@ -58,7 +58,7 @@ def features(x: jax.Array) -> jax.Array:
     x = x.astype(jnp.float32)
     r = jnp.concatenate([nn.relu(x), nn.relu(-x)], axis=-1)
     phi = jnp.concatenate([r * jnp.roll(r, order, axis=-1) for order in _ORDERS], axis=-1)
-    return phi * jax.lax.rsqrt(jnp.sum(phi**2, axis=-1, keepdims=True) + 1e-12)
+    return of_length_1(phi)
 
 
 def recall(stored: Associations, phi_BXF: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:

@@ -35,7 +35,7 @@ import jax
 import jax.numpy as jnp
 
 from lm2_jax.config.spec import ModelSpec
-from lm2_jax.model.layers import Initializer, Layout, linear_init, replicated_dense, rms_norm, vector
+from lm2_jax.model.layers import Initializer, Layout, linear_init, of_length_1, replicated_dense, rms_norm, vector
 from lm2_jax.model.memory.base import BlockMemory, Memory, MemoryKind, Parameters
 
 _CHUNK = 64
@@ -118,7 +118,7 @@ class DeltaMemory(BlockMemory):
         for name, value_BXH in (("input", beta_BXH), ("forget", jnp.exp(log_alpha_BXH))):
             self.sow("gates", name, jnp.mean(value_BXH))
         log_alpha_BXH, beta_BXH = (jnp.where(token_BX1, x, 0) for x in (log_alpha_BXH, beta_BXH))
-        q_BXHK, k_BXHK, v_BXHV = _of_length_1(heads("query")), _of_length_1(heads("key")), heads("value")
+        q_BXHK, k_BXHK, v_BXHV = of_length_1(heads("query"), 1e-6), of_length_1(heads("key"), 1e-6), heads("value")
         starts_BX = _starts(layout).reshape(B, S * T)
         out_BXHV, bank = gated_delta_rule(q_BXHK, k_BXHK, v_BXHV, log_alpha_BXH, beta_BXH, starts_BX, bank)
         out_BXD = rms_norm(out_BXHV, p["output_norm"], self.spec.model.norm_eps).reshape(B, S * T, D)
@@ -138,10 +138,6 @@ def _starts(layout: Layout) -> jax.Array:
         return jnp.pad(first_BS1, ((0, 0), (0, 0), (0, document_BST.shape[2] - 1)))
     inside = (document_BST[..., 1:] != document_BST[..., :-1]) & (document_BST[..., 1:] > 0)
     return jnp.concatenate([first_BS1, inside], axis=2)
-
-
-def _of_length_1(x: jax.Array) -> jax.Array:
-    return x * jax.lax.rsqrt(jnp.sum(x**2, axis=-1, keepdims=True) + 1e-6)
 
 
 def _parameters(spec: ModelSpec) -> dict[str, tuple[Initializer, tuple[int, ...]]]:

@@ -30,7 +30,7 @@ from flax import linen as nn
 from flax import struct
 
 from lm2_jax.model.attention import attention_weights
-from lm2_jax.model.layers import Initializer, linear_init, replicated_dense, vector
+from lm2_jax.model.layers import Initializer, linear_init, of_length_1, replicated_dense, vector
 from lm2_jax.model.memory.base import Parameters
 from lm2_jax.model.memory.lm2 import LM2, attend, initial_bank, read_parameters, split
 from lm2_jax.parallel.fsdp import with_logical_constraint
@@ -55,17 +55,13 @@ class Tape:
 def address(tape: Tape, key_BHM: jax.Array, controls_BHC: jax.Array) -> jax.Array:
     """The new w of every head, float32 [B,H,N]; equations 5 to 9."""
     strength, gate, *shifts, sharpness = jnp.split(controls_BHC, _CONTROLS, axis=-1)
-    cosine_BHN = jnp.einsum("bhm,bnm->bhn", _of_length_1(key_BHM), _of_length_1(tape.slots_BNM))
+    cosine_BHN = jnp.einsum("bhm,bnm->bhn", of_length_1(key_BHM), of_length_1(tape.slots_BNM))
     content_BHN = jax.nn.softmax(nn.softplus(strength) * cosine_BHN, axis=-1)
     gate = nn.sigmoid(gate)
     gated_BHN = gate * content_BHN + (1 - gate) * tape.weights_BHN
     shares = jnp.split(jax.nn.softmax(jnp.concatenate(shifts, axis=-1), axis=-1), len(_SHIFTS), axis=-1)
     shifted = (share * jnp.roll(gated_BHN, by, axis=-1) for share, by in zip(shares, _SHIFTS, strict=True))
     return jax.nn.softmax((1 + nn.softplus(sharpness)) * jnp.log(sum(shifted) + 1e-20), axis=-1)
-
-
-def _of_length_1(x: jax.Array) -> jax.Array:
-    return x * jax.lax.rsqrt(jnp.sum(x**2, axis=-1, keepdims=True) + 1e-12)
 
 
 class NTM(LM2):
