@@ -189,8 +189,8 @@ def memory_bytes(instruction: Instruction, computation: Computation, program: Pr
     operands = [computation.instructions[name] for name in instruction.operands if name in computation.instructions]
     if instruction.opcode in ("dynamic-slice", "slice", "gather"):
         return 2.0 * hlo.size_in_bytes(instruction.type, True)
-    if instruction.opcode == "dynamic-update-slice":
-        return 2.0 * hlo.size_in_bytes(operands[1].type, True)
+    if instruction.opcode in _IN_PLACE:
+        return 2.0 * hlo.size_in_bytes(operands[_IN_PLACE[instruction.opcode]].type, True)
     if instruction.opcode == "copy-start":  # its type lists both ends
         return float(hlo.size_in_bytes(instruction.type, True))
     if instruction.opcode == "slice-start":  # its type lists the whole source, in brackets, and the slice

@@ -112,6 +112,14 @@ def _compile(
     }
 
 
+def _amount(value: float) -> str:
+    """A number before its unit, such as "1.234 G"; three digits or more."""
+    for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0), ("m", 1e-3), ("µ", 1e-6)):
+        if value >= size:
+            return f"{value / size:.4g} {prefix}"
+    return f"{value:.3g} "
+
+
 def describe(figures: Figures) -> str:
     """A program's figures as lines for people to read."""
     if not figures["fits"]:
@@ -132,28 +140,28 @@ def describe(figures: Figures) -> str:
         ),
         (
             "matrix products",
-            f"{figures['matmul_flops'] / 1e12:.1f} TFLOP, {figures['matmul_flops'] / figures['model_flops']:.2f} times "
-            f"the model's {figures['model_flops'] / 1e12:.1f}; kernels {figures['kernel_flops'] / 1e12:.1f}",
+            f"{_amount(figures['matmul_flops'])}FLOP, {figures['matmul_flops'] / figures['model_flops']:.2f} times the "
+            f"model's {_amount(figures['model_flops'])}FLOP; kernels {_amount(figures['kernel_flops'])}FLOP",
         ),
-        ("estimated cycles", f"{figures['cycles'] / 1e6:,.0f} M (without {figures['kernel_calls']:,} kernel calls)"),
-        ("sent by a chip", f"{figures['wire_bytes'] / 1e9:.2f} GB"),
+        ("estimated cycles", f"{figures['cycles'] / 1e6:,.4g} M (without {figures['kernel_calls']:,} kernel calls)"),
+        ("sent by a chip", f"{_amount(figures['wire_bytes'])}B"),
         *(
             (
                 f"  {c['kind']}",
-                f"{c['wire_bytes'] / 1e9:.2f} GB over {c['axis']}, {c['count']} times; "
-                f"largest {c['largest_bytes'] / 1e6:.1f} MB, in a loop {c['in_loop_bytes'] / 1e6:.1f} MB",
+                f"{_amount(c['wire_bytes'])}B over {c['axis']}, {c['count']} times; "
+                f"largest {_amount(c['largest_bytes'])}B, in a loop {_amount(c['in_loop_bytes'])}B",
             )
             for c in figures["collectives"]
         ),
-        ("main memory traffic", f"{figures['memory_bytes'] / 1e9:.0f} GB; copies {figures['copy_bytes'] / 1e9:.1f} GB"),
+        ("main memory traffic", f"{_amount(figures['memory_bytes'])}B; copies {_amount(figures['copy_bytes'])}B"),
         (
             "roofline",
-            f"compute {roof['compute']:.3f} s, memory {roof['memory']:.3f} s, "
-            f"interconnect {roof['interconnect']:.3f} s, as scheduled {roof['scheduled']:.3f} s: {roof['binds']} binds",
+            f"compute {_amount(roof['compute'])}s, memory {_amount(roof['memory'])}s, interconnect "
+            f"{_amount(roof['interconnect'])}s, as scheduled {_amount(roof['scheduled'])}s: {roof['binds']} binds",
         ),
         (
             "at best",
-            f"{roof['step']:.4f} s a step, {roof['mfu']:.0%} of peak (6ND, of frozen parameters 4ND; decode 2ND)",
+            f"{_amount(roof['step'])}s a step, {roof['mfu']:.0%} of peak (6ND, of frozen parameters 4ND; decode 2ND)",
         ),
         ("involuntary rematerialisations", f"{figures['involuntary_rematerialisations']}"),
         ("compiled in", f"{figures['compile_seconds']:.0f} s"),

@@ -54,9 +54,9 @@ def is_prepared(model: Decoder, params: Any) -> bool:
     return all("0" in params[name] for name in model.stacks)
 
 
-def mesh_of(params: Any) -> contextlib.AbstractContextManager[None]:
-    """The mesh that prepared parameters are spread over, in use."""
-    sharding = jax.tree.leaves(params)[0].sharding
+def mesh_of(arrays: Any) -> contextlib.AbstractContextManager[None]:
+    """The mesh that arrays of decoding are spread over, in use: a caller may have another one, as evaluations do."""
+    sharding = jax.tree.leaves(arrays)[0].sharding
     spread = isinstance(sharding, NamedSharding) and sharding.mesh.size > 1
     return use_mesh(sharding.mesh) if spread else contextlib.nullcontext()
 

@@ -101,10 +101,11 @@ def read(
     """
     rests, params = check_prompts(prompts, model.spec.model.vocab_size), prepare(model, params)
     T, B = state.segment_length, len(rests)
-    Q, state = min(T, WINDOW), jax.tree.map(jnp.copy, state)
     if len(state.count_B) != B:
         raise ValueError(f"{B} prompts for a state of {len(state.count_B)} rows")
-    logits_BV = jnp.zeros((B, model.spec.model.vocab_size))
+    with mesh_of(params):
+        Q, state = min(T, WINDOW), jax.tree.map(jnp.copy, state)
+        logits_BV = jnp.zeros((B, model.spec.model.vocab_size))
     while any(map(len, rests)):
         tokens_BQ, count_B = np.zeros((B, Q), np.int32), np.zeros(B, np.int32)
         for row, (rest, before) in enumerate(zip(rests, np.asarray(state.count_B), strict=True)):
@@ -112,7 +113,8 @@ def read(
             tokens_BQ[row, : len(chunk)], count_B[row] = chunk, len(chunk)
             rests[row] = rest[len(chunk) :]
         new_BV, state = advance(model, params, tokens_BQ, count_B, state)
-        logits_BV = jnp.where(count_B[:, None] > 0, new_BV, logits_BV)
+        with mesh_of(params):
+            logits_BV = jnp.where(count_B[:, None] > 0, new_BV, logits_BV)
     return logits_BV, state
 
 
@@ -206,10 +208,11 @@ def decode(
 
 def next_tokens(logits_BV: jax.Array, seed_B: np.ndarray, read_B: jax.Array, wanted: DecodeOptions) -> np.ndarray:
     """The next token of each row [B]: the most likely one, or one drawn from the row's seed and what it has read."""
-    if wanted.temperature == 0:
-        return np.asarray(jnp.argmax(logits_BV, axis=-1))
     cut = wanted.top_k or jnp.inf, wanted.top_p or jnp.inf
-    return np.asarray(draw(logits_BV, seed_B, read_B, wanted.temperature, *cut))
+    with mesh_of(logits_BV):
+        if wanted.temperature == 0:
+            return np.asarray(jnp.argmax(logits_BV, axis=-1))
+        return np.asarray(draw(logits_BV, seed_B, read_B, wanted.temperature, *cut))
 
 
 @jax.jit
