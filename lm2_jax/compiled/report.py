@@ -114,7 +114,16 @@ def _compile(
 
 def _amount(value: float) -> str:
     """A number before its unit, such as "1.234 G"; three digits or more."""
-    for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0), ("m", 1e-3), ("µ", 1e-6)):
+    for prefix, size in (
+        ("T", 1e12),
+        ("G", 1e9),
+        ("M", 1e6),
+        ("k", 1e3),
+        ("", 1.0),
+        ("m", 1e-3),
+        ("µ", 1e-6),
+        ("n", 1e-9),
+    ):
         if value >= size:
             return f"{value / size:.4g} {prefix}"
     return f"{value:.3g} "
