@@ -54,6 +54,8 @@ class BabilongConfig(Section):
     counter: TokenizerConfig | None = None  # tokenizer by which contexts are measured; null: the model's
     prompt: Literal["official", "plain"] = "official"  # plain: context and question only, as in training on stories
     max_new_tokens: PositiveInt = 20  # longest generated answer
+    retrieval: Literal["bm25"] | None = None  # the model reads the sentences that this finds for the question, not all
+    retrieved: PositiveInt = 5  # how many sentences
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

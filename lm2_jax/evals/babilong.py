@@ -34,6 +34,7 @@ from lm2_jax.evals.babilong_prompts import TASKS, official_prompt
 from lm2_jax.evals.generation import generate_until
 from lm2_jax.evals.model import EvalModel
 from lm2_jax.evals.results import ResultLog, finished_path
+from lm2_jax.evals.retrieval import check_retrieval, find_sentences
 from lm2_jax.tokenizer import Tokenizer, load_tokenizer, prompt_ids
 
 Result = dict[str, Any]
@@ -90,6 +91,8 @@ def evaluate(loaded: EvalModel, output: AnyPath | None, log: Callable[[str], Non
     Raises UserError for samples that are missing, damaged or cannot be built, before any question is asked.
     """
     settings = loaded.config.eval.babilong
+    if settings.retrieval:
+        check_retrieval()
     cells = sorted(_cells(loaded), key=lambda cell: parse_length(cell.length))
     longest = cells[-1]  # shows now whether the books have enough text, and the tokenizer all words
     encode_prompt(longest.open()[0], longest.task, settings, loaded.tokenizer)
@@ -165,6 +168,9 @@ def _cells(loaded: EvalModel) -> Iterator[_Cell]:
 
 def encode_prompt(sample: Sample, task: BabilongTask, settings: BabilongConfig, tokenizer: Tokenizer) -> np.ndarray:
     """Token ids of a sample's prompt, int32 [n]. Raises UserError if the tokenizer lacks words of it."""
+    if settings.retrieval:
+        context = find_sentences(sample.context, sample.question, settings.retrieved)
+        sample = dataclasses.replace(sample, context=context)
     text = official_prompt(sample, task) if settings.prompt == "official" else f"{sample.context} {sample.question}"
     ids = prompt_ids(tokenizer, text)
     if (unknown := getattr(tokenizer, "unk_id", None)) is not None and unknown in ids:
@@ -180,6 +186,7 @@ def _identity(loaded: EvalModel) -> dict[str, Any]:
     """Everything that an answer depends on, besides the entries of a record's key."""
     config, settings = loaded.config, loaded.config.eval.babilong
     books = expand_paths(settings.books, "eval.babilong.books") if settings.books else ()
+    unused = set() if settings.retrieval else {"retrieval", "retrieved"}
     return {
         "evaluation": "babilong",
         "parameters": loaded.fingerprint,
@@ -189,7 +196,7 @@ def _identity(loaded: EvalModel) -> dict[str, Any]:
         "seed": config.train.seed,
         "book_files": _describe(books),
         "contents": [content_digest(path) for path in books],
-        **settings.model_dump(mode="json", exclude={"tasks", "lengths", "samples"}),
+        **settings.model_dump(mode="json", exclude={"tasks", "lengths", "samples"} | unused),
     }
 
 
