@@ -126,6 +126,15 @@ def test_constraints_reach_the_compiler():
     assert '{"data", "fsdp"}' in lowered
 
 
+@pytest.mark.parametrize("devices", [1, 8])
+def test_weights_are_gathered_where_they_are_sharded(devices):
+    config = config_of()
+    run = build_model(config), make_mesh(config, jax.devices()[:devices]), StepConfig.of(config)
+    with use_mesh(run[1]):
+        lowered = make_train_step(*run).lower(create_state(*run), next(batches(1))).as_text()
+    assert ("all_gather" in lowered, "reduce_scatter" in lowered) == (devices > 1, devices > 1)
+
+
 @pytest.mark.parametrize(("kind", "schedule"), [("lm2", "layer"), ("rmt", "segment")])
 def test_microbatches_are_one_batch(kind, schedule):
     run = (f"memory.kind={kind}", "train.remat=none", f"train.schedule={schedule}", "optim.kind=adamw")

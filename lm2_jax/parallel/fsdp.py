@@ -57,11 +57,14 @@ def per_device(run: Callable[..., Any], weights: Any, axes: Any, arrays: Any) ->
         return run(weights, jax.tree.map(lambda weight: PartitionSpec(*[None] * weight.ndim), weights), arrays)
     mesh = jax.sharding.get_abstract_mesh()
     manual = {"data", "fsdp", "tensor"} if mesh.shape["tensor"] == 1 else set(BATCH_AXES)
+    shards = mesh.shape["fsdp"]  # gathered from one device, a weight would still be copied (XLA on CPUs, jax 0.10.2)
 
     def stored(weight: jax.Array, axes: PartitionSpec) -> PartitionSpec:
         spec = nn.logical_to_mesh_axes(axes)
-        along = [axis == "fsdp" and size % mesh.shape[axis] == 0 for size, axis in zip(weight.shape, spec, strict=True)]
-        return PartitionSpec(*("fsdp" if sharded else None for sharded in along))
+        sharded = [
+            axis == "fsdp" and shards > 1 and size % shards == 0 for size, axis in zip(weight.shape, spec, strict=True)
+        ]
+        return PartitionSpec(*("fsdp" if along else None for along in sharded))
 
     def local(shards: Any, arrays: Any) -> tuple[Any, Any]:
         arrays, means = run(shards, specs, arrays)
