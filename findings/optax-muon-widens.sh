@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# optax 0.2.6 and 0.2.7: `optax.contrib.scale_by_muon` takes steps of another size for wide matrices.
+# optax 0.2.6 and 0.2.8: `optax.contrib.scale_by_muon` takes steps of another size for wide matrices.
 #
-# Up to 0.2.6 it multiplies the orthogonal step of a matrix [in, out] by sqrt(max(1, out / in)) itself; from 0.2.7 on only
+# Up to 0.2.6 it multiplies the orthogonal step of a matrix [in, out] by sqrt(max(1, out / in)) itself; in 0.2.8 only
 # the optimizer `muon` around it does something of the kind. Neither its arguments nor its state have changed, so a run
 # that resumes with the other version goes on with another learning rate for some of its matrices, without a word.
 #
 # Seen (norm of the step of a matrix [8, 32] over that of its transpose):
 #   optax 0.2.6: 2.00
-#   optax 0.2.7: 1.00
+#   optax 0.2.8: 1.00
 set -euo pipefail
 directory=$(mktemp -d)
 trap 'rm -rf "$directory"' EXIT
@@ -35,7 +35,7 @@ ratio = float(size(gradient) / size(gradient.T))
 print(f"optax {optax.__version__}: {ratio:.2f}")
 raise SystemExit(abs(ratio - float(sys.argv[1])) > 0.01)
 END
-for expected in "0.2.6 2" "0.2.7 1"; do
+for expected in "0.2.6 2" "0.2.8 1"; do
     read -r version ratio <<< "$expected"
     "${pip[@]}" "optax==$version"
     JAX_PLATFORMS=cpu "$directory/venv/bin/python" "$directory/step.py" "$ratio"
