@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
+from packaging.version import Version
 
 from lm2_jax.config import OptimConfig
 from lm2_jax.model.decoder import STACKS
@@ -16,6 +17,7 @@ from lm2_jax.model.lora import is_addition
 
 _UNDECAYED = ("embedding", "memory_tokens")
 _RMS_OF_ADAM = 0.2  # approximate root mean square of Adam's updates (arXiv 2502.16982)
+_MUON_IS_WIDENED = Version(optax.__version__) < Version("0.2.8")  # multiplies its steps by sqrt(max(1, out / in))
 
 
 @functools.cache
@@ -38,7 +40,11 @@ def _scale_by_muon() -> optax.GradientTransformation:
         return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2), updates)
 
     def resize(updates: Any, _: Any) -> Any:
-        return jax.tree.map(lambda x: x * (_RMS_OF_ADAM * max(x.shape[1:]) ** 0.5), updates)
+        def factor(fan_in: int, fan_out: int) -> float:
+            widened = max(1.0, fan_out / fan_in) ** 0.5 if _MUON_IS_WIDENED else 1.0
+            return _RMS_OF_ADAM * max(fan_in, fan_out) ** 0.5 / widened
+
+        return jax.tree.map(lambda x: x * factor(*x.shape[1:]), updates)
 
     return optax.chain(optax.contrib.scale_by_muon(weight_dimension_numbers=matrices), optax.stateless(resize))
 
