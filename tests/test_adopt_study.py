@@ -88,6 +88,7 @@ def test_cells_train_what_they_say(tmp_path):
                 assert any("/memory/" in name for name in names) == ("memory" in cell.trained)
 
 
+@pytest.mark.slow
 def test_a_cell_is_trained_in_legs_once(tmp_path):
     leg = tiny_config(
         "unused",

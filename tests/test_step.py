@@ -74,8 +74,8 @@ def assert_same_run(one, other, tolerance=2e-4):
 @pytest.mark.parametrize(
     ("kind", "remat", "schedule", "optimizer"),
     [("lm2", "none", "layer", "adamw"), ("lm2", "full", "layer", "adamw"), ("lm2", "none", "segment", "adamw"),
-     ("rmt", "none", "segment", "adamw"), ("armt", "none", "layer", "adamw"), ("delta", "none", "layer", "adamw"),
-     ("ntm", "none", "layer", "adamw"), ("none", "none", "layer", "muon")],
+     ("rmt", "none", "segment", "adamw"), ("none", "none", "layer", "muon"),
+     *(pytest.param(kind, "none", "layer", "adamw", marks=pytest.mark.slow) for kind in ("armt", "delta", "ntm"))],
 )  # fmt: skip
 def test_eight_devices_are_one(kind, remat, schedule, optimizer):
     """data 2 x fsdp 2 x tensor 2, same data order, to float noise."""
