@@ -33,6 +33,7 @@ def main() -> None:
 
     # imported late so that --help stays fast
     from lm2_jax.decoding.memory_file import load_state, save_state
+    from lm2_jax.decoding.placement import prepare
     from lm2_jax.decoding.sampling import decode, start
     from lm2_jax.decoding.text_stream import TextStream
     from lm2_jax.loading import load_run
@@ -43,18 +44,19 @@ def main() -> None:
     origin = origin_of_model(config.tokenizer, arguments.checkpoint)
     settings = {"max_new_tokens": arguments.max_new_tokens, "stop_ids": tokenizer.special.stop_ids}
     settings |= _sampling(arguments, origin) | {"seed": arguments.seed}
-    if arguments.prompts:
-        _continue_all(arguments, text, model, params, tokenizer, origin, settings)
+    if arguments.prompts is not None:
+        _continue_all(arguments, text, model, prepare(model, params), tokenizer, origin, settings)
         return
+    prepared = prepare(model, params)  # beside the parameters as they are, which a memory file names
     if arguments.load_memory:
         state, prefix_ids = load_state(arguments.load_memory, model, params), ()
         if len(state.count_B) != 1:
             raise UserError(f"--load-memory: {arguments.load_memory} holds {len(state.count_B)} rows; expected one")
     else:
-        state, prefix_ids = start(model, params, 1), tokenizer.special.prefix_ids
+        state, prefix_ids = start(model, prepared, 1), tokenizer.special.prefix_ids
     prompt = _ids(text, arguments.chat, tokenizer, origin, prefix_ids)
     stream = TextStream(tokenizer, arguments.stop, functools.partial(print, end="", flush=True))
-    _, state = decode(model, params, [prompt], state, on_token=lambda _, token: stream.push(token), **settings)
+    _, state = decode(model, prepared, [prompt], state, on_token=lambda _, token: stream.push(token), **settings)
     stream.close()
     if arguments.max_new_tokens:
         print()
@@ -75,12 +77,12 @@ def _continue_all(
     """Continues every line of the text; prints {"line": ..., "text": ...} as lines are done."""
     from lm2_jax.decoding.batching import decode_all
 
-    lines = text.splitlines()
-    empty = [number for number, line in enumerate(lines, 1) if not line]
+    lines = text.removesuffix("\n").split("\n")
+    empty = [number for number, line in enumerate(lines, 1) if not line.strip()]
     if empty:
         raise UserError(f"--prompts: {arguments.prompts}: line {empty[0]} is empty; give some text to continue")
     prompts = [_ids(line, arguments.chat, tokenizer, origin, tokenizer.special.prefix_ids) for line in lines]
-    rows = min(arguments.rows, len(prompts))
+    rows = min(arguments.rows or 8, len(prompts))
     for index, tokens in decode_all(model, params, prompts, rows, **settings):
         print(json.dumps({"line": index + 1, "text": tokenizer.decode(tokens)}, ensure_ascii=False), flush=True)
 
@@ -116,7 +118,7 @@ def _prompt(arguments: argparse.Namespace) -> str:
     text, origin = arguments.prompt, "--prompt"
     if text is None:
         option, path = (
-            ("--prompts", arguments.prompts) if arguments.prompts else ("--prompt-file", arguments.prompt_file)
+            ("--prompt-file", arguments.prompt_file) if arguments.prompts is None else ("--prompts", arguments.prompts)
         )
         origin = f"{option}: {path}"
         try:

@@ -32,9 +32,11 @@ def on_tpu(monkeypatch):
     return choose
 
 
-@pytest.mark.parametrize(("causal", "H", "G", "keys"), [(True, 4, 2, T), (False, 2, 2, U), (False, 2, 2, T)])
-@pytest.mark.parametrize("grouped", [True, False])
-def test_the_kernel_is_plain_attention(on_tpu, causal, H, G, keys, grouped):
+CASES = pytest.mark.parametrize(("causal", "H", "G", "keys"), [(True, 4, 2, T), (False, 2, 2, U), (False, 2, 2, T)])
+
+
+def out_and_gradients(shape, grouped):
+    causal, H, G, keys = shape
     q, k, v = arrays(H, G, keys)
     groups = {}
     if grouped:  # of the keys, a part is seen; causal: as in packed documents
@@ -47,13 +49,44 @@ def test_the_kernel_is_plain_attention(on_tpu, causal, H, G, keys, grouped):
         out = attention(q, k, v, causal=causal, **groups)
         return jnp.sum(out * weights), out
 
+    (_, out), gradients = jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+    return out, *gradients
+
+
+@CASES
+@pytest.mark.parametrize("grouped", [True, False])
+def test_the_kernel_is_plain_attention(on_tpu, shape, grouped):
     results = []
     for yes in (False, True):
         on_tpu(yes)
-        (_, out), gradients = jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True)(q, k, v)
-        results.append((out, *gradients))
+        results.append(out_and_gradients(shape, grouped))
     for plain, kernel in zip(*results, strict=True):
         np.testing.assert_allclose(kernel, plain, atol=2e-4)
+
+
+@CASES
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize(("tile", "most"), [(96, 8), (16, 3)], ids=["the last is shorter", "few long ones"])
+def test_tiles_are_plain_attention(monkeypatch, shape, grouped, tile, most):
+    monkeypatch.setattr(module, "_CPU_TILE", T)
+    plain = out_and_gradients(shape, grouped)
+    monkeypatch.setattr(module, "_CPU_TILE", tile)
+    monkeypatch.setattr(module, "_MOST_CPU_TILES", most)
+    for array, expected in zip(out_and_gradients(shape, grouped), plain, strict=True):
+        np.testing.assert_allclose(array, expected, atol=2e-5)
+
+
+def test_tiles_hold_fewer_weights_at_a_time(monkeypatch):
+    """Forward and backward on a CPU, of a long segment."""
+    q = jax.ShapeDtypeStruct((1, 2048, 2, K), jnp.float32)
+
+    def bytes_needed():
+        gradient = jax.grad(lambda q: jnp.sum(attention(q, q, q, causal=True) ** 2))
+        return jax.jit(gradient).lower(q).compile().memory_analysis().temp_size_in_bytes
+
+    in_tiles = bytes_needed()
+    monkeypatch.setattr(module, "_CPU_TILE", 2048)
+    assert in_tiles < 0.6 * bytes_needed()
 
 
 @pytest.mark.parametrize("with_sinks", [False, True], ids=["near", "sinks"])

@@ -11,7 +11,7 @@ from lm2_jax import bench
 from lm2_jax.common.errors import UserError
 from lm2_jax.compiled import peers, timing
 from lm2_jax.compiled.comparisons import comparisons
-from lm2_jax.config import parse_config
+from lm2_jax.config import SHIPPED, load_config, parse_config
 from lm2_jax.model.sizes import parameters
 
 SMALL = ("model.vocab_size=32", "data.batch_size=8", "train.curriculum=[]", "mesh.data=-1", "mesh.fsdp=1")
@@ -50,6 +50,19 @@ def test_what_is_measured_is_written_and_shown(monkeypatch, tmp_path, capsys, ti
         assert 0 < row["seconds"][0] <= row["seconds"][1] <= row["seconds"][2]
         assert row["ratio_range"][0] <= row["time_per_token_ratio"] <= row["ratio_range"][1]
         assert re.search(rf"│ {row['name']} +│ +{row['parameters']:,} │", shown)
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_plain_llama_of_any_config_is_raced(path):
+    peers._with_context(peers.plain_llama(load_config(path, ["model.vocab_size=96"])), 8, 512)
+
+
+def test_both_are_the_same_llama():
+    """As many parameters, whatever ours has besides."""
+    extra = ("model.conv_width=4", "model.lora={rank: 2}", "model.window=8", "model.num_heads=4", "model.vocab_size=96")
+    config = peers.plain_llama(parse_config(TINY, ["train.curriculum=[]", *extra]))
+    _, theirs, _ = peers._their_model("sdpa", config)
+    assert parameters(config) == sum(weight.numel() for weight in theirs.parameters())
 
 
 @pytest.mark.parametrize("title", ["Prefill, 2 x 16", "Decoding, 2 x 16"])

@@ -7,6 +7,8 @@ from test_generate import CAUSAL, T, assert_close, make, teacher_forced, texts
 
 from lm2_jax.common.errors import UserError
 from lm2_jax.decoding import batching, placement, sampling
+from lm2_jax.decoding.memory_file import save_state
+from lm2_jax.model import attention
 from lm2_jax.parallel.mesh import boxed_shardings
 
 EIGHT_HEADS = ("model.num_heads=8", "model.num_kv_heads=8", "memory.num_heads=8")
@@ -18,8 +20,13 @@ EIGHT_HEADS = ("model.num_heads=8", "model.num_kv_heads=8", "memory.num_heads=8"
     [(EIGHT_HEADS, 2, (1, 1, 8)), ((), 4, (4, 1, 2)), ((), 3, (4, 1, 2))],
     ids=["along tensor", "rows and heads", "rows that do not divide"],
 )
-def test_decoding_over_eight_devices_is_teacher_forced(kind, overrides, rows, shape):
-    """Weights that lie on a 2 x 2 x 2 mesh of training are laid out for decoding, and give every logit."""
+def test_decoding_over_eight_devices_is_teacher_forced(kind, overrides, rows, shape, monkeypatch):
+    """Weights that lie on a 2 x 2 x 2 mesh of training are laid out for decoding, and give every logit.
+
+    Prompts are read in windows that do not divide a segment, and attend to tiles of the cache.
+    """
+    monkeypatch.setattr(sampling, "WINDOW", 5)
+    monkeypatch.setattr(attention, "_CACHE_TILE", 3)
     model, params = make(*overrides, kind=kind)
     prompts = [3, 8, 13, 5][:rows]
     whole = texts(*(n + T + 3 for n in prompts))
@@ -45,12 +52,12 @@ def test_decoding_over_eight_devices_is_teacher_forced(kind, overrides, rows, sh
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_rows_that_come_and_go_change_nothing(kind, temperature, monkeypatch):
     """Seven prompts through two rows: each continuation is the one it has alone, and nothing is compiled anew."""
-    monkeypatch.setattr(sampling, "WINDOW", 4)  # prompts of several windows
+    monkeypatch.setattr(sampling, "WINDOW", 3)  # prompts of several windows, which do not divide a segment
     model, params = make(kind=kind)
     prompts = texts(3, 21, 8, 1, 30, 5, 9)
     options = {"max_new_tokens": 12, "temperature": temperature, "stop_ids": (7, 11)}
     alone = [sampling.generate(model, params, [text], seed=i, **options)[0] for i, text in enumerate(prompts)]
-    assert len({len(tokens) for tokens in alone}) > 1 or temperature == 0
+    assert len({len(tokens) for tokens in alone}) > 1 or temperature == 0  # the likeliest may never be a stop
     found = dict(batching.decode_all(model, params, prompts[:3], 2, **options))
     compiled = sampling.append._cache_size()
     found = dict(batching.decode_all(model, params, prompts, 2, **options))
@@ -58,8 +65,17 @@ def test_rows_that_come_and_go_change_nothing(kind, temperature, monkeypatch):
     assert found == dict(enumerate(alone))
 
 
+def test_a_memory_file_names_the_parameters_as_they_were_loaded(tmp_path):
+    model, params = make()
+    params = placement.prepare(model, params)
+    with pytest.raises(ValueError, match="as they were loaded"):
+        save_state(tmp_path / "m.safetensors", model, params, sampling.start(model, params, 1))
+
+
 def test_all_prompts_are_looked_at_first():
     model, params = make()
+    with pytest.raises(UserError, match="rows: found 0; give 1 or more"):
+        next(batching.decode_all(model, params, [[1]], 0, max_new_tokens=3))
     with pytest.raises(UserError, match="prompt 1 is empty"):
         next(batching.decode_all(model, params, [[1], []], 2, max_new_tokens=3))
     assert dict(batching.decode_all(model, params, [[1], [2]], 2, max_new_tokens=0)) == {0: [], 1: []}
@@ -69,8 +85,6 @@ def test_all_prompts_are_looked_at_first():
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_tiles_of_the_cache_are_the_whole_cache(filled, kv_heads, monkeypatch):
     """Many queries, in tiles of which the last overlaps; padding and what lies beyond a row's end weigh nothing."""
-    from lm2_jax.model import attention
-
     monkeypatch.setattr(attention, "_CACHE_TILE", 32)
     rng, (B, Q, H, K, C) = np.random.default_rng(0), (2, 3, 4, 8, 70)
     q_BQHK = rng.normal(size=(B, Q, H, K)).astype(np.float32)

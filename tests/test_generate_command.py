@@ -139,7 +139,14 @@ def test_a_file_of_prompts_is_answered_line_by_line(command):
     found = {answer["line"]: answer["text"] for answer in map(json.loads, out.splitlines())}
     alone = [command("--prompt", line, "--seed", str(seed), *options)[1] for seed, line in enumerate(lines)]
     assert found == {number: text.removesuffix("\n") for number, text in enumerate(alone, 1)}
-    Path("prompts.txt").write_text(f"{PROMPT}\n\n{PROMPT}\n")
-    code, _, err = command("--prompts", "prompts.txt")
+    for empty in ("", "  "):
+        Path("prompts.txt").write_text(f"{PROMPT}\x0c\u2028\n{empty}\n{PROMPT}\n", encoding="utf-8")
+        code, _, err = command("--prompts", "prompts.txt")
+        assert code == 2
+        assert "line 2 is empty" in err
+    code, _, err = command("--prompts", "")
     assert code == 2
-    assert "line 2 is empty" in err
+    assert "--prompts:  cannot be read" in err or "--prompts: . cannot be read" in err
+    code, _, err = command("--prompt", PROMPT, "--rows", "2")
+    assert code == 2
+    assert err.endswith("argument --rows: only with --prompts\n")

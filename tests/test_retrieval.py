@@ -53,6 +53,8 @@ def test_of_equal_sentences_the_later_are_taken():
         retrieval.find_sentences(context, "Where is Mary?", 2) == "Mary went to the bedroom. Mary went to the office."
     )
     assert retrieval.find_sentences("A cloud. A hill.", "Where is Mary?", 5) == "A cloud. A hill."
+    assert retrieval.find_sentences("A cloud. A hill.", "???", 1) == "A hill."
+    assert retrieval.find_sentences("", "Where is Mary?", 2) == ""
 
 
 @pytest.mark.parametrize("prompt", ["plain", "official"])

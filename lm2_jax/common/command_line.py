@@ -114,7 +114,7 @@ def generate_arguments() -> argparse.Namespace:
     prompt.add_argument(
         "--prompts", metavar="FILE", help="UTF-8 file with a prompt a line; prints a JSON object for each"
     )
-    parser.add_argument("--rows", type=int, default=8, metavar="N", help="of --prompts, worked on at a time; default 8")
+    parser.add_argument("--rows", type=int, metavar="N", help="how many of --prompts are continued together; default 8")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default 128; 0: only read")
     parser.add_argument(
         "--chat", action="store_true", help="put the prompt into the model's chat template, as a user's"
@@ -134,9 +134,11 @@ def generate_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if "" in arguments.stop:
         parser.error("argument --stop: an empty string occurs everywhere")
-    if arguments.prompts and (arguments.stop or arguments.load_memory or arguments.save_memory):
+    if arguments.prompts is not None and (arguments.stop or arguments.load_memory or arguments.save_memory):
         parser.error("argument --prompts: not allowed with --stop, --load-memory or --save-memory")
-    if arguments.rows < 1:
+    if arguments.prompts is None and arguments.rows is not None:
+        parser.error("argument --rows: only with --prompts")
+    if arguments.rows is not None and arguments.rows < 1:
         parser.error("argument --rows: expected 1 or more")
     return arguments
 

@@ -1,7 +1,7 @@
-"""Programs of Hugging Face transformers that `bench --against transformers` runs in turns with ours.
+"""Programs of Hugging Face transformers that `bench --against transformers` runs in turns with ours, on CPUs.
 
-Both are a Llama of the config's sizes without memory, in float32, with as many threads as there are cores. Decoding
-continues full contexts greedily, token by token.
+Both are a plain Llama of the config's sizes (without memory, convolution, window and LoRA), trained by AdamW, in
+float32, with as many threads as there are cores. Decoding continues full contexts greedily, token by token.
 """
 
 from __future__ import annotations
@@ -31,11 +31,16 @@ Run = Callable[[int], None]
 
 
 def peer_comparisons(config: Config) -> Iterator[Comparison]:
-    """Training, prefill and decoding of the config's Llama, ours first. Raises UserError if a package is missing."""
+    """Training, prefill and decoding of the config's Llama, ours first.
+
+    Raises UserError if a package is missing, or JAX would not run on CPUs.
+    """
     for package in ("torch", "transformers"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f"--against transformers: {package} is missing; pip install torch transformers")
-    config = replace(config, memory={"kind": "none"})
+    if jax.default_backend() != "cpu":
+        raise UserError(f"--against transformers: found JAX on {jax.default_backend()}; set JAX_PLATFORMS=cpu")
+    config = plain_llama(config)
     training = _with_context(config, 8, 512)
     theirs = {name: functools.partial(_their_training, name) for name in ("sdpa", "eager", "compiled")}
     yield _against("Training, 8 x 512", train_program, theirs, training)
@@ -49,6 +54,17 @@ def peer_comparisons(config: Config) -> Iterator[Comparison]:
             ):
                 theirs = {name: functools.partial(their, name) for name in names}
                 yield _against(f"{title}, {batch} x {context}", ours, theirs, sized)
+
+
+def plain_llama(config: Config) -> Config:
+    """The config's Llama, in float32, with none of what transformers' has not."""
+    return replace(
+        config,
+        model={"conv_width": 0, "window": None, "sinks": 0, "max_distance": None, "lora": None},
+        memory={"kind": "none", "dropout": 0.0, "first_layer": 0},
+        optim={"kind": "adamw", "train": ["all"]},
+        train={"dtype": "float32", "frozen_dtype": "float32", "remat": "none"},
+    )
 
 
 def _against(

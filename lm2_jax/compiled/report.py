@@ -113,7 +113,7 @@ def _compile(
 
 
 def _amount(value: float) -> str:
-    """A number before its unit, such as "1.234 G"; three digits or more."""
+    """A number before its unit, such as "1.234 G"; at most four digits."""
     for prefix, size in (
         ("T", 1e12),
         ("G", 1e9),

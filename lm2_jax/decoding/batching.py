@@ -12,9 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from lm2_jax.common.errors import UserError
 from lm2_jax.decoding import sampling
 from lm2_jax.decoding.placement import prepare
 from lm2_jax.model.decoder import Decoder
+
+_NOTHING = np.zeros(0, np.int32)
 
 
 @dataclasses.dataclass
@@ -44,6 +47,8 @@ def decode_all(
 
     Raises UserError for an option that makes no sense, an empty prompt, or an id that is not in the vocabulary.
     """
+    if rows < 1:
+        raise UserError(f"rows: found {rows}; give 1 or more")
     wanted, params = sampling.DecodeOptions(**options), prepare(model, params)
     texts = sampling.check_prompts(prompts, model.spec.model.vocab_size)
     if wanted.max_new_tokens == 0:
@@ -62,12 +67,17 @@ def decode_all(
             return
         if new_B.any():
             state = sampling.restart_rows(model, params, new_B, state)
-        tokens_BQ, count_B = _take(working, np.asarray(state.count_B), state.segment_length)
+        unread = [row.unread if row else _NOTHING for row in working]
+        Q = 1 if max(map(len, unread)) == 1 else min(state.segment_length, sampling.WINDOW)
+        tokens_BQ, count_B = sampling.next_window(unread, state, Q)
         logits_BV, state = sampling.advance(model, params, tokens_BQ, count_B, state)
         seed_B = np.array([(seed + row.number) % 2**32 if row else 0 for row in working], np.uint32)
         token_B = sampling.next_tokens(logits_BV, seed_B, state.read_B, wanted)
         for index, row in enumerate(working):
-            if row is None or len(row.unread):
+            if row is None:
+                continue
+            row.unread = row.unread[count_B[index] :]
+            if len(row.unread):
                 continue
             token = int(token_B[index])
             is_over = token in wanted.stop_ids
@@ -77,16 +87,3 @@ def decode_all(
             if is_over or len(row.written) == wanted.max_new_tokens:
                 yield row.number, row.written
                 working[index] = None
-
-
-def _take(working: Sequence[_Row | None], before_B: np.ndarray, T: int) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens that rows read next [B,Q], and how many; Q is 1 if no row has more, else the window."""
-    longest = max(len(row.unread) for row in working if row)
-    Q = 1 if longest == 1 else min(T, sampling.WINDOW)
-    tokens_BQ, count_B = np.zeros((len(working), Q), np.int32), np.zeros(len(working), np.int32)
-    for index, row in enumerate(working):
-        if row is not None:
-            chunk = row.unread[: min(Q, T - before_B[index] % T)]  # a full segment makes room for T
-            tokens_BQ[index, : len(chunk)], count_B[index] = chunk, len(chunk)
-            row.unread = row.unread[len(chunk) :]
-    return tokens_BQ, count_B

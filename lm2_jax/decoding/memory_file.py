@@ -24,6 +24,7 @@ from lm2_jax.common.storage import AnyPath, to_path
 from lm2_jax.common.untrusted import short_repr
 from lm2_jax.config import MemoryConfig, ModelConfig
 from lm2_jax.decoding import sampling
+from lm2_jax.decoding.placement import is_prepared
 from lm2_jax.model.decode import DecodeState, stack, unstack
 from lm2_jax.model.decoder import Decoder
 from lm2_jax.model.edge import MOST_TOKENS
@@ -117,6 +118,8 @@ def _named(stacked: DecodeState) -> dict[str, Any]:
 
 
 def _owner(model: Decoder, params: Any) -> dict[str, Any]:
+    if is_prepared(model, params):
+        raise ValueError("a memory file names the parameters by their checksums; give them as they were loaded")
     sections = {name: getattr(model.spec, name).model_dump(mode="json") for name in ("model", "memory")}
     return {**sections, "parameters": array_checksums(params)}
 

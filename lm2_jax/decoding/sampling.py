@@ -100,22 +100,29 @@ def read(
     not in the vocabulary.
     """
     rests, params = check_prompts(prompts, model.spec.model.vocab_size), prepare(model, params)
-    T, B = state.segment_length, len(rests)
+    B, Q = len(rests), min(state.segment_length, WINDOW)
     if len(state.count_B) != B:
         raise ValueError(f"{B} prompts for a state of {len(state.count_B)} rows")
     with mesh_of(params):
-        Q, state = min(T, WINDOW), jax.tree.map(jnp.copy, state)
+        state = jax.tree.map(jnp.copy, state)
         logits_BV = jnp.zeros((B, model.spec.model.vocab_size))
     while any(map(len, rests)):
-        tokens_BQ, count_B = np.zeros((B, Q), np.int32), np.zeros(B, np.int32)
-        for row, (rest, before) in enumerate(zip(rests, np.asarray(state.count_B), strict=True)):
-            chunk = rest[: min(Q, T - before % T)]  # a full segment makes room for T
-            tokens_BQ[row, : len(chunk)], count_B[row] = chunk, len(chunk)
-            rests[row] = rest[len(chunk) :]
+        tokens_BQ, count_B = next_window(rests, state, Q)
+        rests = [rest[count:] for rest, count in zip(rests, count_B, strict=True)]
         new_BV, state = advance(model, params, tokens_BQ, count_B, state)
         with mesh_of(params):
             logits_BV = jnp.where(count_B[:, None] > 0, new_BV, logits_BV)
     return logits_BV, state
+
+
+def next_window(unread: Sequence[np.ndarray], state: DecodeState, Q: int) -> tuple[np.ndarray, np.ndarray]:
+    """Up to Q tokens of each row, as many as `advance` reads at once [B,Q], padded; and how many [B]."""
+    tokens_BQ, count_B = np.zeros((len(unread), Q), np.int32), np.zeros(len(unread), np.int32)
+    T = state.segment_length
+    for row, (rest, before) in enumerate(zip(unread, np.asarray(state.count_B), strict=True)):
+        chunk = rest[: min(Q, T - before % T)]  # a full segment makes room for T
+        tokens_BQ[row, : len(chunk)], count_B[row] = chunk, len(chunk)
+    return tokens_BQ, count_B
 
 
 # --- Drawing tokens ------------------------------------------------------------------------------------------------
@@ -248,7 +255,7 @@ def draw(
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
 def initial_state(model: Decoder, params: Any, batch_size: int, segment_length: int) -> DecodeState:
-    """Does what `start` does."""
+    """The compiled part of `start`."""
     memory = model.init_memory(batch_size, params)
     state = model.apply({"params": params}, memory, batch_size, segment_length, method=init_decode_state)
     return lay_out(model, state)

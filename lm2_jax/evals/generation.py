@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from lm2_jax.decoding import sampling
-from lm2_jax.decoding.placement import prepare
 from lm2_jax.evals.model import EvalModel
 
 
@@ -29,7 +28,6 @@ def generate_until(
       options: temperature, top_k and top_p of `sampling.decode`; greedy without them.
     """
     tokenizer, model, spare = loaded.tokenizer, loaded.model, rows - len(prompts)
-    params = prepare(model, loaded.params)
     written: list[list[int]] = [[] for _ in prompts]
 
     def is_over(row: int, token: int) -> bool:
@@ -41,9 +39,9 @@ def generate_until(
 
     sampling.decode(
         model,
-        params,
+        loaded.decoding_params,
         [*prompts, *[[0]] * spare],
-        sampling.start(model, params, rows),
+        sampling.start(model, loaded.decoding_params, rows),
         max_new_tokens=max_new_tokens,
         seed=[*seeds, *[0] * spare] if seeds else 0,
         stop_ids=tokenizer.special.stop_ids,

@@ -15,6 +15,7 @@ from lm2_jax.checkpoint.checksums import array_checksums
 from lm2_jax.common.errors import UserError
 from lm2_jax.common.storage import AnyPath
 from lm2_jax.config import Config, dump_config, parse_config, replace
+from lm2_jax.decoding.placement import prepare
 from lm2_jax.loading import load_run
 from lm2_jax.model import build_model
 from lm2_jax.model.decoder import Decoder
@@ -52,6 +53,11 @@ class EvalModel:
     def origin(self) -> Origin | None:
         """The small files of the pretrained model that this one began as, such as its chat template."""
         return origin_of_model(self.config.tokenizer, self.checkpoint)
+
+    @functools.cached_property
+    def decoding_params(self) -> Any:
+        """The parameters as decoding reads them fastest."""
+        return prepare(self.model, self.params)
 
     def fresh_memory(self) -> Any:
         """The memory of data.batch_size lanes that have read nothing."""

@@ -1,11 +1,12 @@
-"""Retrieval before reading, the baseline of BABILong (arXiv 2406.10149, section 3): a model sees only what is found.
+"""Retrieval before reading, as in BABILong's baseline (arXiv 2406.10149): a model sees only what is found.
 
-Sentences are ranked by BM25 as Lucene computes it (k1 = 1.5, b = 0.75), in the package bm25s.
+Here sentences are ranked by BM25 as Lucene computes it (k1 = 1.5, b = 0.75), in the package bm25s.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import re
 
 import numpy as np
 
@@ -22,10 +23,15 @@ def check_retrieval() -> None:
 
 
 def find_sentences(context: str, question: str, count: int) -> str:
-    """The `count` sentences of the context that fit the question best, in their order; the later of two equal ones."""
+    """The `count` sentences of the context that fit the question best, in their order; the later of two equal ones.
+
+    Without a word in either all sentences are equal.
+    """
     import bm25s
 
     sentences = split_sentences(context)
+    if not re.search(r"\w", context) or not re.search(r"\w", question):
+        return " ".join(sentences[-count:])
     options = {"token_pattern": _WORD, "stopwords": None, "return_ids": False, "show_progress": False}
     ranking = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
     ranking.index(bm25s.tokenize(sentences, **options), show_progress=False)

@@ -1,7 +1,10 @@
 """Softmax attention, and the one place that chooses its implementation.
 
-On TPUs it is JAX's splash attention, a fused kernel that never materialises the weights of a whole segment; elsewhere
-`jax.nn.dot_product_attention`. Axes: B rows, T queries, U keys, H heads, G kv heads, K head width.
+On TPUs it is JAX's splash attention, a fused kernel that never materialises the weights of a whole segment; on CPUs a
+tile of queries follows the other, and elsewhere it is `jax.nn.dot_product_attention`.
+
+Axes: B rows, T queries, U keys, H heads, G kv heads, R = H / G heads of a kv head, K head width; of a cache: Q queries,
+C positions, P = R·Q queries of a kv head.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from lm2_jax.parallel.fsdp import BATCH_AXES, can_shard_batch
 _REGISTER_WIDTH = 128  # lanes of a TPU's vector registers: the kernel's tiles are multiples of it
 _LARGEST_TILE = 512
 _SUBLANES = 8  # of those registers
+_CPU_TILE = 128  # fewest queries of a tile on CPUs; up to so many are one product
+_MOST_CPU_TILES = 8  # each is compiled by itself
 _CACHE_TILE = 512  # cached positions that many queries attend to at once
 _NO_SINK = -1e4  # log-sum-exp of no scores: weighs nothing, and is finite
 
@@ -47,10 +52,48 @@ def attention(
         if on_tpu() and _has_tiles(q_BTHK.shape[1], k_BUGK.shape[1], q_BTHK.shape[3]):
             mask = (masks.CausalMask if causal else masks.FullMask)((q_BTHK.shape[1], k_BUGK.shape[1]))
             return _splash(q_BTHK, k_BUGK, v_BUGK, mask, q_document_ids_BT, kv_document_ids_BU)
-        mask = None
+        visible_BTU = None
         if q_document_ids_BT is not None:
-            mask = (q_document_ids_BT[:, :, None] == kv_document_ids_BU[:, None, :])[:, None]
+            visible_BTU = q_document_ids_BT[:, :, None] == kv_document_ids_BU[:, None]
+        if _on_cpu() and q_BTHK.shape[1] > _CPU_TILE:
+            return _in_tiles(q_BTHK, k_BUGK, v_BUGK, visible_BTU, causal)
+        mask = None if visible_BTU is None else visible_BTU[:, None]
         return jax.nn.dot_product_attention(q_BTHK, k_BUGK, v_BUGK, mask=mask, is_causal=causal)
+
+
+def _in_tiles(
+    q_BTHK: jax.Array, k_BUGK: jax.Array, v_BUGK: jax.Array, visible_BTU: jax.Array | None, causal: bool
+) -> jax.Array:
+    """Attention of one tile of queries after the other, each to the keys up to its last query if it is causal.
+
+    The backward pass computes the weights again: to write them, and to read them back, costs CPUs more.
+    """
+    (B, T, H, K), (U, G) = q_BTHK.shape, k_BUGK.shape[1:3]
+    q_BGRTK = q_BTHK.reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
+    k_BGUK, v_BGUK = k_BUGK.swapaxes(1, 2), v_BUGK.swapaxes(1, 2)
+
+    @jax.checkpoint
+    def attend(q_BGRTK: jax.Array, k_BGUK: jax.Array, v_BGUK: jax.Array, visible_BTU: jax.Array | None) -> jax.Array:
+        q_BGPK = q_BGRTK.reshape(B, G, -1, K)
+        scores_BGPU = jnp.einsum("bgpk,bguk->bgpu", q_BGPK, k_BGUK, preferred_element_type=jnp.float32) / math.sqrt(K)
+        if visible_BTU is not None:
+            scores_BGRTU = scores_BGPU.reshape(*q_BGRTK.shape[:4], -1)
+            scores_BGRTU = jnp.where(visible_BTU[:, None, None], scores_BGRTU, jnp.finfo(jnp.float32).min)
+            scores_BGPU = scores_BGRTU.reshape(scores_BGPU.shape)
+        weights_BGPU = jax.nn.softmax(scores_BGPU, axis=-1).astype(v_BGUK.dtype)
+        return jnp.einsum("bgpu,bguk->bgpk", weights_BGPU, v_BGUK).reshape(q_BGRTK.shape)
+
+    size, tiles = max(_CPU_TILE, -(-T // _MOST_CPU_TILES)), []
+    for first in range(0, T, size):
+        last = min(first + size, T)
+        seen, visible = (last if causal else U), None
+        if causal:
+            visible = jnp.tril(jnp.ones((1, last - first, seen), bool), first)
+        if visible_BTU is not None:
+            of_document = visible_BTU[:, first:last, :seen]
+            visible = of_document if visible is None else visible & of_document
+        tiles.append(attend(q_BGRTK[:, :, :, first:last], k_BGUK[:, :, :seen], v_BGUK[:, :, :seen], visible))
+    return jnp.concatenate(tiles, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
 
 
 def attention_to_cache(
@@ -181,6 +224,12 @@ def attention_weights(
     scores_BHTU = scores(q_BTHK, k_BUGK) + bias_B1TU
     scores_BHTU = jnp.where(visible_BTU[:, None], scores_BHTU, jnp.finfo(jnp.float32).min)
     return jnp.mean(jax.nn.softmax(scores_BHTU, axis=-1), axis=1)
+
+
+def _on_cpu() -> bool:
+    """True if the program is compiled for CPUs; see `on_tpu`."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() == "cpu" if device is None else device.device_kind == "cpu"
 
 
 def on_tpu() -> bool:

@@ -18,7 +18,7 @@ from lm2_jax.batch import Batch
 from lm2_jax.config.spec import ModelSpec
 from lm2_jax.model.block import Block
 from lm2_jax.model.edge import Edge, initial_edge, join_edges, split_edges
-from lm2_jax.model.layers import KVCache, Layout, RMSNorm, dense
+from lm2_jax.model.layers import Layout, RMSNorm, dense
 from lm2_jax.model.lora import LowRank, Weight, with_addition
 from lm2_jax.model.memory.base import Memory, MemoryKind, Parameters, select_lanes
 from lm2_jax.parallel.fsdp import with_logical_constraint
@@ -97,7 +97,7 @@ class Decoder(nn.Module):
         x_BSTD = with_logical_constraint(x_BSTD, "batch", None, None, "activation")
         memory, edges = split_edges(memory)
         x_BSTD, layout, memory = self.kind.before_blocks(self.memory_parameters, x_BSTD, layout, memory)
-        x_BSTD, memory, _, edges = self.run_blocks(x_BSTD, memory, layout, {}, edges)
+        x_BSTD, memory, edges = self.run_blocks(x_BSTD, memory, layout, edges)
         hidden_BSTD, memory = self.kind.after_blocks(self.final_norm(x_BSTD), layout, memory)
         return hidden_BSTD, join_edges(memory, edges)
 
@@ -110,23 +110,19 @@ class Decoder(nn.Module):
         return table.weight.astype(dtype)[tokens] + table.scale * dense(table.a.astype(dtype)[tokens], table.b)
 
     def run_blocks(
-        self, x_BSTD: jax.Array, memory: Memory, layout: Layout, caches: dict[str, KVCache], edges: dict[str, Edge]
-    ) -> tuple[jax.Array, Memory, dict[str, KVCache], dict[str, Edge | None]]:
-        """All blocks on x [B,S,T,D].
-
-        Memory (the kind's own), the caches by stack (in decoding) and the edges by stack (with a window) go in and come
-        out.
-        """
-        caches, edges, shares = dict(caches), dict(edges), self.kind.shares_one_bank
+        self, x_BSTD: jax.Array, memory: Memory, layout: Layout, edges: dict[str, Edge]
+    ) -> tuple[jax.Array, Memory, dict[str, Edge | None]]:
+        """All blocks on x [B,S,T,D]. Memory (the kind's own) and edges by stack (with a window) go in and come out."""
+        edges, shares = dict(edges), self.kind.shares_one_bank
         for name in self.stacks:
             bank = memory if name == "bank_blocks" else None
             shared, own = (bank, None) if shares else (None, bank)
-            (x_BSTD, shared), (own, caches[name], edges[name]) = getattr(self, name)(
-                (x_BSTD, shared), own, layout, caches.get(name), edges.get(name)
+            (x_BSTD, shared), (own, _, edges[name]) = getattr(self, name)(
+                (x_BSTD, shared), own, layout, None, edges.get(name)
             )
             if name == "bank_blocks":
                 memory = shared if shares else own
-        return x_BSTD, memory, caches, edges
+        return x_BSTD, memory, edges
 
     def output_table(self) -> jax.Array:
         """The output embedding [V,D]: the head, or the embedding that is one; with its low-rank addition."""

@@ -1,8 +1,8 @@
 """The parts of a Llama block, over any number of leading axes.
 
 Axes: B lanes, S segments, T tokens, D model width, F feed-forward width, H heads, G kv heads, K head width.
-Weights are float32; activations have the dtype of x. Logical axis names of the weights ("embed", "heads", "mlp", ...)
-are mapped to the device mesh in parallel/mesh.py.
+Weights are float32, and in decoding of the dtype of activations, which is that of x. Logical axis names of the weights
+("embed", "heads", "mlp", ...) are mapped to the device mesh in parallel/mesh.py.
 """
 
 from __future__ import annotations

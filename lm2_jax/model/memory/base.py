@@ -104,7 +104,7 @@ class MemoryKind:
     def project_memory(self, memory: Memory, block_parameters: Any) -> Any:
         """Projects the memory for the blocks to read while a segment is unfinished, once for all of its tokens.
 
-        Arrays begin with the axes [L,B,H], H heads. block_parameters: those of `finish_segment`.
+        Arrays are [L,B,H,...], H heads. block_parameters: those of `finish_segment`.
         """
         return None
 

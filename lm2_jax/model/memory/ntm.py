@@ -99,7 +99,8 @@ class NTM(LM2):
         found_BHM = attend(query_BHM, keys_BTM, values_BTM, self.spec.memory.num_heads, token_BT).astype(jnp.float32)
 
         def emit(name: str) -> jax.Array:
-            return with_logical_constraint(jnp.einsum("bhm,hmo->bho", found_BHM, p[name]), None, None, None)
+            weight_HMO = p[name].astype(x_BTD.dtype)
+            return with_logical_constraint(jnp.einsum("bhm,hmo->bho", found_BHM, weight_HMO), None, None, None)
 
         controls_BHC = emit("head_controls") + p["head_controls_bias"].reshape(H, _CONTROLS)
         weights_BHN = address(bank, emit("head_key"), controls_BHC)
