@@ -32,10 +32,11 @@ def on_tpu(monkeypatch):
     return choose
 
 
-CASES = pytest.mark.parametrize(("causal", "H", "G", "keys"), [(True, 4, 2, T), (False, 2, 2, U), (False, 2, 2, T)])
+CASES = pytest.mark.parametrize("shape", [(True, 4, 2, T), (False, 2, 2, U), (False, 2, 2, T)])
 
 
 def out_and_gradients(shape, grouped):
+    """shape: (causal, H, G, number of keys)."""
     causal, H, G, keys = shape
     q, k, v = arrays(H, G, keys)
     groups = {}
