@@ -252,8 +252,8 @@ def test_ctrl_c_does_not_wait_for_workers(tmp_path, corpus):
     program += (
         "import lm2_jax.data.prepare.shards as q; q._start_worker = __import__('stuck').start; p.run_command(p.main)"
     )
-    stuck = "import time\nfrom pathlib import Path\ndef start():\n    import signal\n"
-    stuck += "    signal.signal(signal.SIGINT, signal.SIG_IGN)\n    Path('started').touch()\n    time.sleep(1000)\n"
+    stuck = "import time\nfrom pathlib import Path\nfrom lm2_jax.data.prepare.shards import _start_worker\n"
+    stuck += "def start():\n    _start_worker()\n    Path('started').touch()\n    time.sleep(1000)\n"
     write(tmp_path / "stuck.py", stuck.encode())
     arguments = ["--input", str(corpus / "*"), "--output", "out", "--tokenizer", "bytes", "--workers", "2"]
     process = subprocess.Popen(
