@@ -209,7 +209,7 @@ def memory_bytes(instruction: Instruction, computation: Computation, program: Pr
                 read[int(parameter.arguments)] = sum(hlo.size_in_bytes(user.type) for user in users)
             elif updates and updates == users:  # in place
                 new = (body.instructions[user.operands[_IN_PLACE[user.opcode]]] for user in updates)
-                size = sum(hlo.size_in_bytes(instruction.type) for instruction in new)
+                size = sum(hlo.size_in_bytes(update.type) for update in new)
                 written += size - read[int(parameter.arguments)]
                 read[int(parameter.arguments)] = 0
     return float(sum(read) + max(written, 0))

@@ -28,8 +28,6 @@ BATCHES = (1, 8)
 _STEPS = 16  # tokens decoded in a run
 _MOST_WEIGHTS = 2**28  # of eager attention in a layer, which holds all of them
 
-Run = Callable[[int], None]
-
 
 def peer_comparisons(config: Config) -> Iterator[Comparison]:
     """Training, prefill and decoding of the config's Llama, ours first.

@@ -172,10 +172,10 @@ def refresh_memory_cache(decoder: Decoder, state: DecodeState) -> DecodeState:
 
 def _layers(decoder: Decoder, name: str) -> list[Any]:
     """The parameters of each layer of a stack."""
-    stack = decoder.variables["params"][name]
-    if "0" not in stack:
-        stack = by_layer(decoder, {name: stack})[name]
-    return [stack[str(i)] for i in range(decoder.stacks[name])]
+    layers = decoder.variables["params"][name]
+    if "0" not in layers:
+        layers = by_layer(decoder, {name: layers})[name]
+    return [layers[str(i)] for i in range(decoder.stacks[name])]
 
 
 def _bank_parameters(decoder: Decoder) -> Any:
