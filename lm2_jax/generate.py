@@ -19,6 +19,8 @@ from lm2_jax.common.jax_stack import check_jax_stack
 from lm2_jax.common.storage import has_directory, to_path
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from lm2_jax.model.decoder import Decoder
     from lm2_jax.tokenizer import Origin, Tokenizer
 
@@ -89,14 +91,16 @@ def _continue_all(
 
 def _ids(
     text: str, is_chat: bool, tokenizer: Tokenizer, origin: Origin | None, prefix_ids: Sequence[int]
-) -> Sequence[int]:
-    """The tokens of a prompt."""
+) -> np.ndarray:
+    """The tokens of a prompt, int32 [n]."""
+    import numpy as np
+
     from lm2_jax.tokenizer import encode_long
     from lm2_jax.tokenizer.chat import chat_ids, render_chat
 
     if is_chat:
         return chat_ids(tokenizer, render_chat(origin, [{"role": "user", "content": text}]))
-    ids = [*prefix_ids, *encode_long(tokenizer, text)]
+    ids = np.concatenate([np.array(prefix_ids, np.int32), encode_long(tokenizer, text)])
     if len(ids) == len(prefix_ids):
         raise UserError("the prompt holds no token; give some text to continue")
     return ids

@@ -253,7 +253,7 @@ def test_generate_samples_chats_and_stops_as_the_model_does(tmp_path, generate, 
     asked = {}
 
     def decode(model, params, prompts, state, **options):
-        asked.update(options, prompt=[int(token) for token in prompts[0]])
+        asked.update(options, prompt=prompts[0].tolist())
         return [[]], state
 
     monkeypatch.setattr(sampling, "decode", decode)
