@@ -19,8 +19,6 @@ from lm2_jax.common.jax_stack import check_jax_stack
 from lm2_jax.common.storage import has_directory, to_path
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from lm2_jax.model.decoder import Decoder
     from lm2_jax.tokenizer import Origin, Tokenizer
 
@@ -91,8 +89,8 @@ def _continue_all(
 
 def _ids(
     text: str, is_chat: bool, tokenizer: Tokenizer, origin: Origin | None, prefix_ids: Sequence[int]
-) -> np.ndarray:
-    """The tokens of a prompt, int32 [n]."""
+) -> Sequence[int]:
+    """The tokens of a prompt, as an array."""
     import numpy as np
 
     from lm2_jax.tokenizer import encode_long
