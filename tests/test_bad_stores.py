@@ -5,7 +5,7 @@ import threading
 import time
 
 import pytest
-from helpers import Run, assert_same_run, quick_training, short_config
+from helpers import assert_same_run, quick_training, short_config
 from store_helpers import StoreRun
 
 from lm2_jax import convert_checkpoint, prepare_data
@@ -79,10 +79,8 @@ def test_two_runs_at_once(bucket, tmp_path):
             train(config)
 
 
-def test_a_network_that_goes_away_in_a_save_and_comes_back(bucket, tmp_path):
+def test_a_network_that_goes_away_in_a_save_and_comes_back(bucket, tmp_path, whole):
     """For ten seconds, in which nothing can be connected to."""
-    save_config(short_config(tmp_path / "whole"), tmp_path / "whole.yaml")
-    Run(tmp_path / "whole.yaml", tmp_path / "whole").finish()
     save_config(short_config(f"{bucket.url}/run"), tmp_path / "config.yaml")
     run = StoreRun(tmp_path / "config.yaml", bucket, tmp_path / "machine")
     run.wait_until(lambda run: run.saves_under_way())
@@ -93,7 +91,7 @@ def test_a_network_that_goes_away_in_a_save_and_comes_back(bucket, tmp_path):
     finally:
         bucket.emulator.come_back()
     run.finish()
-    assert_same_run(bucket.export("run", tmp_path / "exported"), tmp_path / "whole")
+    assert_same_run(bucket.export("run", tmp_path / "exported"), whole)
 
 
 @pytest.mark.parametrize("gone", ["in a save", "after a save"])

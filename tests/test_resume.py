@@ -88,8 +88,8 @@ def crash():
     ("kind", "overrides"),
     [
         ("rmt stories", ()),
-        ("armt stories", ("train.curriculum=[]",)),
-        ("lm2 packed text", ("train.curriculum=[]", "memory.kind=delta")),
+        pytest.param("armt stories", ("train.curriculum=[]",), marks=pytest.mark.slow),
+        pytest.param("lm2 packed text", ("train.curriculum=[]", "memory.kind=delta"), marks=pytest.mark.slow),
         ("lm2 packed text", ("train.curriculum=[]", "optim.kind=muon")),
         ("lm2 packed text", ("train.curriculum=[]", "model.window=12", "model.sinks=2", "model.max_distance=20")),
         ("lm2 stream", ("model.lora.rank=2", "optim.train=[memory, lora]", "train.frozen_dtype=bfloat16")),

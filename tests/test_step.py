@@ -90,7 +90,9 @@ def test_eight_devices_are_one(kind, remat, schedule, optimizer):
         assert leaf.sharding.shard_shape(leaf.shape)[0 if kind == "rmt" else 1] == B // 4
 
 
-@pytest.mark.parametrize(("kind", "schedule"), [("lm2", "layer"), ("none", "segment")])
+@pytest.mark.parametrize(
+    ("kind", "schedule"), [("lm2", "layer"), pytest.param("none", "segment", marks=pytest.mark.slow)]
+)
 def test_edges_on_eight_devices_and_in_microbatches(kind, schedule):
     run = (f"memory.kind={kind}", f"train.schedule={schedule}", *EDGES)
     one = trained(1, *run)
