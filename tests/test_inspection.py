@@ -12,7 +12,7 @@ import pytest
 from helpers import assert_drawn, random_checkpoint
 
 from lm2_jax.common.errors import UserError
-from lm2_jax.config import parse_config
+from lm2_jax.config import parse_config, replace
 from lm2_jax.data.babi.world import PEOPLE
 from lm2_jax.inspection import drawing
 from lm2_jax.inspection.reading import read_text, sketch, trace_segment
@@ -130,6 +130,22 @@ def test_contexts():
         for p, name in enumerate(PEOPLE, 1):
             about = tokenizer.decode(contexts.tokens_BST[b][contexts.person_BST[b] == p])
             assert about.lower().count(name.lower()) == about.count(".") == told.lower().count(name.lower())
+
+
+def test_contexts_in_any_tokenizer():
+    """In bytes a text's first line has one less than others with its words: the space in front of it."""
+    changed = {"tokenizer": {"kind": "bytes"}, "data": {"segment_length": 64}}
+    config = replace(parse_config(CONFIG), model={"vocab_size": 259}, **changed)
+    tokenizer = load_tokenizer(config.tokenizer)
+    contexts = make_contexts(config, tokenizer, S, 3 * B)
+    openings = set()
+    for tokens_ST, person_ST, asked in zip(contexts.tokens_BST, contexts.person_BST, contexts.asked_B, strict=True):
+        assert tokenizer.decode(tokens_ST[-1, : asked + 1]).endswith("?")
+        for p, name in enumerate(PEOPLE, 1):
+            about = tokenizer.decode(tokens_ST[person_ST == p])
+            assert about.count(name) == about.count(".") == about.count(" to the ")
+        openings.add(bool(person_ST[0, :2].any()))
+    assert openings == {True, False}
 
 
 def test_probe_finds_what_is_there():

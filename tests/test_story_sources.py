@@ -1,6 +1,7 @@
 """bAbI stories as documents: scattering, sources and the stories' tokenizer."""
 
 import collections
+import itertools
 import pickle
 import re
 
@@ -73,10 +74,37 @@ def test_spaces_between_pieces_and_no_control_tokens():
     for seed in range(10):
         document = Scatterer(CharacterTokenizer(), 300).scatter(STORY, np.random.default_rng(seed))
         text = bytes(document.tokens.tolist()).decode()
-        assert 300 <= len(text) <= 301  # a first sentence without its space may leave one free
+        assert len(text) == 301
         assert text[0].isupper() and " John moved to the garden." in text
         assert text.endswith("Where is John? garden. Where is Mary? hallway.")
         assert bytes(document.tokens[document.answers].tolist()) == b" office garden hallway"
+
+
+class MergingTokenizer(CharacterTokenizer):
+    """Pieces of bytes with the space before them, as SentencePiece has them: a text's first word takes more ids."""
+
+    def encode(self, text):
+        return list(re.sub(r" [A-Z][a-z]", "#", text).encode())
+
+
+@pytest.mark.parametrize("tokenizer", [CharacterTokenizer(), MergingTokenizer()])
+def test_documents_are_full_whatever_comes_first(tokenizer):
+    exact = Scatterer(tokenizer, 10**6).length(STORY)
+    for budget, seed in itertools.product((exact - 1, exact, exact + 1, exact + 2, 300), range(10)):
+        assert len(Scatterer(tokenizer, budget).scatter(STORY, np.random.default_rng(seed)).tokens) == budget + 1
+
+
+def test_a_gap_lies_between_the_last_statement_and_the_questions():
+    def behind(gap, seed):
+        document = Scatterer(TOKENIZER, 100, gap=gap).scatter(STORY, np.random.default_rng(seed))
+        text = TOKENIZER.decode(document.tokens)
+        told = text.index("mary went back to the hallway.") + len("mary went back to the hallway.")
+        return len(TOKENIZER.encode(text[told : text.index("where is john?")]))
+
+    background = Scatterer(TOKENIZER, 100).room - Scatterer(TOKENIZER, 100).length(STORY)
+    assert 20 <= min(behind(20, seed) for seed in range(20)) < 30
+    assert {behind(100, seed) for seed in range(5)} == {background}
+    assert min(behind(0, seed) for seed in range(20)) < 20
 
 
 # --- Sources -------------------------------------------------------------------------------------------------------

@@ -160,6 +160,7 @@ class StoriesConfig(Section):
     facts: tuple[PositiveInt, PositiveInt] = (1, 10)  # fewest and most statements of a generated story
     questions_between: tuple[NonNegativeInt, NonNegativeInt] = (0, 3)  # fewest and most questions inside a story
     questions_after: tuple[PositiveInt, PositiveInt] = (1, 4)  # fewest and most questions at a story's end
+    gap: NonNegativeInt = 0  # tokens of background, if a document has as many, between the last statement and questions
     whole_lines: bool = True  # pad with background so that, where enough is left, no line straddles two segments
     per_epoch: PositiveInt = 1_000_000  # generated stories that count as one epoch
 

@@ -124,12 +124,13 @@ def asked_stories(
 
 
 def _statement_starts(tokens: np.ndarray, story: Story, tokenizer: Tokenizer) -> list[int]:
-    starts, start = [], 0
+    """A text's first line stands there without the space in front, which not every tokenizer ignores."""
+    starts, end, text = [], 0, tokens.tolist()
     for line in story[:-1]:
-        ids = tokenizer.encode(" " + line.text)
-        start = next(i for i in range(start, len(tokens)) if tokens[i : i + len(ids)].tolist() == ids)
+        forms = [tokenizer.encode(space + line.text) for space in (" ", "")]
+        start, ids = next((i, ids) for i in range(end, len(text)) for ids in forms if text[i : i + len(ids)] == ids)
         starts.append(start)
-        start += len(ids)
+        end = start + len(ids)
     return starts
 
 

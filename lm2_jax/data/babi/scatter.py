@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -41,6 +41,8 @@ class Scatterer:
       background: text files or patterns with the background's sentences; None: built-in ones.
       segment_length: keeps lines of the story from straddling the end of a segment of so many tokens, as long as
         there is background to move before them; None: segments end anywhere.
+      gap: tokens of background, or all there are, between the last statement and the questions after it; statements
+        that segment_length moves may take some of them.
 
     Attributes:
       budget: as given.
@@ -53,9 +55,11 @@ class Scatterer:
         budget: int | None,
         background: Sequence[str] | None = None,
         segment_length: int | None = None,
+        gap: int = 0,
     ) -> None:
         self._tokenizer = tokenizer
         self._segment_length = segment_length
+        self._gap = gap
         self._sentences = BookBackground(background).sentences if background else builtin_sentences
         self._begin = [Sentence([id]) for id in tokenizer.special.prefix_ids]
         self._end = [Sentence([id]) for id in (tokenizer.special.eos_id,) if id is not None]
@@ -82,31 +86,37 @@ class Scatterer:
 
         Raises ValueError if the story alone is above the budget.
         """
-        missing = 0 if self.budget is None else self.room - self.length(story)
-        if missing < 0:
-            raise ValueError(f"a story is {-missing} tokens above the budget of {self.budget}")
-        filler, opening = self._fill(missing, rng)
+        if self.length(story) > self.room:
+            raise ValueError(f"a story is {self.length(story) - self.room} tokens above the budget of {self.budget}")
         lines = [self._encode(line, " ") for line in story]
+        spaced, unspaced = lines[0], self._encode(story[0], "")
+        room = self.room - _length(lines[1:])
+        missing = 0 if self.budget is None else room - min(len(spaced.ids), len(unspaced.ids))
+        filler, opening = self._fill(missing, rng)
         early = 1 + max((i for i, line in enumerate(story) if isinstance(line, Statement)), default=-1)
-        positions = np.sort(rng.integers(0, len(filler) + 1, size=early)).tolist()
-        if filler and (not early or positions[0] > 0):
+        behind = accumulate((len(sentence.ids) for sentence in reversed(_cut(filler, missing))), initial=0)
+        before = len(filler) - sum(tokens < self._gap for tokens in behind)
+        positions = np.sort(rng.integers(0, max(before, 0) + 1, size=early)).tolist()
+        if opening and (not early or positions[0] > 0):
             filler[0] = opening
         else:
-            lines[0] = self._encode(story[0], "")
+            lines[0] = unspaced
+        filler = _cut(filler, room - len(lines[0].ids))
         order = [*self._begin, *interleave(lines, filler, positions), *lines[early:], *self._end]
         return _document(order if self._segment_length is None else _keep_lines_whole(order, self._segment_length))
 
-    def _fill(self, missing: int, rng: np.random.Generator) -> tuple[list[Sentence], Sentence]:
-        """Background of `missing` tokens, and its first sentence encoded for a text's start (with no more tokens)."""
+    def _fill(self, missing: int, rng: np.random.Generator) -> tuple[list[Sentence], Sentence | None]:
+        """Background of at least `missing` tokens, and its first sentence, if any, encoded for a text's start."""
         filler: list[Sentence] = []
-        opening = Sentence([])
+        opening = None
         sentences = self._sentences(rng)
         while missing > 0:
             sentence = next(sentences)
-            ids = self._tokenizer.encode(" " + sentence)[:missing]
-            if not filler:
-                opening = Sentence(self._tokenizer.encode(sentence)[: len(ids)], background=True)
+            ids = self._tokenizer.encode(" " + sentence)
             filler.append(Sentence(ids, background=True))
+            if opening is None:
+                opening = Sentence(self._tokenizer.encode(sentence), background=True)
+                missing += max(0, len(ids) - len(opening.ids))
             missing -= len(ids)
         return filler, opening
 
@@ -127,6 +137,20 @@ class Scatterer:
         if not answer:
             return Sentence(ids)
         return Sentence(ids + answer + self._tokenizer.encode("."), len(ids), len(ids) + len(answer))
+
+
+def _length(sentences: Iterable[Sentence]) -> int:
+    return sum(len(sentence.ids) for sentence in sentences)
+
+
+def _cut(sentences: Sequence[Sentence], count: int) -> list[Sentence]:
+    """The first `count` ids of them."""
+    starts = accumulate((len(sentence.ids) for sentence in sentences), initial=0)
+    return [
+        sentence._replace(ids=sentence.ids[: count - start])
+        for sentence, start in zip(sentences, starts, strict=False)
+        if start < count
+    ]
 
 
 def interleave(lines: Sequence[Item], background: Sequence[Item], positions: Sequence[int]) -> list[Item]:

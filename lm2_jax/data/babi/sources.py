@@ -138,7 +138,8 @@ class StorySource(_Documents):
         held_out: bool,
         segment_length: int | None = None,
     ) -> None:
-        scatterer = Scatterer(tokenizer, budget, data.background, segment_length if data.stories.whole_lines else None)
+        whole = segment_length if data.stories.whole_lines else None
+        scatterer = Scatterer(tokenizer, budget, data.background, whole, data.stories.gap)
         stories = None
         if held_out and data.validation_path:
             stories = _fitting(StoryFiles(data.validation_path, "data.validation_path"), scatterer)
