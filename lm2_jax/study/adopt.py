@@ -87,39 +87,45 @@ def _books(base: Config, texts: list[str]) -> list[Config]:
 
 
 def _facts(base: Config, texts: list[str], questions: list[str]) -> list[Config]:
-    """Two legs on question stories: short segments, each by itself, so that most answers need memory, first two and
-    then four a window; then longer ones among sentences of books, with attention over their edges.
+    """Three legs on question stories, the loss on the answers alone, and facts at some distance from the questions.
 
-    The loss is that of the answers alone.
+    First two short segments a window, each by itself, so that nearly every answer needs memory; then four; then longer
+    ones among sentences of books, with attention over their edges.
     """
     common = replace(
         base,
+        memory={"num_slots": 64, "write": "top_k", "forget_bias": 0.0},
         data={
             "source": "stories",
-            "stories": {"questions_between": [0, 1], "questions_after": [3, 4]},
+            "stories": {"facts": [2, 5], "questions_between": [0, 0], "questions_after": [3, 4], "gap": 14},
             "path": None,
             "document_separator": None,
             "segments_per_window": 4,
             "batch_size": 8,
         },
-        optim={"learning_rate": 1e-3, "schedule": "linear", "lm_loss_weight": 0.0},
-        eval={"every_steps": 0, "lengths": [4, 8, 16, 32, 64], "questions": 32, "path": questions or None},
-        checkpoint={"every_steps": 25, "keep": 1},
+        optim={"learning_rate": 1e-3, "schedule": "constant", "lm_loss_weight": 0.0},
+        eval={"every_steps": 0, "lengths": [4, 8, 16, 32, 64], "questions": 24, "path": questions or None},
+        checkpoint={"every_steps": 20, "keep": 1},
     )
-    two = {"segments": 2, "segment_length": 32, "advance_accuracy": 0.95, "steps": 300}
-    short = replace(
+    two = replace(
         common,
         model=_WINDOWLESS,
-        data={"segment_length": 32},
-        train={"steps": 500, "curriculum": [two, {"segments": 4, "segment_length": 32}]},
-        eval={"lengths": [4]},
+        data={"segment_length": 32, "segments_per_window": 2},
+        train={"steps": 160},
+        eval={"lengths": [2], "questions": 8, "path": None},
     )
-    window = {"window": 64, "sinks": 4, "max_distance": 8191}
+    short = {"segments": 2, "segment_length": 32, "advance_accuracy": 0.95, "steps": 250}
+    four = replace(
+        two,
+        optim={"schedule": "linear"},
+        data={"segments_per_window": 4},
+        train={"steps": 500, "curriculum": [short, {"segments": 4, "segment_length": 32}]},
+    )
     long = replace(
         common,
-        model=window,
-        data={"segment_length": 64, "batch_size": 4, "background": texts},
-        optim={"learning_rate": 5e-4},
-        train={"steps": 150},
+        model={"window": 64, "sinks": 4, "max_distance": 8191},
+        data={"segment_length": 64, "batch_size": 4, "background": texts, "stories": {"facts": [2, 6], "gap": 64}},
+        optim={"learning_rate": 5e-4, "schedule": "linear"},
+        train={"steps": 120},
     )
-    return [short, long]
+    return [two, four, long]

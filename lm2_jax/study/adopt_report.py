@@ -27,7 +27,7 @@ def write_report(output: Path) -> str:
 
 
 def _facts(results: Sequence[Result], output: Path) -> str:
-    """Accuracy by length, a line for each cell and set of questions."""
+    """Accuracy by length, a line for each cell and set of questions; the picture has the first set."""
     segments = sorted({cell["segments"] for result in results for cell in result["accuracy_by_length"]})
     head = ["trained", "seed", "tokens", "questions", *(f"{count} segments" for count in segments)]
     rows = []
@@ -39,12 +39,13 @@ def _facts(results: Sequence[Result], output: Path) -> str:
     figure = Figure((6, 4))
     axis = figure.subplots()
     for result in results:
-        axis.plot(
-            np.linspace(0, 1, len(result["training_accuracy"])),
-            np.array(result["training_accuracy"], float),
-            label=f"{result['trained']}, seed {result['seed']}",
-        )
-    axis.set(xlabel="share of the last leg", ylabel="accuracy of the answers trained on", ylim=(0, 1.02))
+        first = result["accuracy_by_length"][0]["questions"]
+        by_length = [c for c in result["accuracy_by_length"] if c["questions"] == first]
+        x, y, low, high = (np.array([c[key] for c in by_length]) for key in ("segments", "accuracy", "low", "high"))
+        axis.errorbar(x, y, (y - low, high - y), capsize=2, label=f"{result['trained']}, seed {result['seed']}")
+    axis.axhline(1 / 6, color="gray", linewidth=0.8, linestyle=":")
+    axis.set(xscale="log", xlabel="segments of context", ylabel="answers right (95% interval)", ylim=(0, 1.02))
+    axis.set_xticks(segments, segments)
     axis.legend(fontsize=7)
     figure.savefig(output / "facts.png", dpi=120, bbox_inches="tight")
     return "\n".join(["## Facts", "", *table(head, rows)])
