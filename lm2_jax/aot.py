@@ -27,17 +27,23 @@ def main() -> None:
 
     from lm2_jax.compiled import topology
     from lm2_jax.compiled.explain import explain_sharding
+    from lm2_jax.compiled.remat import best_policy, explain_remat
     from lm2_jax.compiled.report import compile_for, describe
     from lm2_jax.compiled.where import table
-    from lm2_jax.config import load_config
+    from lm2_jax.config import load_config, replace
     from lm2_jax.tokenizer import with_vocabulary
 
-    config = load_config(arguments.config, arguments.set)
+    config = with_vocabulary(load_config(arguments.config, arguments.set))
+    topology.prepare()
+    devices, chip = topology.devices_of(arguments.topology, arguments.slices)
     if arguments.explain_sharding:
-        topology.prepare()
-        devices, _ = topology.devices_of(arguments.topology, arguments.slices)
-        print(explain_sharding(with_vocabulary(config), devices))
+        print(explain_sharding(config, devices))
         return
+    if arguments.explain_remat:
+        print(explain_remat(config, devices, chip, print))
+        return
+    if config.train.remat == "auto" and arguments.program != "decode":
+        config = replace(config, train={"remat": best_policy(config, devices, chip, print)})
     figures = compile_for(
         config,
         arguments.topology,

@@ -21,6 +21,7 @@ def main() -> None:
     import jax  # imported late so that --help stays fast
 
     from lm2_jax.compiled.explain import explain_sharding
+    from lm2_jax.compiled.remat import with_remat
     from lm2_jax.parallel.processes import joined
     from lm2_jax.tokenizer import with_vocabulary
     from lm2_jax.training.loop import train
@@ -34,7 +35,7 @@ def main() -> None:
         print(explain_sharding(with_vocabulary(config), jax.devices()))
         return
     with joined() if arguments.distributed else contextlib.nullcontext(), store_failures():
-        train(config)
+        train(with_remat(config, print))
 
 
 command = functools.partial(run_command, main, interrupted="interrupted; the same command resumes")

@@ -160,6 +160,7 @@ def aot_arguments() -> argparse.Namespace:
     parser.add_argument("--hlo", type=to_path, metavar="DIRECTORY", help="keep the optimised programs as text")
     parser.add_argument("--where", action="store_true", help="show which lines of the code the cycles go to")
     parser.add_argument("--explain-sharding", action="store_true", help="show how arrays are sharded, and stop")
+    parser.add_argument("--explain-remat", action="store_true", help="compile what train.remat: auto tries, and stop")
     return parser.parse_args()
 
 

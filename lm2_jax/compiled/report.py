@@ -60,7 +60,7 @@ def compile_for(
             log(f"compiling the {name} step ...")
             lowered, tokens, mesh = lower()
             flops = model_flops(programs.parameters, tokens, name == "train", programs.frozen) / len(devices)
-            text, figures[name] = _compile(lowered, chip, config, dict(mesh.shape), flops)
+            text, figures[name] = compile_program(lowered, chip, config, dict(mesh.shape), flops)
             if not figures[name]["fits"]:
                 continue
             figures[name] |= {
@@ -85,7 +85,7 @@ def compile_for(
     }
 
 
-def _compile(
+def compile_program(
     lowered: jax.stages.Lowered, chip: Chip, config: Config, mesh_shape: dict[str, int], flops: float
 ) -> tuple[str, Figures]:
     """The optimised program as text, and its figures; those of `too_large` if it does not fit the chip."""

@@ -286,7 +286,7 @@ class StageConfig(Section):
     advance_accuracy: Fraction | None = None  # accuracy on training answers that ends the stage early
 
 
-Remat = Literal["none", "block", "full", "offload"]
+Remat = Literal["none", "block", "full", "offload", "auto"]
 Trackers = Annotated[tuple[Literal["tensorboard", "wandb"], ...], ONE_OR_MORE]
 
 
@@ -312,7 +312,7 @@ class TrainConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"  # type of activations; parameters and banks are float32
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"  # type of the parameters that optim.train leaves out
     schedule: Literal["auto", "segment", "layer"] = "auto"  # order of the loops over segments and layers
-    remat: Remat = "none"  # recompute blocks, or segments too (full); offload: full, with block inputs kept on the host
+    remat: Remat = "none"  # recompute blocks, or segments too (full); offload: inputs on the host; auto: the fastest
     unroll: PositiveInt = 1  # iterations a scan compiles as one: longer to compile, fewer buffer copies on CPU
     log_every: PositiveInt = 10  # steps between two lines of the log
     trackers: Trackers = ("tensorboard",)  # where metrics go, beside metrics.jsonl

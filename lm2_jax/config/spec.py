@@ -81,7 +81,8 @@ class Config(Section):
     def spec(self) -> ModelSpec:
         """Everything that the model depends on."""
         train = self.train
-        return ModelSpec(self.model, self.memory, self.trained_segment_length, train.dtype, train.remat, train.unroll)
+        remat = "none" if train.remat == "auto" else train.remat  # the command that trains has chosen one
+        return ModelSpec(self.model, self.memory, self.trained_segment_length, train.dtype, remat, train.unroll)
 
     @property
     def trained_segment_length(self) -> int:
