@@ -36,7 +36,7 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Tried:
-    """What a policy's train step needs.
+    """The needs of a policy's train step.
 
     Attributes:
       policy: a value of train.remat.
@@ -123,7 +123,7 @@ def explain_remat(config: Config, devices: Sequence[Any], chip: Chip, log: Calla
 
 
 def table(tried: Sequence[Tried], chip: Chip) -> str:
-    """What was tried, as lines of text."""
+    """The policies that were tried, as lines of text."""
     lines = [f"  {'train.remat':<12} {'peak, GiB':>10} {'step at best':>14}"]
     for one in tried:
         peak = "?" if one.peak is None else f"{one.peak / _GIB:.2f}"
