@@ -49,6 +49,16 @@ MODELS = {
         "model.rope_scaling={original_max_position_embeddings: 64, factor: 8}",
     ),
     "banks in the middle": ("model.num_layers=4", "memory.first_layer=1", "memory.num_layers=2"),
+    "lm2 with a router": ("memory.write=top_k", "memory.num_slots=6"),
+    "armt": (
+        "memory.kind=armt",
+        "memory.width=12",
+        "memory.num_slots=3",
+        "memory.first_layer=1",
+        "memory.num_layers=1",
+        "model.num_layers=3",
+        "model.conv_width=4",
+    ),
     "rmt": ("memory.kind=rmt",),
     "rmt with convolution": ("memory.kind=rmt", "model.conv_width=4"),
     "none with convolution": ("memory.kind=none", "model.conv_width=8"),
@@ -216,24 +226,10 @@ def test_another_initial_bank_is_refused(tmp_path):
         convert("huggingface", "lm2_jax", tmp_path / "changed", tmp_path / "back")
 
 
-@pytest.mark.parametrize(
-    ("memory", "missing"),
-    [
-        (
-            ("memory.kind=armt",),
-            "memory.kind armt, memory.write dense: our modelling code in PyTorch has no memory/beta",
-        ),
-        (("memory.kind=delta",), "memory.kind delta, .* has no memory/beta"),
-        (("memory.kind=ntm",), "memory.kind ntm, .* has no memory/head_add"),
-        (
-            ("memory.write=top_k",),
-            "memory.kind lm2, memory.write top_k: .* has no memory/router; such a model stays in",
-        ),
-    ],
-)
-def test_memories_without_code_in_torch_are_refused(memory, missing, tmp_path):
-    ours = random_own(tmp_path / "ours", *memory)
-    with pytest.raises(UserError, match=missing):
+@pytest.mark.parametrize("kind", ["delta", "ntm"])
+def test_memories_without_code_in_torch_are_refused(kind, tmp_path):
+    ours = random_own(tmp_path / "ours", f"memory.kind={kind}")
+    with pytest.raises(UserError, match=f"memory.kind {kind}: our modelling code in PyTorch does not have it; such"):
         convert("lm2_jax", "huggingface", ours, tmp_path / "theirs")
     assert not (tmp_path / "theirs").exists()
 

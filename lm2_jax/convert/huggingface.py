@@ -47,7 +47,6 @@ from lm2_jax.convert.tables import (
 from lm2_jax.convert.tensors import Tensor, open_tensors, write_tensors
 from lm2_jax.convert.tokenizer_files import special_ids, write_generation, write_tokenizer
 from lm2_jax.model import build_model
-from lm2_jax.model.lora import is_addition
 from lm2_jax.tokenizer import Origin
 
 _CODE = Path(__file__).parent / "huggingface_model"
@@ -66,8 +65,14 @@ _MEMORY_KEYS = {
     "memory_first_layer": "first_layer",
     "memory_layers": "num_layers",
     "memory_gates": "gates",
+    "memory_write": "write",
+    "memory_write_slots": "write_slots",
     "memory_dropout": "dropout",
 }
+
+
+_ONLY_HERE = ("delta", "ntm")  # kinds that our modelling code does not have
+_START_BANKS = ("lm2", "official")  # kinds whose bank at a document's start our modelling code reads from a tensor
 
 
 class ForeignLlama(NamedTuple):
@@ -222,7 +227,7 @@ def lm2_params(
     Raises UserError with everything that does not fit.
     """
     shares_bank, bank = build_model(config).kind.shares_one_bank, []
-    if config.spec.num_memory_layers:
+    if config.memory.kind in _START_BANKS:
         N, M = config.memory.num_slots, config.spec.memory_width
         lanes = tensors[LM2_START_BANK].shape[:1] if shares_bank and LM2_START_BANK in tensors else (1,) * shares_bank
         bank = [Entry(LM2_START_BANK, None, LM2_START_BANK, (), (*lanes, N, M), False)]
@@ -266,12 +271,11 @@ def lm2_settings(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
 
 
 def _check_code(checkpoint: Checkpoint) -> None:
-    memory, rules = checkpoint.config.memory, lm2(checkpoint.config.model.tie_embeddings).rules
-    missing = sorted({table_key(path) for path in checkpoint.params if not is_addition(path)} - rules.keys())
-    if missing:
+    kind = checkpoint.config.memory.kind
+    if kind in _ONLY_HERE:
         raise UserError(
-            f"memory.kind {memory.kind}, memory.write {memory.write}: our modelling code in PyTorch has no "
-            f"{', '.join(missing)}; such a model stays in lm2_jax, which trains, evaluates and generates with it"
+            f"memory.kind {kind}: our modelling code in PyTorch does not have it; such a model stays in lm2_jax, which "
+            "trains, evaluates and generates with it"
         )
 
 
@@ -283,11 +287,11 @@ def copy_code(directory: Path) -> None:
 
 def start_bank(checkpoint: Checkpoint) -> list[tuple[str, np.ndarray]]:
     """The bank at a document's start, which torch could not draw; nothing where it is learned, or there is none."""
-    model = build_model(checkpoint.config)
-    if not model.kind.num_bank_layers:
+    if checkpoint.config.memory.kind not in _START_BANKS:
         return []
     if checkpoint.memory is not None:
         return [(LM2_START_BANK, checkpoint.memory)]
+    model = build_model(checkpoint.config)
     start = np.asarray(model.kind.init_memory(1, None))
     return [(LM2_START_BANK, start if model.kind.shares_one_bank else start[0, 0])]
 

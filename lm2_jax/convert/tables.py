@@ -159,6 +159,7 @@ _LM2_MATRICES = (
     "forget_gate_bank",
     "input_gate",
     "input_gate_bank",
+    "router",
 )
 _LM2_NORMS = ("bank_norm", "candidate_norm", "candidate_norm_2")
 _LM2_VECTORS = ("output_gate_bias", "forget_gate_bias", "input_gate_bias")
@@ -171,8 +172,11 @@ _LM2_MEMORY = {
 
 # What can be added to a Llama: while STARTS_AT_ZERO are zero, its logits do not change
 _CONVOLUTION = {"conv_norm/scale": Rule("conv_norm.weight"), "conv/kernel": Rule("conv.weight")}
-CAN_BE_ADDED = {*_CONVOLUTION, *_LM2_MEMORY, "memory/router"}
+CAN_BE_ADDED = {*_CONVOLUTION, *_LM2_MEMORY}
 STARTS_AT_ZERO = ("memory/read_output", "conv/kernel")
+
+
+_ARMT_MEMORY = {"memory/beta": _linear("beta_proj"), "memory/beta_bias": Rule("beta_bias")}  # the others as official
 
 
 def _as_one_tensor(rule: Rule) -> Rule:
@@ -188,7 +192,7 @@ def lm2(tied: bool) -> Table:
             **_llama(tied),
             **_in_blocks(_CONVOLUTION),
             **_in_blocks(_LM2_MEMORY, "memory."),
-            **_in_blocks(official_memory, "memory."),
+            **_in_blocks(official_memory | _ARMT_MEMORY, "memory."),
             "memory_tokens": Rule("model.start_memory.tokens"),
         }
     )

@@ -11,20 +11,22 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 4):
 
 from transformers import PreTrainedConfig
 
-KINDS = ("lm2", "rmt", "none", "official")
+KINDS = ("lm2", "rmt", "armt", "none", "official")
 GATES = ("convex", "independent")
+WRITES = ("dense", "top_k")
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 ROPE_KEYS = {"default": {"rope_type", "rope_theta"}, "llama3": {"rope_type", "rope_theta", *LLAMA3_KEYS}}
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-SIZES += ("segment_length", "memory_slots", "memory_heads", "memory_rows")
+SIZES += ("segment_length", "memory_slots", "memory_heads", "memory_rows", "memory_write_slots")
 
 
 class LM2Config(PreTrainedConfig):
     """A Llama whose text is cut into segments, and the memory that links them.
 
     Kinds of memory: `lm2`, a bank of slots in each of `memory_layers` blocks; `rmt`, memory tokens around every
-    segment; `none`; `official`, the published code's one bank through all blocks, for which hidden_size, segment_length
-    and memory_slots are one number.
+    segment; `armt`, memory tokens after every segment, from which each of those blocks stores associations; `none`;
+    `official`, the published code's one bank through all blocks, for which hidden_size, segment_length and
+    memory_slots are one number.
     """
 
     model_type = "lm2"
@@ -49,12 +51,14 @@ class LM2Config(PreTrainedConfig):
 
     # The memory
     memory_kind: str = "lm2"
-    memory_slots: int = 16  # N slots of a bank; rmt: memory tokens
-    memory_width: int | None = None  # M of a slot; None: hidden_size
+    memory_slots: int = 16  # N slots of a bank; rmt, armt: memory tokens
+    memory_width: int | None = None  # M of a slot, armt: of a key; None: hidden_size
     memory_heads: int = 4  # of the read and of the write attention
-    memory_first_layer: int = 0  # lm2: the first block, counted from 0, that has a bank
-    memory_layers: int | None = None  # lm2: number of blocks, from that one on, that have a bank; None: all
+    memory_first_layer: int = 0  # lm2, armt: the first block, counted from 0, that has a bank
+    memory_layers: int | None = None  # lm2, armt: number of blocks, from that one on, that have a bank; None: all
     memory_gates: str = "convex"  # g_in = 1 - g_f, or "independent"
+    memory_write: str = "dense"  # lm2: every token may write every slot; top_k: the best ones, says a router
+    memory_write_slots: int = 2  # of them for each token
     memory_rows: int = 1  # official: rows of the start memory; the published code keeps one for each row of its batch
     memory_dropout: float = 0.0  # official: on the attention to slots, in training (the published code has 0.9)
     forget_bias: float = 2.0  # gate biases of a new model; the published code has 1 and 0
@@ -86,6 +90,7 @@ class LM2Config(PreTrainedConfig):
             ("conv_width", self.conv_width in (0, 4, 8), "0, 4 or 8"),
             ("memory_kind", kind in KINDS, f"one of {KINDS}"),
             ("memory_gates", self.memory_gates in GATES, f"one of {GATES}"),
+            ("memory_write", self.memory_write in WRITES, f"one of {WRITES}"),
             ("memory_dropout", 0 <= self.memory_dropout < 1, "at least 0 and below 1"),
         ]
         if self.window is None:
@@ -97,7 +102,7 @@ class LM2Config(PreTrainedConfig):
             checks += [("sinks", 0 <= self.sinks < self.window, "at least 0 and below the window")]
             reaches = self.max_distance is None or self.max_distance >= self.window - 1
             checks += [("max_distance", reaches, "at least window - 1")]
-        if kind == "lm2":
+        if kind in ("lm2", "armt"):
             above = self.num_hidden_layers - self.memory_first_layer
             checks += [("memory_first_layer", self.memory_first_layer >= 0, "at least 0")]
             checks += [("memory_layers", 1 <= self.memory_layers <= above, "1 to the number of blocks from the first")]
@@ -112,7 +117,7 @@ class LM2Config(PreTrainedConfig):
 
     @property
     def bank_layers(self) -> range:
-        """lm2: the blocks that have a bank."""
+        """lm2, armt: the blocks that have a bank."""
         return range(self.memory_first_layer, self.memory_first_layer + self.memory_layers)
 
     def _refuse(self, checks: list[tuple[str, bool, str]]) -> None:

@@ -58,6 +58,8 @@ class BankMemory(nn.Module):
 
         self.write_query, self.write_key, self.write_value = linear(M, M), linear(D, M), linear(D, M)
         self.write_output = linear(M, M)
+        self.router = linear(D, config.memory_slots) if config.memory_write == "top_k" else None
+        self.write_slots = config.memory_write_slots
 
         self.candidate_norm = LM2RMSNorm(M, eps)
         self.candidate_up, self.candidate_down = linear(M, M), linear(M, M)
@@ -117,12 +119,22 @@ class BankMemory(nn.Module):
         C_1 = RMSNorm(Bank' + U);  C = RMSNorm(C_1 + silu(C_1 W_up) W_down)
         g_f = sigmoid(U W_f + tanh(Bank) W'_f + b_f);  g_in = 1 - g_f, or sigmoid(U W_i + tanh(Bank) W'_i + b_i)
         Bank <- g_in ⊙ tanh(C) + g_f ⊙ Bank
+
+        With a router, the attention weights of U are multiplied by `route`, before they are made to add up to 1, and
+        the change of a slot by its largest.
         """
         slots_RNM = self.bank_norm(bank_RNM).to(x_RTD.dtype)
 
         # The update that tokens give
-        u_RNM = attend(self.write_query(slots_RNM), self.write_key(x_RTD), self.write_value(x_RTD), self.num_heads)
-        u_RNM = self.write_output(u_RNM)
+        q_RNM, k_RTM, v_RTM = self.write_query(slots_RNM), self.write_key(x_RTD), self.write_value(x_RTD)
+        share_RNT = None if self.router is None else self.route(x_RTD)
+        bias_R1NT = None
+        if share_RNT is not None:  # no weight at all, but finite where no token may write
+            is_open_RNT = share_RNT > 0
+            log_share_RNT = torch.where(is_open_RNT, share_RNT, 1.0).log()
+            bias_R1NT = torch.where(is_open_RNT, log_share_RNT, torch.finfo(q_RNM.dtype).min / 2)[:, None]
+            bias_R1NT = bias_R1NT.to(q_RNM.dtype)
+        u_RNM = self.write_output(attend(q_RNM, k_RTM, v_RTM, self.num_heads, attn_mask=bias_R1NT))
 
         # The candidate
         c_RNM = self.candidate_norm(slots_RNM + u_RNM)
@@ -138,7 +150,17 @@ class BankMemory(nn.Module):
 
         g_f_RNM = gate("forget")
         g_in_RNM = 1 - g_f_RNM if self.convex else gate("input")
-        return g_in_RNM * torch.tanh(c_RNM.float()) + g_f_RNM * bank_RNM
+        new_RNM = g_in_RNM * torch.tanh(c_RNM.float()) + g_f_RNM * bank_RNM
+        if share_RNT is None:
+            return new_RNM
+        return bank_RNM + share_RNT.amax(-1, keepdim=True) * (new_RNM - bank_RNM)
+
+    def route(self, x_RTD: Tensor) -> Tensor:
+        """How much each token may write each slot, float32 [R,N,T]: sigmoid(x' W_router) for its best, else 0."""
+        share_RTN = torch.sigmoid(self.router(x_RTD).float())
+        best_RTk = share_RTN.topk(self.write_slots, dim=-1).indices
+        chosen_RTN = torch.zeros_like(share_RTN).scatter(-1, best_RTk, 1.0)
+        return (share_RTN * chosen_RTN).transpose(1, 2)
 
 
 class OfficialGates(nn.Module):
@@ -209,13 +231,13 @@ class OfficialMemory(nn.Module):
 
 
 class LM2StartMemory(nn.Module):
-    """Memory at a text's start: lm2's fixed bank [N,M], official's banks [rows,N,N], or rmt's learned tokens [N,D]."""
+    """Memory at a text's start: lm2's fixed bank [N,M], official's [rows,N,N], or learned tokens [N,D] (rmt, armt)."""
 
     def __init__(self, config: LM2Config) -> None:
         super().__init__()
         self.config = config
         N, M = config.memory_slots, config.memory_width
-        if config.memory_kind == "rmt":
+        if config.memory_kind in ("rmt", "armt"):
             self.tokens = nn.Parameter(torch.empty(N, config.hidden_size))
         else:
             shape = (config.memory_rows, N, N) if config.memory_kind == "official" else (N, M)
@@ -227,7 +249,7 @@ class LM2StartMemory(nn.Module):
 
         Exported models carry lm2_jax's own rows instead.
         """
-        if self.config.memory_kind == "rmt":
+        if self.config.memory_kind in ("rmt", "armt"):
             init.normal_(self.tokens, std=self.config.initializer_range)
             return
         N, M = self.bank.shape[-2:]
@@ -237,7 +259,7 @@ class LM2StartMemory(nn.Module):
 
     def forward(self, rows: int) -> Tensor:
         """Memory of as many rows [B,N,_]; a bank in float32. Raises ValueError if it was kept for other rows."""
-        if self.config.memory_kind == "rmt":
+        if self.config.memory_kind in ("rmt", "armt"):
             return self.tokens.expand(rows, -1, -1)
         if self.bank.dim() == 3 and len(self.bank) not in (1, rows):
             raise ValueError(f"the start memory of this model has {len(self.bank)} rows, but the input has {rows}")

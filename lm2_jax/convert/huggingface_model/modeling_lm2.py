@@ -23,10 +23,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 
 from .adapter_lm2 import put_onto, read_adapter
+from .associative_lm2 import ORDERS, AssociativeMemory
 from .attention_lm2 import LM2Attention, LM2WindowAttention, rotation, window_layout
 from .configuration_lm2 import LM2Config
 from .layers_lm2 import LM2MLP, LM2Conv, LM2RMSNorm, linear
-from .memory_lm2 import BankMemory, LM2StartMemory, OfficialGates, OfficialMemory
+from .memory_lm2 import BankMemory, LM2StartMemory, OfficialGates, OfficialMemory, ZeroGradients
 from .rows_lm2 import (
     ALL,
     Block,
@@ -59,6 +60,8 @@ class LM2Layer(GradientCheckpointingLayer):
         self.memory = None
         if config.memory_kind == "lm2" and index in config.bank_layers:
             self.memory = BankMemory(config)
+        if config.memory_kind == "armt" and index in config.bank_layers:
+            self.memory = AssociativeMemory(config)
         if config.memory_kind == "official":
             self.memory = OfficialMemory(config)
         self.post_attention_layernorm = LM2RMSNorm(D, eps)
@@ -67,16 +70,21 @@ class LM2Layer(GradientCheckpointingLayer):
     def forward(self, x_BQD: Tensor, layout: Layout, *state: Tensor | None) -> tuple[Tensor | None, ...]:
         """New entries x [B,Q,D] to the same shape, and the state, in the order of `Block`, that later ones need."""
         keys, values, edge_keys, edge_values, tail, *memory = state
+        associates = isinstance(self.memory, AssociativeMemory)
+        if associates:
+            x_BQD = x_BQD + self.memory(x_BQD, memory[1])
         if self.conv is not None:
             y_BQD, tail = self.conv(self.conv_norm(x_BQD), layout, tail)
             x_BQD = x_BQD + y_BQD
         normed_BQD = self.input_layernorm(x_BQD)
         attended_BQD, *attention = self.self_attn(normed_BQD, layout, keys, values, edge_keys, edge_values)
         x_BQD = x_BQD + attended_BQD
-        if self.memory is not None:
+        if self.memory is not None and not associates:
             y_BQD, *memory = self.memory(normed_BQD, attended_BQD, layout, *memory)
             x_BQD = x_BQD + y_BQD
         x_BQD = x_BQD + self.mlp(self.post_attention_layernorm(x_BQD))
+        if associates and layout.writes is not None and not layout.linked:
+            memory[1] = self.memory.store(x_BQD, memory[1], layout)
         return x_BQD, *attention, tail, *memory
 
 
@@ -93,7 +101,7 @@ class LM2PreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # matrices and embeddings normal, norms 1, biases 0
-        if isinstance(module, (LM2Conv, BankMemory, OfficialGates, OfficialMemory, LM2StartMemory)):
+        if isinstance(module, (LM2Conv, BankMemory, AssociativeMemory, OfficialGates, OfficialMemory, LM2StartMemory)):
             module.reset_parameters()
 
 
@@ -108,7 +116,8 @@ class LM2Model(LM2PreTrainedModel):
             self._keep_in_fp32_modules_strict = ["start_memory.bank"]
         self.layers = nn.ModuleList(LM2Layer(config, index) for index in range(config.num_hidden_layers))
         self.norm = LM2RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.num_memory_tokens = config.memory_slots if config.memory_kind == "rmt" else 0
+        self.num_front_tokens = config.memory_slots if config.memory_kind == "rmt" else 0
+        self.num_back_tokens = config.memory_slots if config.memory_kind in ("rmt", "armt") else 0
         self.post_init()
 
     @can_return_tuple
@@ -191,10 +200,13 @@ class LM2Model(LM2PreTrainedModel):
         if self.start_memory is None:
             return
         start_RNM = self.start_memory(texts.rows)[fresh]
-        if self.num_memory_tokens:
+        if self.config.memory_kind == "armt":
+            features = 2 * len(ORDERS) * self.config.memory_width
+            start_RNM = start_RNM.new_zeros(len(start_RNM), features, self.config.hidden_size + 1, dtype=torch.float32)
+        if self.num_front_tokens:
             cache.memory = replace_rows(cache.memory, fresh, start_RNM.to(x_BCD.dtype))
             return
-        for index in self.config.bank_layers if self.config.memory_kind == "lm2" else (0,):
+        for index in self.config.bank_layers if self.config.memory_kind in ("lm2", "armt") else (0,):
             block = cache.blocks[index]
             cache.blocks[index] = block._replace(bank=replace_rows(block.bank, fresh, start_RNM))
 
@@ -206,25 +218,30 @@ class LM2Model(LM2PreTrainedModel):
         Returns:
           hidden states after the final norm [B,Q,D]; with every_layer before them those that enter each block.
         """
-        T, m, device = self.config.segment_length, self.num_memory_tokens, x_BQD.device
+        T, front, back, device = self.config.segment_length, self.num_front_tokens, self.num_back_tokens, x_BQD.device
         is_full = [h == T and n > 0 for h, n in zip(run.held, run.take, strict=True)]
         is_new = [full or h == 0 for h, full in zip(run.held, is_full, strict=True)]
         writes, opens = rows_where(is_full, device), rows_where(is_new, device)
-        entries = [h + m for h in run.held]
+        entries = [h + front for h in run.held]
 
-        if m and writes is not None:  # rmt's next memory is what the last block makes of its back memory tokens
-            after = run._replace(held=entries, take=[m * full for full in is_full])
-            layout = self._layout(cache.memory, cache, after, linked=False)
-            (after_BmD,) = self._run_layers(cache.memory, layout, cache)
-            cache.memory = replace_rows(cache.memory, writes, after_BmD[writes])
+        if back and writes is not None:  # memory tokens after the segment, from which blocks store
+            tokens_BmD = cache.memory if front else self.start_memory(cache.rows).to(x_BQD.dtype)
+            after = run._replace(held=entries, take=[back * full for full in is_full])
+            layout = self._layout(tokens_BmD, cache, after, writes=writes, linked=False)
+            (after_BmD,) = self._run_layers(tokens_BmD, layout, cache)
+            if front:  # rmt's next memory is what the last block makes of them
+                cache.memory = replace_rows(cache.memory, writes, after_BmD[writes])
+        elif back and not front and self.training:
+            unused = (p for name, p in self.named_parameters() if ".memory." in name or "start_memory" in name)
+            x_BQD = ZeroGradients.apply(x_BQD, *(p for p in unused if p.requires_grad))
         if isinstance(opens, slice):
             cache.blocks = [self._after_segment(block) for block in cache.blocks]
         entries = [0 if new else n for n, new in zip(entries, is_new, strict=True)]
-        if m and opens is not None:  # front memory tokens
-            before = run._replace(held=entries, take=[m * new for new in is_new])
+        if front and opens is not None:  # memory tokens before the segment
+            before = run._replace(held=entries, take=[front * new for new in is_new])
             layout = self._layout(cache.memory, cache, before, opens, linked=False)
             self._run_layers(cache.memory, layout, cache)
-            entries, opens = [m if new else n for n, new in zip(entries, is_new, strict=True)], None
+            entries, opens = [front if new else n for n, new in zip(entries, is_new, strict=True)], None
 
         layout = self._layout(x_BQD, cache, run._replace(held=entries), opens, writes)
         return self._run_layers(x_BQD, layout, cache, every_layer)
@@ -262,7 +279,7 @@ class LM2Model(LM2PreTrainedModel):
     ) -> Layout:
         """Layout of new entries x, of which the first run.take[b] are row b's, after run.held[b] of its segment.
 
-        linked: tokens of the text; else rmt's memory tokens, at position 0, where RoPE does not rotate them.
+        linked: tokens of the text; else memory tokens, at position 0, where RoPE does not rotate them.
         """
         c, Q, device, options = self.config, x_BQD.shape[1], x_BQD.device, {}
         L = max(map(sum, zip(run.held, run.take, strict=True)))
@@ -284,7 +301,7 @@ class LM2Model(LM2PreTrainedModel):
             options["seen_B1QU"] = (entry_L <= entry_BQ[..., None])[:, None]
         else:
             options["is_causal"] = Q > 1
-        turned = rotation(c, (entry_BQ - self.num_memory_tokens) * linked)
+        turned = rotation(c, (entry_BQ - self.num_front_tokens) * linked)
         return Layout(opens, writes, linked, turned, **options)
 
 

@@ -29,7 +29,7 @@ class Block(NamedTuple):
       edge_keys, edge_values: with a window, those of sinks and of tokens before the segment (attention_lm2.py).
       tail: what the convolution looks back on [B,W-1,D].
       inputs: the entries' normalised inputs [B,L,D], from which the bank will be written.
-      bank: as the segments before left it, float32 [B,N,M].
+      bank: as the segments before left it, float32 [B,N,M]; armt: associations (associative_lm2.py).
       bank_keys, bank_values: its read projections [B,N,D], the same for a whole segment.
     """
 
@@ -177,7 +177,7 @@ class Layout:
     Attributes:
       opens: rows that begin a segment with these entries; None if no row does.
       writes: those of them that have a full segment to write to memory before.
-      linked: True if the entries follow each other in the text; rmt's memory tokens do not.
+      linked: True if the entries follow each other in the text; memory tokens do not.
       rotation_2BQ1K: of RoPE at the new entries' places in the segment, cosines and sines, float32; [2,1,...] in step.
       is_causal: True if all entries are new and unpadded: each attends to itself and those before it.
       seen_B1QU: otherwise, which keys a new entry attends to: entries of the segment, U = L, or those of
