@@ -25,6 +25,7 @@ KINDS = {
     "lm2, independent gates": {"memory_width": 24, "memory_gates": "independent", "memory_slots": 40},
     "lm2, router": {"memory_write": "top_k", "memory_slots": 7},
     "armt": {"memory_kind": "armt", "memory_layers": 2, "conv_width": 4},
+    "delta": {"memory_kind": "delta", "memory_layers": 2, "memory_width": 24},
     "rmt": {"memory_kind": "rmt", "conv_width": 4},
     "none": {"memory_kind": "none", "conv_width": 4},
     "lm2, window": {"conv_width": 4, "memory_layers": 2, "window": T, "sinks": 2, "max_distance": 11},

@@ -59,6 +59,7 @@ MODELS = {
         "model.num_layers=3",
         "model.conv_width=4",
     ),
+    "delta": ("memory.kind=delta", "memory.width=12", "memory.num_heads=2", "memory.num_layers=1"),
     "rmt": ("memory.kind=rmt",),
     "rmt with convolution": ("memory.kind=rmt", "model.conv_width=4"),
     "none with convolution": ("memory.kind=none", "model.conv_width=8"),
@@ -226,10 +227,9 @@ def test_another_initial_bank_is_refused(tmp_path):
         convert("huggingface", "lm2_jax", tmp_path / "changed", tmp_path / "back")
 
 
-@pytest.mark.parametrize("kind", ["delta", "ntm"])
-def test_memories_without_code_in_torch_are_refused(kind, tmp_path):
-    ours = random_own(tmp_path / "ours", f"memory.kind={kind}")
-    with pytest.raises(UserError, match=f"memory.kind {kind}: our modelling code in PyTorch does not have it; such"):
+def test_a_memory_without_code_in_torch_is_refused(tmp_path):
+    ours = random_own(tmp_path / "ours", "memory.kind=ntm")
+    with pytest.raises(UserError, match=r"memory\.kind ntm: our modelling code in PyTorch does not have it; such"):
         convert("lm2_jax", "huggingface", ours, tmp_path / "theirs")
     assert not (tmp_path / "theirs").exists()
 

@@ -71,7 +71,6 @@ _MEMORY_KEYS = {
 }
 
 
-_ONLY_HERE = ("delta", "ntm")  # kinds that our modelling code does not have
 _START_BANKS = ("lm2", "official")  # kinds whose bank at a document's start our modelling code reads from a tensor
 
 
@@ -271,10 +270,9 @@ def lm2_settings(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
 
 
 def _check_code(checkpoint: Checkpoint) -> None:
-    kind = checkpoint.config.memory.kind
-    if kind in _ONLY_HERE:
+    if checkpoint.config.memory.kind == "ntm":
         raise UserError(
-            f"memory.kind {kind}: our modelling code in PyTorch does not have it; such a model stays in lm2_jax, which "
+            "memory.kind ntm: our modelling code in PyTorch does not have it; such a model stays in lm2_jax, which "
             "trains, evaluates and generates with it"
         )
 

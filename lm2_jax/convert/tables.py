@@ -176,7 +176,12 @@ CAN_BE_ADDED = {*_CONVOLUTION, *_LM2_MEMORY}
 STARTS_AT_ZERO = ("memory/read_output", "conv/kernel")
 
 
-_ARMT_MEMORY = {"memory/beta": _linear("beta_proj"), "memory/beta_bias": Rule("beta_bias")}  # the others as official
+# Kinds armt and delta, besides query, key and value, which are named as in the official code
+_LATER_MEMORIES = {
+    **{f"memory/{name}": _linear(f"{name}_proj") for name in ("beta", "decay", "gate", "output")},
+    **{f"memory/{name}": Rule(name) for name in ("beta_bias", "decay_bias", "decay_rate_bias")},
+    "memory/output_norm": Rule("output_norm.weight"),
+}
 
 
 def _as_one_tensor(rule: Rule) -> Rule:
@@ -192,7 +197,7 @@ def lm2(tied: bool) -> Table:
             **_llama(tied),
             **_in_blocks(_CONVOLUTION),
             **_in_blocks(_LM2_MEMORY, "memory."),
-            **_in_blocks(official_memory | _ARMT_MEMORY, "memory."),
+            **_in_blocks(official_memory | _LATER_MEMORIES, "memory."),
             "memory_tokens": Rule("model.start_memory.tokens"),
         }
     )

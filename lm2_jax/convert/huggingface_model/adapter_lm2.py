@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from .configuration_lm2 import LM2Config
@@ -32,11 +33,14 @@ def read_adapter(adapter: str) -> tuple[LM2Config, dict[str, object], State]:
     return config, settings, tensors
 
 
-def put_onto(base: State, adapter: State, settings: Mapping[str, object], shapes: Mapping[str, torch.Size]) -> State:
-    """The tensors of the whole model, which has `shapes`. Raises ValueError, naming everything that does not fit."""
+def put_onto(whole: PreTrainedModel, base: PreTrainedModel, adapter: State, settings: Mapping[str, object]) -> State:
+    """The tensors of the whole model, which may be empty. Raises ValueError, naming everything that does not fit."""
+    shapes, theirs = {name: tensor.shape for name, tensor in whole.state_dict().items()}, base.state_dict()
+    if whole.config.tie_word_embeddings and base.config.tie_word_embeddings:
+        del shapes["lm_head.weight"], theirs["lm_head.weight"]
     halves = {name: tensor for name, tensor in adapter.items() if ".lora_" in name}
     weights = {name: tensor for name, tensor in adapter.items() if name not in halves}
-    frozen = {name: tensor for name, tensor in base.items() if name not in weights}
+    frozen = {name: tensor for name, tensor in theirs.items() if name not in weights}
     state, additions = frozen | weights, {}
     for name in shapes:
         module = name.removesuffix(".weight")

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .configuration_lm2 import LM2Config
-from .layers_lm2 import linear
+from .layers_lm2 import ZeroGradients, linear
 from .rows_lm2 import Layout, replace_rows
 
 ORDERS = (1, 2, 3)  # of DPFP-3
+NUM_FEATURES = 2 * len(ORDERS)  # of each number of a key
 EPS = 1e-5
 
 
@@ -55,6 +56,8 @@ class AssociativeMemory(nn.Module):
 
     def forward(self, x_BQD: Tensor, bank: Tensor) -> Tensor:
         """Recalls for everything that enters the block. Returns what is added to x."""
+        if self.training:  # some only store
+            x_BQD = ZeroGradients.apply(x_BQD, *(p for p in self.parameters() if p.requires_grad))
         return recall(bank, features(self.query_proj(x_BQD)))[0].to(x_BQD.dtype)
 
     def store(self, y_BmD: Tensor, bank: Tensor, layout: Layout) -> Tensor:

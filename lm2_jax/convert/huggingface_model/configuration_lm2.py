@@ -11,7 +11,7 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 4):
 
 from transformers import PreTrainedConfig
 
-KINDS = ("lm2", "rmt", "armt", "none", "official")
+KINDS = ("lm2", "rmt", "armt", "delta", "none", "official")
 GATES = ("convex", "independent")
 WRITES = ("dense", "top_k")
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -24,9 +24,9 @@ class LM2Config(PreTrainedConfig):
     """A Llama whose text is cut into segments, and the memory that links them.
 
     Kinds of memory: `lm2`, a bank of slots in each of `memory_layers` blocks; `rmt`, memory tokens around every
-    segment; `armt`, memory tokens after every segment, from which each of those blocks stores associations; `none`;
-    `official`, the published code's one bank through all blocks, for which hidden_size, segment_length and
-    memory_slots are one number.
+    segment; `armt`, memory tokens after every segment, from which each of those blocks stores associations; `delta`,
+    heads in each of those blocks that carry a matrix over the whole text; `none`; `official`, the published code's one
+    bank through all blocks, for which hidden_size, segment_length and memory_slots are one number.
     """
 
     model_type = "lm2"
@@ -52,10 +52,10 @@ class LM2Config(PreTrainedConfig):
     # The memory
     memory_kind: str = "lm2"
     memory_slots: int = 16  # N slots of a bank; rmt, armt: memory tokens
-    memory_width: int | None = None  # M of a slot, armt: of a key; None: hidden_size
-    memory_heads: int = 4  # of the read and of the write attention
-    memory_first_layer: int = 0  # lm2, armt: the first block, counted from 0, that has a bank
-    memory_layers: int | None = None  # lm2, armt: number of blocks, from that one on, that have a bank; None: all
+    memory_width: int | None = None  # M of a slot; armt, delta: of keys; None: hidden_size
+    memory_heads: int = 4  # of the read and of the write attention; delta: with a matrix each
+    memory_first_layer: int = 0  # the first block, counted from 0, that has a bank (lm2, armt, delta)
+    memory_layers: int | None = None  # number of blocks, from that one on, that have a bank; None: all
     memory_gates: str = "convex"  # g_in = 1 - g_f, or "independent"
     memory_write: str = "dense"  # lm2: every token may write every slot; top_k: the best ones, says a router
     memory_write_slots: int = 2  # of them for each token
@@ -102,11 +102,11 @@ class LM2Config(PreTrainedConfig):
             checks += [("sinks", 0 <= self.sinks < self.window, "at least 0 and below the window")]
             reaches = self.max_distance is None or self.max_distance >= self.window - 1
             checks += [("max_distance", reaches, "at least window - 1")]
-        if kind in ("lm2", "armt"):
+        if kind in ("lm2", "armt", "delta"):
             above = self.num_hidden_layers - self.memory_first_layer
             checks += [("memory_first_layer", self.memory_first_layer >= 0, "at least 0")]
             checks += [("memory_layers", 1 <= self.memory_layers <= above, "1 to the number of blocks from the first")]
-        if kind in ("lm2", "official"):
+        if kind in ("lm2", "delta", "official"):
             widths, wanted = ("hidden_size", "memory_width"), f"a multiple of memory_heads ({self.memory_heads})"
             checks += [(key, getattr(self, key) % self.memory_heads == 0, wanted) for key in widths]
         if kind == "official":
@@ -117,7 +117,7 @@ class LM2Config(PreTrainedConfig):
 
     @property
     def bank_layers(self) -> range:
-        """lm2, armt: the blocks that have a bank."""
+        """The blocks that have a bank (lm2, armt, delta)."""
         return range(self.memory_first_layer, self.memory_first_layer + self.memory_layers)
 
     def _refuse(self, checks: list[tuple[str, bool, str]]) -> None:

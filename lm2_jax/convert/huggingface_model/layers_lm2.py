@@ -5,6 +5,8 @@ Axes: B rows, Q new entries of a row, C those with the ones that they look back 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
@@ -17,6 +19,21 @@ from .rows_lm2 import Layout, replace_rows
 def linear(inputs: int, outputs: int) -> nn.Linear:
     """A matrix without bias."""
     return nn.Linear(inputs, outputs, bias=False)
+
+
+class ZeroGradients(torch.autograd.Function):
+    """x unchanged; in the backward pass, gradients of zero for parameters that took no part, which DDP waits for."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        """Returns x."""
+        ctx.save_for_backward(*parameters)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        """Returns x's gradient and a zero for each parameter."""
+        return gradient, *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
 
 
 class LM2RMSNorm(nn.Module):

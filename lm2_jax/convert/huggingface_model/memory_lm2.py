@@ -1,4 +1,4 @@
-"""Memory of every kind: how a block reads and writes its bank, and what memory is at a text's start.
+"""Memory: how a block of lm2 and of official reads and writes its bank, and what any kind starts from.
 
 Axes: B rows, Q new entries of a row, K slots or entries that are attended to, T tokens of a whole segment,
 D hidden size, N memory slots, M slot width, R some of the rows.
@@ -13,8 +13,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from .associative_lm2 import NUM_FEATURES, AssociativeMemory
 from .configuration_lm2 import LM2Config
-from .layers_lm2 import LM2RMSNorm, linear
+from .delta_lm2 import DeltaMemory
+from .layers_lm2 import LM2RMSNorm, ZeroGradients, linear
 from .rows_lm2 import Layout, replace_rows
 
 
@@ -22,21 +24,6 @@ def attend(q_BQM: Tensor, k_BKM: Tensor, v_BKM: Tensor, num_heads: int, **option
     """Multi-head attention without projections, [B,Q,M]; options of scaled_dot_product_attention."""
     q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q_BQM, k_BKM, v_BKM))
     return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2).flatten(2)
-
-
-class ZeroGradients(torch.autograd.Function):
-    """x unchanged; in the backward pass, gradients of zero for parameters that took no part, which DDP waits for."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
-        """Returns x."""
-        ctx.save_for_backward(*parameters)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
-        """Returns x's gradient and a zero for each parameter."""
-        return gradient, *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
 
 
 class BankMemory(nn.Module):
@@ -230,8 +217,14 @@ class OfficialMemory(nn.Module):
         return bank.to(a_BTD.dtype), inputs, bank, *unused
 
 
+BANKS = {"lm2": BankMemory, "armt": AssociativeMemory, "delta": DeltaMemory}  # the kinds with a bank in each block
+
+
 class LM2StartMemory(nn.Module):
-    """Memory at a text's start: lm2's fixed bank [N,M], official's [rows,N,N], or learned tokens [N,D] (rmt, armt)."""
+    """Memory at a text's start: lm2's fixed bank [N,M], official's banks [rows,N,N], or zeros (armt, delta).
+
+    Learned memory tokens [N,D], too: those that rmt starts from, and those that armt has after every segment.
+    """
 
     def __init__(self, config: LM2Config) -> None:
         super().__init__()
@@ -239,7 +232,7 @@ class LM2StartMemory(nn.Module):
         N, M = config.memory_slots, config.memory_width
         if config.memory_kind in ("rmt", "armt"):
             self.tokens = nn.Parameter(torch.empty(N, config.hidden_size))
-        else:
+        if config.memory_kind in ("lm2", "official"):
             shape = (config.memory_rows, N, N) if config.memory_kind == "official" else (N, M)
             self.register_buffer("bank", torch.empty(shape, dtype=torch.float32))
         self.reset_parameters()
@@ -249,18 +242,24 @@ class LM2StartMemory(nn.Module):
 
         Exported models carry lm2_jax's own rows instead.
         """
-        if self.config.memory_kind in ("rmt", "armt"):
+        if "tokens" in self._parameters:
             init.normal_(self.tokens, std=self.config.initializer_range)
-            return
-        N, M = self.bank.shape[-2:]
-        extra_NM = torch.randn(max(N - M, 0), M, generator=torch.Generator().manual_seed(0))
-        start_NM = torch.cat([torch.eye(min(N, M), M), F.normalize(extra_NM, dim=-1)])
-        init.copy_(self.bank, start_NM.expand_as(self.bank))
+        if "bank" in self._buffers:
+            N, M = self.bank.shape[-2:]
+            extra_NM = torch.randn(max(N - M, 0), M, generator=torch.Generator().manual_seed(0))
+            start_NM = torch.cat([torch.eye(min(N, M), M), F.normalize(extra_NM, dim=-1)])
+            init.copy_(self.bank, start_NM.expand_as(self.bank))
 
-    def forward(self, rows: int) -> Tensor:
-        """Memory of as many rows [B,N,_]; a bank in float32. Raises ValueError if it was kept for other rows."""
-        if self.config.memory_kind in ("rmt", "armt"):
+    def forward(self, rows: int, device: torch.device) -> Tensor:
+        """Memory of as many rows [B,...]; a bank in float32. Raises ValueError if it was kept for other rows."""
+        c = self.config
+        if c.memory_kind == "rmt":
             return self.tokens.expand(rows, -1, -1)
+        if c.memory_kind == "armt":
+            return torch.zeros(rows, NUM_FEATURES * c.memory_width, c.hidden_size + 1, device=device)
+        if c.memory_kind == "delta":
+            H = c.memory_heads
+            return torch.zeros(rows, H, c.memory_width // H, c.hidden_size // H, device=device)
         if self.bank.dim() == 3 and len(self.bank) not in (1, rows):
             raise ValueError(f"the start memory of this model has {len(self.bank)} rows, but the input has {rows}")
         return self.bank.float().expand(rows, -1, -1)

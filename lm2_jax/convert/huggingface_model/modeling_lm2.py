@@ -23,11 +23,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 
 from .adapter_lm2 import put_onto, read_adapter
-from .associative_lm2 import ORDERS, AssociativeMemory
+from .associative_lm2 import AssociativeMemory
 from .attention_lm2 import LM2Attention, LM2WindowAttention, rotation, window_layout
 from .configuration_lm2 import LM2Config
-from .layers_lm2 import LM2MLP, LM2Conv, LM2RMSNorm, linear
-from .memory_lm2 import BankMemory, LM2StartMemory, OfficialGates, OfficialMemory, ZeroGradients
+from .layers_lm2 import LM2MLP, LM2Conv, LM2RMSNorm, ZeroGradients, linear
+from .memory_lm2 import BANKS, LM2StartMemory, OfficialGates, OfficialMemory
 from .rows_lm2 import (
     ALL,
     Block,
@@ -58,10 +58,8 @@ class LM2Layer(GradientCheckpointingLayer):
         self.input_layernorm = LM2RMSNorm(D, eps)
         self.self_attn = (LM2Attention if config.window is None else LM2WindowAttention)(config)
         self.memory = None
-        if config.memory_kind == "lm2" and index in config.bank_layers:
-            self.memory = BankMemory(config)
-        if config.memory_kind == "armt" and index in config.bank_layers:
-            self.memory = AssociativeMemory(config)
+        if config.memory_kind in BANKS and index in config.bank_layers:
+            self.memory = BANKS[config.memory_kind](config)
         if config.memory_kind == "official":
             self.memory = OfficialMemory(config)
         self.post_attention_layernorm = LM2RMSNorm(D, eps)
@@ -101,7 +99,7 @@ class LM2PreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # matrices and embeddings normal, norms 1, biases 0
-        if isinstance(module, (LM2Conv, BankMemory, AssociativeMemory, OfficialGates, OfficialMemory, LM2StartMemory)):
+        if isinstance(module, (LM2Conv, *BANKS.values(), OfficialGates, OfficialMemory, LM2StartMemory)):
             module.reset_parameters()
 
 
@@ -199,14 +197,11 @@ class LM2Model(LM2PreTrainedModel):
             cache.read = [0 if is_fresh else n for is_fresh, n in zip(texts.fresh, read, strict=True)]
         if self.start_memory is None:
             return
-        start_RNM = self.start_memory(texts.rows)[fresh]
-        if self.config.memory_kind == "armt":
-            features = 2 * len(ORDERS) * self.config.memory_width
-            start_RNM = start_RNM.new_zeros(len(start_RNM), features, self.config.hidden_size + 1, dtype=torch.float32)
+        start_RNM = self.start_memory(texts.rows, x_BCD.device)[fresh]
         if self.num_front_tokens:
             cache.memory = replace_rows(cache.memory, fresh, start_RNM.to(x_BCD.dtype))
             return
-        for index in self.config.bank_layers if self.config.memory_kind in ("lm2", "armt") else (0,):
+        for index in self.config.bank_layers if self.config.memory_kind in BANKS else (0,):
             block = cache.blocks[index]
             cache.blocks[index] = block._replace(bank=replace_rows(block.bank, fresh, start_RNM))
 
@@ -225,15 +220,14 @@ class LM2Model(LM2PreTrainedModel):
         entries = [h + front for h in run.held]
 
         if back and writes is not None:  # memory tokens after the segment, from which blocks store
-            tokens_BmD = cache.memory if front else self.start_memory(cache.rows).to(x_BQD.dtype)
+            tokens_BmD = cache.memory if front else self.start_memory.tokens.expand(cache.rows, -1, -1).to(x_BQD)
             after = run._replace(held=entries, take=[back * full for full in is_full])
             layout = self._layout(tokens_BmD, cache, after, writes=writes, linked=False)
             (after_BmD,) = self._run_layers(tokens_BmD, layout, cache)
             if front:  # rmt's next memory is what the last block makes of them
                 cache.memory = replace_rows(cache.memory, writes, after_BmD[writes])
         elif back and not front and self.training:
-            unused = (p for name, p in self.named_parameters() if ".memory." in name or "start_memory" in name)
-            x_BQD = ZeroGradients.apply(x_BQD, *(p for p in unused if p.requires_grad))
+            x_BQD = ZeroGradients.apply(x_BQD, self.start_memory.tokens)
         if isinstance(opens, slice):
             cache.blocks = [self._after_segment(block) for block in cache.blocks]
         entries = [0 if new else n for n, new in zip(entries, is_new, strict=True)]
@@ -397,13 +391,9 @@ class LM2ForCausalLM(LM2PreTrainedModel, GenerationMixin):
         config, settings, tensors = read_adapter(adapter)
         llama = AutoModelForCausalLM.from_pretrained(base, dtype="auto") if isinstance(base, str) else base
         with torch.device("meta"):
-            shapes = {name: tensor.shape for name, tensor in cls(config).state_dict().items()}
-        weights = llama.state_dict()
-        if config.tie_word_embeddings and llama.config.tie_word_embeddings:
-            del shapes["lm_head.weight"], weights["lm_head.weight"]
-        model = cls.from_pretrained(
-            None, config=config, state_dict=put_onto(weights, tensors, settings, shapes), **kwargs
-        )
+            whole = cls(config)
+        state = put_onto(whole, llama, tensors, settings)
+        model = cls.from_pretrained(None, config=config, state_dict=state, **kwargs)
         model.generation_config = llama.generation_config
         return model
 

@@ -29,7 +29,7 @@ class Block(NamedTuple):
       edge_keys, edge_values: with a window, those of sinks and of tokens before the segment (attention_lm2.py).
       tail: what the convolution looks back on [B,W-1,D].
       inputs: the entries' normalised inputs [B,L,D], from which the bank will be written.
-      bank: as the segments before left it, float32 [B,N,M]; armt: associations (associative_lm2.py).
+      bank: as the segments before left it, float32 [B,N,M]; armt and delta: of their own shapes.
       bank_keys, bank_values: its read projections [B,N,D], the same for a whole segment.
     """
 
