@@ -54,8 +54,13 @@ class AssociativeMemory(nn.Module):
         init.zeros_(self.value_proj.weight)
         init.zeros_(self.beta_bias)
 
-    def forward(self, x_BQD: Tensor, bank: Tensor) -> Tensor:
-        """Recalls for everything that enters the block. Returns what is added to x."""
+    def forward(self, x_BQD: Tensor, bank: Tensor, stores: Layout | None = None) -> Tensor:
+        """Recalls for everything that enters the block, and returns what is added to x; or stores, and returns banks.
+
+        Hooks that bring weights see one call as the other.
+        """
+        if stores is not None:
+            return self.store(x_BQD, bank, stores)
         if self.training:  # some only store
             x_BQD = ZeroGradients.apply(x_BQD, *(p for p in self.parameters() if p.requires_grad))
         return recall(bank, features(self.query_proj(x_BQD)))[0].to(x_BQD.dtype)

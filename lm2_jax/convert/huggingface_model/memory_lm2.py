@@ -221,18 +221,18 @@ BANKS = {"lm2": BankMemory, "armt": AssociativeMemory, "delta": DeltaMemory}  # 
 
 
 class LM2StartMemory(nn.Module):
-    """Memory at a text's start: lm2's fixed bank [N,M], official's banks [rows,N,N], or zeros (armt, delta).
+    """Memory at a text's start: lm2's fixed bank [N,M], official's banks [rows,N,N], or rmt's learned tokens [N,D].
 
-    Learned memory tokens [N,D], too: those that rmt starts from, and those that armt has after every segment.
+    Kind armt has learned tokens, too, which stand after every segment.
     """
 
     def __init__(self, config: LM2Config) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.has_tokens = config, config.memory_kind in ("rmt", "armt")
         N, M = config.memory_slots, config.memory_width
-        if config.memory_kind in ("rmt", "armt"):
+        if self.has_tokens:
             self.tokens = nn.Parameter(torch.empty(N, config.hidden_size))
-        if config.memory_kind in ("lm2", "official"):
+        else:
             shape = (config.memory_rows, N, N) if config.memory_kind == "official" else (N, M)
             self.register_buffer("bank", torch.empty(shape, dtype=torch.float32))
         self.reset_parameters()
@@ -242,24 +242,28 @@ class LM2StartMemory(nn.Module):
 
         Exported models carry lm2_jax's own rows instead.
         """
-        if "tokens" in self._parameters:
+        if self.has_tokens:
             init.normal_(self.tokens, std=self.config.initializer_range)
-        if "bank" in self._buffers:
-            N, M = self.bank.shape[-2:]
-            extra_NM = torch.randn(max(N - M, 0), M, generator=torch.Generator().manual_seed(0))
-            start_NM = torch.cat([torch.eye(min(N, M), M), F.normalize(extra_NM, dim=-1)])
-            init.copy_(self.bank, start_NM.expand_as(self.bank))
+            return
+        N, M = self.bank.shape[-2:]
+        extra_NM = torch.randn(max(N - M, 0), M, generator=torch.Generator().manual_seed(0))
+        start_NM = torch.cat([torch.eye(min(N, M), M), F.normalize(extra_NM, dim=-1)])
+        init.copy_(self.bank, start_NM.expand_as(self.bank))
 
-    def forward(self, rows: int, device: torch.device) -> Tensor:
-        """Memory of as many rows [B,...]; a bank in float32. Raises ValueError if it was kept for other rows."""
-        c = self.config
-        if c.memory_kind == "rmt":
+    def forward(self, rows: int) -> Tensor:
+        """Memory of as many rows [B,N,_]; a bank in float32. Raises ValueError if it was kept for other rows."""
+        if self.has_tokens:
             return self.tokens.expand(rows, -1, -1)
-        if c.memory_kind == "armt":
-            return torch.zeros(rows, NUM_FEATURES * c.memory_width, c.hidden_size + 1, device=device)
-        if c.memory_kind == "delta":
-            H = c.memory_heads
-            return torch.zeros(rows, H, c.memory_width // H, c.hidden_size // H, device=device)
         if self.bank.dim() == 3 and len(self.bank) not in (1, rows):
             raise ValueError(f"the start memory of this model has {len(self.bank)} rows, but the input has {rows}")
         return self.bank.float().expand(rows, -1, -1)
+
+
+def memory_at_start(config: LM2Config, start: LM2StartMemory | None, rows: int, device: torch.device) -> Tensor:
+    """Memory of `rows` texts that begin, [B,...]: what the model holds, or zeros for armt's and delta's banks."""
+    if config.memory_kind == "armt":
+        return torch.zeros(rows, NUM_FEATURES * config.memory_width, config.hidden_size + 1, device=device)
+    if config.memory_kind == "delta":
+        H = config.memory_heads
+        return torch.zeros(rows, H, config.memory_width // H, config.hidden_size // H, device=device)
+    return start(rows)

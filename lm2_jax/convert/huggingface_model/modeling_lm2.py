@@ -27,7 +27,7 @@ from .associative_lm2 import AssociativeMemory
 from .attention_lm2 import LM2Attention, LM2WindowAttention, rotation, window_layout
 from .configuration_lm2 import LM2Config
 from .layers_lm2 import LM2MLP, LM2Conv, LM2RMSNorm, ZeroGradients, linear
-from .memory_lm2 import BANKS, LM2StartMemory, OfficialGates, OfficialMemory
+from .memory_lm2 import BANKS, LM2StartMemory, OfficialGates, OfficialMemory, memory_at_start
 from .rows_lm2 import (
     ALL,
     Block,
@@ -57,11 +57,8 @@ class LM2Layer(GradientCheckpointingLayer):
         self.conv = LM2Conv(config) if config.conv_width else None
         self.input_layernorm = LM2RMSNorm(D, eps)
         self.self_attn = (LM2Attention if config.window is None else LM2WindowAttention)(config)
-        self.memory = None
-        if config.memory_kind in BANKS and index in config.bank_layers:
-            self.memory = BANKS[config.memory_kind](config)
-        if config.memory_kind == "official":
-            self.memory = OfficialMemory(config)
+        kind = BANKS.get(config.memory_kind) if index in config.bank_layers else None
+        self.memory = kind(config) if kind else OfficialMemory(config) if config.memory_kind == "official" else None
         self.post_attention_layernorm = LM2RMSNorm(D, eps)
         self.mlp = LM2MLP(config)
 
@@ -82,7 +79,7 @@ class LM2Layer(GradientCheckpointingLayer):
             x_BQD = x_BQD + y_BQD
         x_BQD = x_BQD + self.mlp(self.post_attention_layernorm(x_BQD))
         if associates and layout.writes is not None and not layout.linked:
-            memory[1] = self.memory.store(x_BQD, memory[1], layout)
+            memory[1] = self.memory(x_BQD, memory[1], layout)
         return x_BQD, *attention, tail, *memory
 
 
@@ -109,7 +106,7 @@ class LM2Model(LM2PreTrainedModel):
     def __init__(self, config: LM2Config) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.start_memory = LM2StartMemory(config) if config.memory_kind != "none" else None
+        self.start_memory = LM2StartMemory(config) if config.memory_kind not in ("delta", "none") else None
         if config.memory_kind in ("lm2", "official"):
             self._keep_in_fp32_modules_strict = ["start_memory.bank"]
         self.layers = nn.ModuleList(LM2Layer(config, index) for index in range(config.num_hidden_layers))
@@ -195,13 +192,14 @@ class LM2Model(LM2PreTrainedModel):
         else:
             read = cache.read * (texts.rows // len(cache.read))
             cache.read = [0 if is_fresh else n for is_fresh, n in zip(texts.fresh, read, strict=True)]
-        if self.start_memory is None:
+        kind = self.config.memory_kind
+        if kind == "none":
             return
-        start_RNM = self.start_memory(texts.rows, x_BCD.device)[fresh]
+        start_RNM = memory_at_start(self.config, self.start_memory, texts.rows, x_BCD.device)[fresh]
         if self.num_front_tokens:
             cache.memory = replace_rows(cache.memory, fresh, start_RNM.to(x_BCD.dtype))
             return
-        for index in self.config.bank_layers if self.config.memory_kind in BANKS else (0,):
+        for index in self.config.bank_layers if kind in BANKS else (0,):
             block = cache.blocks[index]
             cache.blocks[index] = block._replace(bank=replace_rows(block.bank, fresh, start_RNM))
 
@@ -220,14 +218,14 @@ class LM2Model(LM2PreTrainedModel):
         entries = [h + front for h in run.held]
 
         if back and writes is not None:  # memory tokens after the segment, from which blocks store
-            tokens_BmD = cache.memory if front else self.start_memory.tokens.expand(cache.rows, -1, -1).to(x_BQD)
+            tokens_BmD = cache.memory if front else self.start_memory(cache.rows).to(x_BQD.dtype)
             after = run._replace(held=entries, take=[back * full for full in is_full])
             layout = self._layout(tokens_BmD, cache, after, writes=writes, linked=False)
             (after_BmD,) = self._run_layers(tokens_BmD, layout, cache)
             if front:  # rmt's next memory is what the last block makes of them
                 cache.memory = replace_rows(cache.memory, writes, after_BmD[writes])
         elif back and not front and self.training:
-            x_BQD = ZeroGradients.apply(x_BQD, self.start_memory.tokens)
+            x_BQD = ZeroGradients.apply(x_BQD, self.start_memory(1))
         if isinstance(opens, slice):
             cache.blocks = [self._after_segment(block) for block in cache.blocks]
         entries = [0 if new else n for n, new in zip(entries, is_new, strict=True)]
