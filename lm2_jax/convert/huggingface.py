@@ -47,6 +47,7 @@ from lm2_jax.convert.tables import (
 from lm2_jax.convert.tensors import Tensor, open_tensors, write_tensors
 from lm2_jax.convert.tokenizer_files import special_ids, write_generation, write_tokenizer
 from lm2_jax.model import build_model
+from lm2_jax.model.lora import is_addition
 from lm2_jax.tokenizer import Origin
 
 _CODE = Path(__file__).parent / "huggingface_model"
@@ -69,8 +70,6 @@ _MEMORY_KEYS = {
     "memory_write_slots": "write_slots",
     "memory_dropout": "dropout",
 }
-
-
 _START_BANKS = ("lm2", "official")  # kinds whose bank at a document's start our modelling code reads from a tensor
 
 
@@ -270,10 +269,12 @@ def lm2_settings(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
 
 
 def _check_code(checkpoint: Checkpoint) -> None:
-    if checkpoint.config.memory.kind == "ntm":
+    rules = lm2(checkpoint.config.model.tie_embeddings).rules
+    missing = sorted({table_key(path) for path in checkpoint.params if not is_addition(path)} - rules.keys())
+    if missing:
         raise UserError(
-            "memory.kind ntm: our modelling code in PyTorch does not have it; such a model stays in lm2_jax, which "
-            "trains, evaluates and generates with it"
+            f"memory.kind {checkpoint.config.memory.kind}: our modelling code in PyTorch has no {', '.join(missing)}; "
+            "such a model stays in lm2_jax, which trains, evaluates and generates with it"
         )
 
 

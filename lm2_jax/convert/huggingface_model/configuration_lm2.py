@@ -106,6 +106,8 @@ class LM2Config(PreTrainedConfig):
             above = self.num_hidden_layers - self.memory_first_layer
             checks += [("memory_first_layer", self.memory_first_layer >= 0, "at least 0")]
             checks += [("memory_layers", 1 <= self.memory_layers <= above, "1 to the number of blocks from the first")]
+        if kind == "lm2" and self.memory_write == "top_k":
+            checks += [("memory_write_slots", self.memory_write_slots <= self.memory_slots, "at most memory_slots")]
         if kind in ("lm2", "delta", "official"):
             widths, wanted = ("hidden_size", "memory_width"), f"a multiple of memory_heads ({self.memory_heads})"
             checks += [(key, getattr(self, key) % self.memory_heads == 0, wanted) for key in widths]
