@@ -153,10 +153,13 @@ class MemoryConfig(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # official: of its memory attention; published code: 0.9
 
 
+StoryTasks = Annotated[tuple[Literal["qa1", "qa2", "qa3", "qa4", "qa5", "niah"], ...], Field(min_length=1)]
+
+
 class StoriesConfig(Section):
     """bAbI-style question stories scattered among background sentences (data.source: stories)."""
 
-    tasks: Annotated[tuple[Literal["qa1", "qa2", "qa3", "qa4", "qa5"], ...], Field(min_length=1)] = ("qa1",)  # bAbI
+    tasks: StoryTasks = ("qa1",)  # of bAbI; niah alone: a needle in a passage that repeats (RULER's S-NIAH-1)
     facts: tuple[PositiveInt, PositiveInt] = (1, 10)  # fewest and most statements of a generated story
     questions_between: tuple[NonNegativeInt, NonNegativeInt] = (0, 3)  # fewest and most questions inside a story
     questions_after: tuple[PositiveInt, PositiveInt] = (1, 4)  # fewest and most questions at a story's end

@@ -40,6 +40,8 @@ _WORDS = {slot: tuple(word.replace("_", " ") for word in words.split()) for slot
 _GRAMMAR = tuple(tuple(_WORDS.get(part, (part,)) for part in template.split()) for template in _TEMPLATES)
 _MOST_PARTS = max(map(len, _GRAMMAR))
 
+NOUNS, ADJECTIVES = _WORDS["NOUN"], _WORDS["ADJECTIVE"]
+
 BACKGROUND_LEXICON: tuple[str, ...] = tuple(
     sorted({".", *(word for template in _GRAMMAR for part in template for words in part for word in words.split())})
 )

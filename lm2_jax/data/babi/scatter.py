@@ -16,6 +16,7 @@ import numpy as np
 from lm2_jax.common.errors import UserError
 from lm2_jax.data.babi.background import BookBackground, builtin_sentences
 from lm2_jax.data.babi.files import Line, Question, Statement, Story
+from lm2_jax.data.babi.needle import repeated_passage
 from lm2_jax.data.documents import Document
 from lm2_jax.tokenizer import Tokenizer
 
@@ -43,6 +44,7 @@ class Scatterer:
         there is background to move before them; None: segments end anywhere.
       gap: tokens of background, or all there are, between the last statement and the questions after it; statements
         that segment_length moves may take some of them.
+      repeats: without files, one passage again and again instead of sentences that vary.
 
     Attributes:
       budget: as given.
@@ -56,11 +58,13 @@ class Scatterer:
         background: Sequence[str] | None = None,
         segment_length: int | None = None,
         gap: int = 0,
+        repeats: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         self._segment_length = segment_length
         self._gap = gap
-        self._sentences = BookBackground(background).sentences if background else builtin_sentences
+        own = repeated_passage if repeats else builtin_sentences
+        self._sentences = BookBackground(background).sentences if background else own
         self._begin = [Sentence([id]) for id in tokenizer.special.prefix_ids]
         self._end = [Sentence([id]) for id in (tokenizer.special.eos_id,) if id is not None]
         self._encoded: dict[tuple[Line, str], Sentence] = {}  # stories repeat their few different lines

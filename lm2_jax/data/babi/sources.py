@@ -13,11 +13,13 @@ from lm2_jax.common.errors import UserError
 from lm2_jax.common.files import expand_paths
 from lm2_jax.config import DataConfig, StoriesConfig
 from lm2_jax.data.babi.files import Story, is_held_out, question_samples, read_babi
+from lm2_jax.data.babi.needle import needle_story
 from lm2_jax.data.babi.scatter import Scatterer
 from lm2_jax.data.babi.world import Task, generate_story
 from lm2_jax.data.documents import Document, DocumentSource
 from lm2_jax.tokenizer import Tokenizer
 
+StoryTask = Task | Literal["niah"]
 _MAX_ATTEMPTS = 5000  # stories made up for one document before the budget is called too small
 
 
@@ -85,7 +87,7 @@ class _Documents(DocumentSource):
             f"held_out={self.held_out}, documents={self.count})"
         )
 
-    def _make_up(self, task: Task, rng: np.random.Generator) -> Story:
+    def _make_up(self, task: StoryTask, rng: np.random.Generator) -> Story:
         """Makes up a story on the wanted side of the split; one that is too long is made again with fewer lines."""
         config, room = self.config, self.scatterer.room
         ranges = (config.facts, config.questions_between, config.questions_after)
@@ -94,12 +96,12 @@ class _Documents(DocumentSource):
             facts, between, after = (
                 low + int(draw * (high + 1 - low)) for (low, high), draw in zip(ranges, draws, strict=True)
             )
-            story = generate_story(task, rng, facts, between, after, config.tasks)
+            story = _story(config, task, rng, facts, between, after)
             while (length := self.scatterer.length(story)) > room and (facts, between, after) != (1, 0, 1):
                 facts, between, after = (
                     max(least, count * room // length) for least, count in ((1, facts), (0, between), (1, after))
                 )
-                story = generate_story(task, rng, facts, between, after, config.tasks)
+                story = _story(config, task, rng, facts, between, after)
             if length <= room and is_held_out(story) == self.held_out:
                 return story
         raise UserError(
@@ -138,8 +140,7 @@ class StorySource(_Documents):
         held_out: bool,
         segment_length: int | None = None,
     ) -> None:
-        whole = segment_length if data.stories.whole_lines else None
-        scatterer = Scatterer(tokenizer, budget, data.background, whole, data.stories.gap)
+        scatterer = _scatterer(data, tokenizer, budget, segment_length, data.stories.gap)
         stories = None
         if held_out and data.validation_path:
             stories = _fitting(StoryFiles(data.validation_path, "data.validation_path"), scatterer)
@@ -177,7 +178,7 @@ class QuestionSource(_Documents):
         files: StoryFiles | None = None,
         segment_length: int | None = None,
     ) -> None:
-        scatterer = Scatterer(tokenizer, budget, data.background, segment_length if data.stories.whole_lines else None)
+        scatterer = _scatterer(data, tokenizer, budget, segment_length)
         samples = None
         if files:
             every = [sample for story in files.read() for sample in question_samples(story)]
@@ -188,6 +189,23 @@ class QuestionSource(_Documents):
             count = len(samples)
         one_question = data.stories.model_copy(update={"questions_between": (0, 0), "questions_after": (1, 1)})
         super().__init__(scatterer, one_question, seed=seed, held_out=True, count=count, stories=samples)
+
+
+def _scatterer(
+    data: DataConfig, tokenizer: Tokenizer, budget: int | None, segment_length: int | None, gap: int = 0
+) -> Scatterer:
+    stories = data.stories
+    whole, repeats = segment_length if stories.whole_lines else None, set(stories.tasks) == {"niah"}
+    return Scatterer(tokenizer, budget, data.background, whole, gap, repeats)
+
+
+def _story(
+    config: StoriesConfig, task: StoryTask, rng: np.random.Generator, facts: int, between: int, after: int
+) -> Story:
+    if task == "niah":
+        return needle_story(rng)
+    asked_between = [other for other in config.tasks if other != "niah"]
+    return generate_story(task, rng, facts, between, after, asked_between)
 
 
 def _fitting(files: StoryFiles, scatterer: Scatterer) -> list[Story]:
