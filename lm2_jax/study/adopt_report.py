@@ -46,6 +46,7 @@ def _facts(results: Sequence[Result], output: Path) -> str:
     axis.axhline(1 / 6, color="gray", linewidth=0.8, linestyle=":")
     axis.set(xscale="log", xlabel="segments of context", ylabel="answers right (95% interval)", ylim=(0, 1.02))
     axis.set_xticks(segments, segments)
+    axis.minorticks_off()
     axis.legend(fontsize=7)
     figure.savefig(output / "facts.png", dpi=120, bbox_inches="tight")
     return "\n".join(["## Facts", "", *table(head, rows)])
