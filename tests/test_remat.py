@@ -49,8 +49,13 @@ def test_the_fastest_that_fits_is_compiled_for_once(compiled, tmp_path, capsys):
     assert best_policy(config, jax.devices(), V5E, print) == "full" and len(compiled) == 3
     compiled.seconds = {"none": None, "block": 1.0, "full": 2.0}
     assert best_policy(config, jax.devices(), CHIPS["v5p"], print) == "block" and len(compiled) == 6
-    (tmp_path / "cache" / "lm2_jax" / "remat.json").write_text("{")
+    file = tmp_path / "cache" / "lm2_jax" / "remat.json"
+    file.write_text("[]")
     assert best_policy(config, jax.devices(), V5E, print) == "block" and len(compiled) == 9
+    file.unlink()
+    file.mkdir()  # neither to be read nor to be written
+    assert best_policy(config, jax.devices(), V5E, print) == "block" and len(compiled) == 12
+    assert "cannot be written (" in capsys.readouterr().out
 
 
 def test_the_host_is_the_last_resort(compiled, tmp_path):
@@ -70,6 +75,10 @@ def test_a_run_keeps_its_choice(compiled, tmp_path, monkeypatch):
     config = config_of(tmp_path)
     assert with_remat(config, print).train.remat == "none" and config.spec.remat == "none"
     assert with_remat(replace(config, train={"remat": "block"}), print).train.remat == "block"
+    with monkeypatch.context() as patched:
+        patched.setattr(jax, "devices", lambda: [Device("tpu", "TPU v5 lite")])
+        patched.setattr(remat, "best_policy", lambda config, devices, chip, log: "full" if chip == V5E else "none")
+        assert with_remat(config, print).train.remat == "full"
     monkeypatch.setattr(jax, "devices", lambda: [Device("gpu", "H100")])
     with pytest.raises(UserError, match="auto knows the memory of v5e, v5p, v6e; found H100"):
         with_remat(config, print)

@@ -74,17 +74,17 @@ def with_remat(config: Config, log: Callable[[str], None]) -> Config:
 
 def best_policy(config: Config, devices: Sequence[Any], chip: Chip, log: Callable[[str], None]) -> str:
     """The best policy for a train step, remembered or found by compiling. Raises TrainingFailed if none fits."""
-    key, file = _key(config, devices, chip), _cache_file()
-    try:
-        remembered = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none yet, or no longer
-        remembered = {}
-    if key not in remembered:
+    key = _key(config, devices, chip)
+    remembered = _remembered()
+    if remembered.get(key) not in (*_POLICIES, _LAST_RESORT):
         tried = try_policies(config, devices, chip, log)
         log(table(tried, chip))
         remembered[key] = choose(tried)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(remembered, indent=1) + "\n")
+        try:
+            _cache_file().parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(_cache_file(), json.dumps(remembered, indent=1) + "\n")
+        except OSError as error:
+            log(f"{_cache_file()} cannot be written ({error.strerror}); another run will compile them again")
     log(f"train.remat: {remembered[key]}")
     return remembered[key]
 
@@ -139,6 +139,14 @@ def _key(config: Config, devices: Sequence[Any], chip: Chip) -> str:
 
 def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
+
+
+def _remembered() -> dict[str, str]:
+    try:
+        found = json.loads(_cache_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none yet, or no longer
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _cache_file() -> Path:

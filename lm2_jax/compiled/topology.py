@@ -33,10 +33,11 @@ _QUIET = {
 
 
 class Warnings:
-    """Warnings that libtpu wrote to its log."""
+    """Warnings that libtpu writes to its log from now on."""
 
     def __init__(self, directory: Path) -> None:
         self._directory, self._seen = directory, 0
+        self.involuntary_rematerialisations()  # those of programs that were compiled before
 
     def involuntary_rematerialisations(self) -> int:
         """Arrays, since the last call, that the partitioner could only move by making them whole on every chip."""

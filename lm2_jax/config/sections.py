@@ -163,7 +163,7 @@ class StoriesConfig(Section):
     facts: tuple[PositiveInt, PositiveInt] = (1, 10)  # fewest and most statements of a generated story
     questions_between: tuple[NonNegativeInt, NonNegativeInt] = (0, 3)  # fewest and most questions inside a story
     questions_after: tuple[PositiveInt, PositiveInt] = (1, 4)  # fewest and most questions at a story's end
-    gap: NonNegativeInt = 0  # tokens of background, if a document has as many, between the last statement and questions
+    gap: NonNegativeInt = 0  # in training: tokens of background, if there are as many, before the questions at the end
     whole_lines: bool = True  # pad with background so that, where enough is left, no line straddles two segments
     per_epoch: PositiveInt = 1_000_000  # generated stories that count as one epoch
 
@@ -315,7 +315,7 @@ class TrainConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"  # type of activations; parameters and banks are float32
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"  # type of the parameters that optim.train leaves out
     schedule: Literal["auto", "segment", "layer"] = "auto"  # order of the loops over segments and layers
-    remat: Remat = "none"  # recompute blocks, or segments too (full); offload: inputs on the host; auto: the fastest
+    remat: Remat = "none"  # recompute blocks, or segments (full); offload: inputs on the host; auto: fastest that fits
     unroll: PositiveInt = 1  # iterations a scan compiles as one: longer to compile, fewer buffer copies on CPU
     log_every: PositiveInt = 10  # steps between two lines of the log
     trackers: Trackers = ("tensorboard",)  # where metrics go, beside metrics.jsonl

@@ -82,24 +82,24 @@ class PersonContexts(Contexts):
 def make_contexts(config: Config, tokenizer: Tokenizer, segments: int, count: int) -> PersonContexts:
     """`count` contexts of `segments` segments. Raises UserError as `asked_stories` does."""
     rows = []
-    for story, starts, asked in itertools.islice(asked_stories(config, tokenizer, "qa1", segments), count):
+    for story, places, asked in itertools.islice(asked_stories(config, tokenizer, "qa1", segments), count):
         asked_about, last = story[-1].text.split()[-1].removesuffix("?"), 0
         person_ST = np.zeros((segments, config.trained_segment_length), np.int8)
-        for line, start in zip(story[:-1], starts, strict=True):
+        for line, place in zip(story[:-1], places, strict=True):
             name = line.text.split()[0]
-            person_ST.flat[start : start + len(tokenizer.encode(" " + line.text))] = 1 + PEOPLE.index(name)
+            person_ST.flat[place] = 1 + PEOPLE.index(name)
             if name == asked_about:
-                last = start
+                last = place.start
         rows.append((*asked, segments - 1 - last // config.trained_segment_length, person_ST))
     return PersonContexts(*map(np.array, zip(*rows, strict=True)))
 
 
 def asked_stories(
     config: Config, tokenizer: Tokenizer, task: str, segments: int, wanted: Callable[[Story], bool] = lambda story: True
-) -> Iterator[tuple[Story, list[int], tuple[Any, ...]]]:
+) -> Iterator[tuple[Story, list[slice], tuple[Any, ...]]]:
     """Held-out stories with one question at the end, in contexts of `segments` segments; the same ones every time.
 
-    With each: the index of every statement's first token, and the first three fields of its `Contexts`. Raises
+    With each: where every statement's tokens are, and the first three fields of its `Contexts`. Raises
     UserError if even the shortest story might not fit, or none is found.
     """
     T = config.trained_segment_length
@@ -119,19 +119,19 @@ def asked_stories(
             misses, document = 0, scatterer.scatter(story, rng)
             target = int(np.flatnonzero(document.answers)[0])
             asked = document.tokens[:-1].reshape(segments, T), document.tokens[target], (target - 1) % T
-            yield story, _statement_starts(document.tokens, story, tokenizer), asked
+            yield story, _statement_places(document.tokens, story, tokenizer), asked
     raise UserError(f"--segments {segments}: no story of {task} was found that fits; give more")
 
 
-def _statement_starts(tokens: np.ndarray, story: Story, tokenizer: Tokenizer) -> list[int]:
+def _statement_places(tokens: np.ndarray, story: Story, tokenizer: Tokenizer) -> list[slice]:
     """A text's first line stands there without the space in front, which not every tokenizer ignores."""
-    starts, end, text = [], 0, tokens.tolist()
+    places, end, text = [], 0, tokens.tolist()
     for line in story[:-1]:
         forms = [tokenizer.encode(space + line.text) for space in (" ", "")]
         start, ids = next((i, ids) for i in range(end, len(text)) for ids in forms if text[i : i + len(ids)] == ids)
-        starts.append(start)
         end = start + len(ids)
-    return starts
+        places.append(slice(start, end))
+    return places
 
 
 @dataclasses.dataclass(frozen=True)

@@ -79,9 +79,9 @@ def make_questions(config: Config, tokenizer: Tokenizer, segments: int, count: i
     """Held-out qa2 stories in contexts of `segments` segments. Raises UserError as `asked_stories` does."""
     rows = []
     stories = asked_stories(config, tokenizer, "qa2", segments, lambda story: two_hops(story) is not None)
-    for story, starts, asked in itertools.islice(stories, count):
+    for story, places, asked in itertools.islice(stories, count):
         hops = two_hops(story)
-        earlier, later = sorted(starts[i] // config.trained_segment_length for i in (hops.handled, hops.moved))
+        earlier, later = sorted(places[i].start // config.trained_segment_length for i in (hops.handled, hops.moved))
         (lure,) = tokenizer.encode(f" {hops.person_now}")
         rows.append((*asked, segments - 1 - later, lure, hops.fate, later - earlier))
     return Questions(*map(np.array, zip(*rows, strict=True)))

@@ -26,6 +26,12 @@ def attend(q_BQM: Tensor, k_BKM: Tensor, v_BKM: Tensor, num_heads: int, **option
     return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2).flatten(2)
 
 
+def log_share(share: Tensor, dtype: torch.dtype) -> Tensor:
+    """Its logarithm, for attention scores; very low where it is 0, but finite, as no token may write some slots."""
+    is_open = share > 0
+    return torch.where(is_open, torch.where(is_open, share, 1.0).log(), torch.finfo(dtype).min / 2).to(dtype)
+
+
 class BankMemory(nn.Module):
     """Kind `lm2`: one block's bank of slots, read by its tokens and rewritten once per segment (paper, section 2).
 
@@ -115,12 +121,7 @@ class BankMemory(nn.Module):
         # The update that tokens give
         q_RNM, k_RTM, v_RTM = self.write_query(slots_RNM), self.write_key(x_RTD), self.write_value(x_RTD)
         share_RNT = None if self.router is None else self.route(x_RTD)
-        bias_R1NT = None
-        if share_RNT is not None:  # no weight at all, but finite where no token may write
-            is_open_RNT = share_RNT > 0
-            log_share_RNT = torch.where(is_open_RNT, share_RNT, 1.0).log()
-            bias_R1NT = torch.where(is_open_RNT, log_share_RNT, torch.finfo(q_RNM.dtype).min / 2)[:, None]
-            bias_R1NT = bias_R1NT.to(q_RNM.dtype)
+        bias_R1NT = None if share_RNT is None else log_share(share_RNT, q_RNM.dtype)[:, None]
         u_RNM = self.write_output(attend(q_RNM, k_RTM, v_RTM, self.num_heads, attn_mask=bias_R1NT))
 
         # The candidate
@@ -257,6 +258,14 @@ class LM2StartMemory(nn.Module):
         if self.bank.dim() == 3 and len(self.bank) not in (1, rows):
             raise ValueError(f"the start memory of this model has {len(self.bank)} rows, but the input has {rows}")
         return self.bank.float().expand(rows, -1, -1)
+
+
+def block_memory(config: LM2Config, index: int) -> nn.Module | None:
+    """The memory of a block, if it has any."""
+    if config.memory_kind == "official":
+        return OfficialMemory(config)
+    has_bank = config.memory_kind in BANKS and index in config.bank_layers
+    return BANKS[config.memory_kind](config) if has_bank else None
 
 
 def memory_at_start(config: LM2Config, start: LM2StartMemory | None, rows: int, device: torch.device) -> Tensor:

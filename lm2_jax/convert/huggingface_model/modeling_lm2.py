@@ -27,7 +27,7 @@ from .associative_lm2 import AssociativeMemory
 from .attention_lm2 import LM2Attention, LM2WindowAttention, rotation, window_layout
 from .configuration_lm2 import LM2Config
 from .layers_lm2 import LM2MLP, LM2Conv, LM2RMSNorm, ZeroGradients, linear
-from .memory_lm2 import BANKS, LM2StartMemory, OfficialGates, OfficialMemory, memory_at_start
+from .memory_lm2 import BANKS, LM2StartMemory, OfficialGates, OfficialMemory, block_memory, memory_at_start
 from .rows_lm2 import (
     ALL,
     Block,
@@ -57,8 +57,7 @@ class LM2Layer(GradientCheckpointingLayer):
         self.conv = LM2Conv(config) if config.conv_width else None
         self.input_layernorm = LM2RMSNorm(D, eps)
         self.self_attn = (LM2Attention if config.window is None else LM2WindowAttention)(config)
-        kind = BANKS.get(config.memory_kind) if index in config.bank_layers else None
-        self.memory = kind(config) if kind else OfficialMemory(config) if config.memory_kind == "official" else None
+        self.memory = block_memory(config, index)
         self.post_attention_layernorm = LM2RMSNorm(D, eps)
         self.mlp = LM2MLP(config)
 

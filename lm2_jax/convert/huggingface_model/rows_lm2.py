@@ -176,7 +176,8 @@ class Layout:
 
     Attributes:
       opens: rows that begin a segment with these entries; None if no row does.
-      writes: those of them that have a full segment to write to memory before.
+      writes: those of them that have a full segment to write to memory before; with armt's memory tokens, rows whose
+        segment these end.
       linked: True if the entries follow each other in the text; memory tokens do not.
       rotation_2BQ1K: of RoPE at the new entries' places in the segment, cosines and sines, float32; [2,1,...] in step.
       is_causal: True if all entries are new and unpadded: each attends to itself and those before it.
