@@ -110,7 +110,7 @@ def run_batch(
         keys_S = None if dropout_key is None else jax.random.split(dropout_key, batch.tokens_BST.shape[1])
         memory, (hidden_SBTD, gates) = jax.lax.scan(body, memory, (by_segment, keys_S), unroll=model.spec.unroll)
         hidden_BSTD = jnp.moveaxis(hidden_SBTD, 0, 1)
-    hidden_BSTD = with_logical_constraint(hidden_BSTD, "batch", None, None, "activation")
+    hidden_BSTD = with_logical_constraint(hidden_BSTD, "batch", None, "tokens", "activation")
     return Outputs(hidden_BSTD, memory, mean_gates(gates))
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from quick import xla_flags
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices=8)}
-# What one test compiles, or a process that it starts, later ones load
-_COMPILED = tempfile.mkdtemp(prefix="compiled-")
+# What one test compiles, or a process that it starts, later ones load; xdist's workers load each other's
+_IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+_COMPILED = os.environ["JAX_COMPILATION_CACHE_DIR"] if _IS_WORKER else tempfile.mkdtemp(prefix="compiled-")
 os.environ |= {"JAX_COMPILATION_CACHE_DIR": _COMPILED, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 import pytest
@@ -21,7 +22,8 @@ def pytest_addoption(parser):
 
 
 def pytest_unconfigure():
-    shutil.rmtree(_COMPILED, ignore_errors=True)
+    if not _IS_WORKER:
+        shutil.rmtree(_COMPILED, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -105,6 +105,39 @@ def test_what_is_written_in_place_or_fetched_in_part_counts_as_that_part():
     assert {name: traffic[name] for name in expected} == expected
 
 
+SLICES = """HloModule slices
+
+%inner (whole: bf16[64,128], i: s32[]) -> bf16[8,128] {
+  %whole = bf16[64,128]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %part = bf16[8,128]{1,0} dynamic-slice(%whole, %i, %zero), dynamic_slice_sizes={8,128}
+}
+
+%outer (whole.1: bf16[64,128], i.1: s32[], w: bf16[128,128]) -> bf16[8,128] {
+  %whole.1 = bf16[64,128]{1,0} parameter(0)
+  %i.1 = s32[] parameter(1)
+  %w = bf16[128,128]{1,0} parameter(2)
+  %part.1 = bf16[8,128]{1,0} fusion(%whole.1, %i.1), kind=kLoop, calls=%inner
+  ROOT %y = bf16[8,128]{1,0} convolution(%part.1, %w), dim_labels=bf_io->bf
+}
+
+ENTRY %main (x: bf16[64,128], n: s32[], v: bf16[128,128]) -> bf16[8,128] {
+  %x = bf16[64,128]{1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %v = bf16[128,128]{1,0} parameter(2)
+  ROOT %product = bf16[8,128]{1,0} fusion(%x, %n, %v), kind=kOutput, calls=%outer
+}
+"""
+
+
+def test_what_a_fusion_inside_a_fusion_slices_counts_as_that_part():
+    program = hlo.parse(SLICES)
+    main = program.computations["main"]
+    part, index, weight = 8 * 128 * 2, 4, 128 * 128 * 2
+    assert costs.memory_bytes(main.instructions["product"], main, program) == 2 * part + index + weight
+
+
 def test_replica_groups_of_every_notation():
     mesh = {"data": 2, "fsdp": 4, "tensor": 1}
     for written in (

@@ -16,6 +16,7 @@ from lm2_jax.config import parse_config
 from lm2_jax.decoding import sampling
 from lm2_jax.model import build_model
 from lm2_jax.model.lora import is_addition
+from lm2_jax.parallel.fsdp import MESH_AXES
 from lm2_jax.parallel.mesh import RULES, make_mesh, use_mesh
 from lm2_jax.segments import run_segments
 from lm2_jax.training.loss import loss_weights
@@ -264,4 +265,4 @@ def test_meshes_that_do_not_fit(overrides, message):
 
 def test_rules_name_only_mesh_axes():
     axes = {axis for _, mesh in RULES if mesh for axis in ((mesh,) if isinstance(mesh, str) else mesh)}
-    assert axes == {"data", "fsdp", "tensor"}
+    assert axes == set(MESH_AXES)

@@ -14,6 +14,7 @@ from jax.sharding import AxisType
 
 from lm2_jax.config import parse_config
 from lm2_jax.model import build_model
+from lm2_jax.parallel.fsdp import MESH_AXES
 from lm2_jax.parallel.mesh import batch_sharding, boxed_shardings, use_mesh
 from lm2_jax.segments import run_segments
 
@@ -77,7 +78,7 @@ def test_three_axes_are_one_device(kind, tokens, overrides, schedule):
     model, params, tokens_BST, weights_BSTV = case(kind, tokens, overrides)
     run = jax.jit(functools.partial(results, model, schedule=schedule))
     expected = run(params, tokens_BST, weights_BSTV)
-    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3)
+    mesh = jax.make_mesh((2, 2, 1, 2), MESH_AXES, (AxisType.Auto,) * 4)
     placed = jax.device_put(params, boxed_shardings(mesh, model.abstract_params(with_axes=True)))
     with use_mesh(mesh):
         found = run(placed, *jax.device_put((tokens_BST, weights_BSTV), batch_sharding(mesh)))

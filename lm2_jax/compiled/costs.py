@@ -171,9 +171,14 @@ def kernel_flops(kernel: Instruction) -> float:
         return 0.0
     shapes = hlo.arrays(re.search(r"operand_layout_constraints=\{(.*?\})\}", kernel.attributes).group(1))
     q, k = [shape for dtype, shape in shapes if dtype in ("bf16", "f32")][:2]
-    tiles = next(shape for dtype, shape in shapes if dtype == "s8")[-1]  # along the keys
-    visible = (tiles + 1) / (2 * tiles) if "causal_attention" in kernel.attributes else 1.0
-    return 2.0 * products * math.prod(q) * k[-2] * visible
+    *_, of_queries, of_keys = next(shape for dtype, shape in shapes if dtype.startswith("s") and len(shape) == 3)
+    visited = {
+        "causal_attention": (of_keys + 1) / (2 * of_keys),
+        "half_attention": 1 / 2,
+        "either_attention": (of_queries + 1) / (2 * of_queries),  # at most: one tile of queries needs both
+    }
+    share = next((share for scope, share in visited.items() if scope in kernel.attributes), 1.0)
+    return 2.0 * products * math.prod(q) * k[-2] * share
 
 
 _NO_TRAFFIC = {
@@ -205,14 +210,34 @@ def memory_bytes(instruction: Instruction, computation: Computation, program: Pr
                 continue
             users = [user for user in body.instructions.values() if parameter.name in user.operands]
             updates = [user for user in users if user.opcode in _IN_PLACE and user.operands[0] == parameter.name]
-            if users and all(user.opcode in ("dynamic-slice", "slice", "gather") for user in users):
-                read[int(parameter.arguments)] = sum(hlo.size_in_bytes(user.type) for user in users)
+            sliced = _sliced_bytes(parameter, body, program)
+            if sliced is not None:
+                read[int(parameter.arguments)] = sliced
             elif updates and updates == users:  # in place
                 new = (body.instructions[user.operands[_IN_PLACE[user.opcode]]] for user in updates)
                 size = sum(hlo.size_in_bytes(update.type) for update in new)
                 written += size - read[int(parameter.arguments)]
                 read[int(parameter.arguments)] = 0
     return float(sum(read) + max(written, 0))
+
+
+def _sliced_bytes(array: Instruction, body: Computation, program: Program) -> int | None:
+    """Bytes that a fusion, or one inside it, reads of an array that it only slices; None if it reads all."""
+    total, users = 0, [user for user in body.instructions.values() if array.name in user.operands]
+    for user in users:
+        if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == array.name:
+            total += hlo.size_in_bytes(user.type)
+            continue
+        if user.opcode != "fusion" or user.operands.count(array.name) > 1:
+            return None
+        inner = program.computations[user.called[0]]
+        number = str(user.operands.index(array.name))
+        parameter = next(p for p in inner.instructions.values() if p.opcode == "parameter" and p.arguments == number)
+        sliced = _sliced_bytes(parameter, inner, program)
+        if sliced is None:
+            return None
+        total += sliced
+    return total if users else None
 
 
 # --- Collectives ---------------------------------------------------------------------------------------------------

@@ -267,14 +267,16 @@ class MeshConfig(Section):
 
     data: AxisSize = 1  # shards lanes; parameters are replicated
     fsdp: AxisSize = -1  # shards lanes and parameters
+    context: AxisSize = 1  # kind none: shards the tokens of a segment, and parameters
     tensor: AxisSize = 1  # shards heads and feed-forward layers
+    context_keys: Literal["gather", "ring"] = "gather"  # along context: keys gathered by all, or passed round in a ring
 
     @model_validator(mode="after")
     def _one_free_axis(self) -> Self:
-        sizes = (self.data, self.fsdp, self.tensor)
+        sizes = (self.data, self.fsdp, self.context, self.tensor)
         if 0 in sizes or sizes.count(-1) > 1:
             raise ValueError(
-                f"data {self.data}, fsdp {self.fsdp}, tensor {self.tensor}: "
+                f"data {self.data}, fsdp {self.fsdp}, context {self.context}, tensor {self.tensor}: "
                 "each must be at least 1, and one of them may be -1 (the rest)"
             )
         return self

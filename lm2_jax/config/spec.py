@@ -37,6 +37,7 @@ class ModelSpec:
       dtype: of activations; parameters and banks are float32.
       remat: what the backward pass recomputes (train.remat).
       unroll: iterations of the scans over layers and segments that are compiled as one.
+      context_keys: how keys and values travel where devices share a segment's tokens (mesh.context_keys).
     """
 
     model: ModelConfig
@@ -45,6 +46,7 @@ class ModelSpec:
     dtype: str = "float32"
     remat: str = "none"
     unroll: int = 1
+    context_keys: str = "gather"
 
     @property
     def memory_width(self) -> int:
@@ -82,7 +84,8 @@ class Config(Section):
         """Everything that the model depends on."""
         train = self.train
         remat = "none" if train.remat == "auto" else train.remat  # the command that trains has chosen one
-        return ModelSpec(self.model, self.memory, self.trained_segment_length, train.dtype, remat, train.unroll)
+        keys, length = self.mesh.context_keys, self.trained_segment_length
+        return ModelSpec(self.model, self.memory, length, train.dtype, remat, train.unroll, keys)
 
     @property
     def trained_segment_length(self) -> int:
@@ -107,6 +110,7 @@ class Config(Section):
             _state_problems,
             _official_problems,
             _window_problems,
+            _context_problems,
             _step_problems,
             _source_problems,
             _order_problems,
@@ -192,6 +196,22 @@ def _window_problems(config: Config) -> Iterator[str]:
         yield f"model.sinks {model.sinks} must be below model.window {model.window}"
     if model.max_distance is not None and model.max_distance < model.window - 1:
         yield f"model.max_distance {model.max_distance} is below {model.window - 1}, the farthest in model.window"
+
+
+def _context_problems(config: Config) -> Iterator[str]:
+    """Problems of segments whose tokens are spread over devices."""
+    model, mesh = config.model, config.mesh
+    if mesh.context == 1:
+        return
+    found = f"mesh.context {mesh.context}"
+    if config.memory.kind != "none":
+        yield f"{found}: memory.kind {config.memory.kind} reads its memory in whole segments; only none can share one"
+    if model.window is not None:
+        yield f"{found}: model.window {model.window} attends to tokens nearby; use null"
+    if model.conv_width:
+        yield f"{found}: model.conv_width {model.conv_width} needs the tokens before; use 0"
+    if mesh.tensor != 1:
+        yield f"{found}: found mesh.tensor {mesh.tensor} beside it; use 1"
 
 
 def _step_problems(config: Config) -> Iterator[str]:

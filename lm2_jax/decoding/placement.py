@@ -21,7 +21,7 @@ from lm2_jax.model.decode import DecodeState, by_layer
 from lm2_jax.model.decoder import Decoder
 from lm2_jax.model.edge import join_edges, split_edges
 from lm2_jax.model.layers import KVCache
-from lm2_jax.parallel.fsdp import BATCH_AXES
+from lm2_jax.parallel.fsdp import BATCH_AXES, MESH_AXES
 from lm2_jax.parallel.mesh import boxed_shardings, fit, use_mesh
 
 
@@ -30,8 +30,8 @@ def decode_mesh(model: Decoder, devices: Sequence[Any]) -> Mesh:
     c, memory = model.spec.model, model.spec.memory
     heads = (c.num_heads, c.num_kv_heads, memory.num_heads if model.kind.num_bank_layers else 0)
     tensor = math.gcd(len(devices), *heads)
-    shape, names = (len(devices) // tensor, 1, tensor), ("data", "fsdp", "tensor")
-    return jax.make_mesh(shape, names, (AxisType.Auto,) * 3, devices=devices)
+    shape = (len(devices) // tensor, 1, 1, tensor)
+    return jax.make_mesh(shape, MESH_AXES, (AxisType.Auto,) * 4, devices=devices)
 
 
 def prepare(model: Decoder, params: Any) -> Any:

@@ -49,7 +49,7 @@ def attention(
     A query without a key gets a finite value without meaning.
     """
     with jax.named_scope("causal_attention" if causal else "full_attention"):
-        if on_tpu() and _has_tiles(q_BTHK.shape[1], k_BUGK.shape[1], q_BTHK.shape[3]):
+        if on_tpu() and has_tiles(q_BTHK.shape[1], k_BUGK.shape[1], q_BTHK.shape[3]):
             mask = (masks.CausalMask if causal else masks.FullMask)((q_BTHK.shape[1], k_BUGK.shape[1]))
             return _splash(q_BTHK, k_BUGK, v_BUGK, mask, q_document_ids_BT, kv_document_ids_BU)
         visible_BTU = None
@@ -174,7 +174,7 @@ def window_attention(
     """
     T, U = q_BTHK.shape[1], k_BUGK.shape[1]
     with jax.named_scope("window_attention"):
-        if on_tpu() and _has_tiles(T, _REGISTER_WIDTH, q_BTHK.shape[3]):  # keys are padded
+        if on_tpu() and has_tiles(T, _REGISTER_WIDTH, q_BTHK.shape[3]):  # keys are padded
             return _splash_window(q_BTHK, k_BUGK, v_BUGK, window, q_document_ids_BT, kv_document_ids_BU, sinks)
         back_TU = jnp.arange(T)[:, None] + U - T - jnp.arange(U)
         visible_BTU = q_document_ids_BT[:, :, None] == kv_document_ids_BU[:, None]
@@ -238,7 +238,8 @@ def on_tpu() -> bool:
     return jax.default_backend() == "tpu" if device is None else device.device_kind.startswith("TPU")
 
 
-def _has_tiles(queries: int, keys: int, head_width: int) -> bool:
+def has_tiles(queries: int, keys: int, head_width: int) -> bool:
+    """True if the kernel takes arrays of these sizes."""
     return queries % _REGISTER_WIDTH == 0 and keys % _REGISTER_WIDTH == 0 and head_width % 64 == 0
 
 
@@ -339,7 +340,7 @@ def _local_splash(
 ) -> jax.Array:
     B, T, H, K = q_BTHK.shape
     U, G = k_BUGK.shape[1:3]
-    kernel = splash.make_splash_mqa_single_device(masks.MultiHeadMask([mask] * (H // G)), block_sizes=_tiles(T, U))
+    kernel = splash.make_splash_mqa_single_device(masks.MultiHeadMask([mask] * (H // G)), block_sizes=tile_sizes(T, U))
     q_BGHTK = (q_BTHK / scale).astype(q_BTHK.dtype).reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
     k_BGUK, v_BGUK = k_BUGK.transpose(0, 2, 1, 3), v_BUGK.transpose(0, 2, 1, 3)
     rows = jax.vmap(kernel, in_axes=(0, 0, 0, None))  # over the kv heads of a row
@@ -347,7 +348,9 @@ def _local_splash(
     return out_BGHTK.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
 
 
-def _tiles(queries: int, keys: int) -> splash.BlockSizes:
+def tile_sizes(queries: int, keys: int) -> splash.BlockSizes:
+    """The kernel's tiles, forward and backward: the largest that divide the numbers of queries and keys."""
+
     def largest(length: int) -> int:
         return max(
             n for n in range(_REGISTER_WIDTH, min(length, _LARGEST_TILE) + 1, _REGISTER_WIDTH) if length % n == 0

@@ -50,10 +50,13 @@ class Block(nn.Module):
         if can_shard_batch(x_BSTD.shape[0]) and layout.deterministic and not self.is_initializing():
             return self._on_each_device(carry, own_bank, layout, cache, edge)
         bank = own_bank if shared_bank is None else shared_bank
+        prepared = ()
+        if self.with_bank and "memory" in self.variables.get("params", {}):
+            prepared = self.kind.prepare(self.variables["params"]["memory"], layout)
         if (self.spec.recomputes_segments or self.kind.block_is_recurrent) and x_BSTD.shape[1] > 1:
-            x_BSTD, bank, edge = self._segment_by_segment(x_BSTD, bank, layout, edge)
+            x_BSTD, bank, edge = self._segment_by_segment(x_BSTD, bank, layout, edge, prepared)
         else:
-            x_BSTD, bank, cache, edge = self._window(x_BSTD, bank, layout, cache, edge)
+            x_BSTD, bank, cache, edge = self._window(x_BSTD, bank, layout, cache, edge, prepared)
         return ((x_BSTD, None), (bank, cache, edge)) if shared_bank is None else ((x_BSTD, bank), (None, cache, edge))
 
     def _on_each_device(self, *arrays: Any) -> Any:
@@ -72,7 +75,13 @@ class Block(nn.Module):
         return outputs
 
     def _window(
-        self, x_BSTD: jax.Array, bank: Memory, layout: Layout, cache: KVCache | None, edge: Edge | None
+        self,
+        x_BSTD: jax.Array,
+        bank: Memory,
+        layout: Layout,
+        cache: KVCache | None,
+        edge: Edge | None,
+        prepared: tuple[Any, ...],
     ) -> tuple[jax.Array, Memory, KVCache | None, Edge | None]:
         c = self.spec.model
         memory = self.kind.block_memory()(name="memory") if self.with_bank else None
@@ -86,7 +95,7 @@ class Block(nn.Module):
         if cache is not None:  # the cache of inputs lies by width; activations do not
             normed_BSTD = with_logical_constraint(normed_BSTD, "batch", None, None, "activation")
         if edge is None:
-            attention = SelfAttention(c, self.kind.linear_init, name="attention")
+            attention = SelfAttention(c, self.kind.linear_init, self.spec.context_keys, name="attention")
             attended_BSTD, cache = attention(normed_BSTD, layout, cache)
         else:
             attention = WindowedAttention(c, self.kind.linear_init, name="attention")
@@ -96,25 +105,28 @@ class Block(nn.Module):
             if cache is not None and cache.inputs_BCD is not None:
                 inputs_BCD = write_at(cache.inputs_BCD, normed_BSTD[:, 0], layout.cache_index_BST[:, 0])
                 cache = cache.replace(inputs_BCD=inputs_BCD)
-            added_BSTD, bank = memory(normed_BSTD, attended_BSTD, bank, layout)
+            added_BSTD, bank = memory(normed_BSTD, attended_BSTD, bank, layout, *prepared)
             x_BSTD += added_BSTD
         normed_BSTD = RMSNorm(c.norm_eps, name="mlp_norm")(x_BSTD)
         x_BSTD += SwiGLU(c, self.kind.linear_init, name="mlp")(normed_BSTD)
         if memory is not None:
             bank = memory.after_feed_forward(x_BSTD, bank, layout)
-        return with_logical_constraint(x_BSTD, "batch", None, None, "activation"), bank, cache, edge
+        return with_logical_constraint(x_BSTD, "batch", None, "tokens", "activation"), bank, cache, edge
 
     def _segment_by_segment(
-        self, x_BSTD: jax.Array, bank: Memory, layout: Layout, edge: Edge | None
+        self, x_BSTD: jax.Array, bank: Memory, layout: Layout, edge: Edge | None, prepared: tuple[Any, ...]
     ) -> tuple[jax.Array, Memory, Edge | None]:
         """Does the same, one segment after the other; if segments are recomputed, only x, bank and edge are kept."""
 
         def segment(
-            block: Block, carried: tuple[Memory, Edge | None], inputs: tuple[jax.Array, Layout]
+            block: Block,
+            carried: tuple[Memory, Edge | None],
+            inputs: tuple[jax.Array, Layout],
+            prepared: tuple[Any, ...],
         ) -> tuple[tuple[Memory, Edge | None], jax.Array]:
             bank, edge = carried
             x_B1TD, layout = jax.tree.map(lambda a: a[:, None], inputs)
-            x_B1TD, bank, _, edge = block._window(x_B1TD, bank, layout, None, edge)
+            x_B1TD, bank, _, edge = block._window(x_B1TD, bank, layout, None, edge, prepared)
             return (bank, edge), x_B1TD[:, 0]
 
         over_segments = nn.scan(
@@ -122,10 +134,10 @@ class Block(nn.Module):
             variable_broadcast="params",
             variable_axes={"gates": 0},
             split_rngs={"params": False},
-            in_axes=1,
+            in_axes=(1, nn.broadcast),
             out_axes=1,
         )
-        (bank, edge), x_BSTD = over_segments(self, (bank, edge), (x_BSTD, layout))
+        (bank, edge), x_BSTD = over_segments(self, (bank, edge), (x_BSTD, layout), prepared)
         return x_BSTD, bank, edge
 
 

@@ -17,11 +17,12 @@ import jax.numpy as jnp
 from lm2_jax.batch import Batch
 from lm2_jax.config.spec import ModelSpec
 from lm2_jax.model.block import Block
+from lm2_jax.model.context import balanced_order, in_text_order
 from lm2_jax.model.edge import Edge, initial_edge, join_edges, split_edges
 from lm2_jax.model.layers import Layout, RMSNorm, dense
 from lm2_jax.model.lora import LowRank, Weight, with_addition
 from lm2_jax.model.memory.base import Memory, MemoryKind, Parameters, select_lanes
-from lm2_jax.parallel.fsdp import with_logical_constraint
+from lm2_jax.parallel.fsdp import context_shards, with_logical_constraint
 from lm2_jax.parallel.mesh import unbox
 
 # What a block keeps for the backward pass, its input, waits in the host's memory.
@@ -93,12 +94,21 @@ class Decoder(nn.Module):
 
         Memory and `deterministic` are those of `__call__`.
         """
-        layout, x_BSTD = Layout.of(batch, deterministic), self.embed(batch.tokens_BST)
-        x_BSTD = with_logical_constraint(x_BSTD, "batch", None, None, "activation")
+        tokens_BST, layout = batch.tokens_BST, Layout.of(batch, deterministic)
+        shards = context_shards(len(tokens_BST))
+        if shards > 1:
+            order_T = balanced_order(tokens_BST.shape[2], shards)
+            tokens_BST, layout = tokens_BST[..., order_T], layout.reordered(order_T)
+        x_BSTD = self.embed(tokens_BST)
+        if shards > 1:  # lanes are moved before tokens: XLA would replicate what it moves along two axes at once
+            x_BSTD = with_logical_constraint(x_BSTD, "batch", None, None, "embed_of_tokens")
+        x_BSTD = with_logical_constraint(x_BSTD, "batch", None, "tokens", "activation")
         memory, edges = split_edges(memory)
         x_BSTD, layout, memory = self.kind.before_blocks(self.memory_parameters, x_BSTD, layout, memory)
         x_BSTD, memory, edges = self.run_blocks(x_BSTD, memory, layout, edges)
         hidden_BSTD, memory = self.kind.after_blocks(self.final_norm(x_BSTD), layout, memory)
+        if shards > 1:
+            hidden_BSTD = in_text_order(hidden_BSTD)
         return hidden_BSTD, join_edges(memory, edges)
 
     def embed(self, tokens: jax.Array) -> jax.Array:

@@ -13,11 +13,13 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from lm2_jax.batch import Batch
 from lm2_jax.config import ModelConfig, RopeScaling
 from lm2_jax.model.attention import attention, attention_to_cache, attention_weights, on_tpu
+from lm2_jax.model.context import is_shared, shared_attention
 from lm2_jax.model.lora import LowRank, Weight, with_addition
 from lm2_jax.parallel.fsdp import with_logical_constraint
 
@@ -52,6 +54,11 @@ class Layout:
         """The layout of whole segments."""
         position_BST = jnp.broadcast_to(jnp.arange(batch.tokens_BST.shape[2]), batch.tokens_BST.shape)
         return cls(batch.document_BST, position_BST, batch.reset_BS, batch.packed, deterministic)
+
+    def reordered(self, order_T: np.ndarray) -> Layout:
+        """The layout of the same tokens, taken in another order."""
+        document_BST, position_BST = self.document_BST[..., order_T], self.position_BST[..., order_T]
+        return self.replace(document_BST=document_BST, position_BST=position_BST)
 
 
 @struct.dataclass
@@ -106,7 +113,9 @@ def dense(x: jax.Array, weight: Weight) -> jax.Array:
     """x [..., in] times weight [in, out], in x's dtype; a low-rank addition is multiplied factor by factor."""
     if isinstance(weight, LowRank):
         return dense(x, weight.weight) + weight.scale * dense(dense(x, weight.a), weight.b)
-    y_NO = x.reshape(-1, x.shape[-1]) @ weight.astype(x.dtype)  # as a matrix: XLA copies less on CPUs
+    if on_tpu():
+        return x @ weight.astype(x.dtype)
+    y_NO = x.reshape(-1, x.shape[-1]) @ weight.astype(x.dtype)  # as a matrix: XLA copies less on CPUs, and more on TPUs
     return y_NO.reshape(*x.shape[:-1], weight.shape[1])
 
 
@@ -173,7 +182,13 @@ class LlamaLayer(nn.Module):
 
 
 class SelfAttention(LlamaLayer):
-    """Grouped-query causal self-attention within each segment, with RoPE; no biases."""
+    """Grouped-query causal self-attention within each segment, with RoPE; no biases.
+
+    Attributes:
+      context_keys: see `ModelSpec`.
+    """
+
+    context_keys: str = "gather"
 
     @nn.compact
     def __call__(
@@ -198,8 +213,11 @@ class SelfAttention(LlamaLayer):
             visible_NTT = jnp.tril(document_NT[:, :, None] == document_NT[:, None])
             self.sow("intermediates", "weights", attention_weights(q_NTHK, k_NTGK, visible_NTT))
         if cache is None:
-            documents = {"q_document_ids_BT": document_NT, "kv_document_ids_BU": document_NT}
-            attended_NTHK = attention(q_NTHK, k_NTGK, v_NTGK, causal=True, **documents)
+            if is_shared():
+                attended_NTHK = shared_attention(q_NTHK, k_NTGK, v_NTGK, document_NT, self.context_keys)
+            else:
+                documents = {"q_document_ids_BT": document_NT, "kv_document_ids_BU": document_NT}
+                attended_NTHK = attention(q_NTHK, k_NTGK, v_NTGK, causal=True, **documents)
         else:
             index_BT = layout.cache_index_BST[:, 0]
             cache = cache.append(k_NTGK, v_NTGK, index_BT)

@@ -1,8 +1,9 @@
-"""Layout of a running model's arrays on a mesh (data, fsdp, tensor); without a mesh, nothing here has an effect.
+"""Layout of a running model's arrays on a mesh (MESH_AXES); without a mesh, nothing here has an effect.
 
-A block runs on every device by itself, for the device's own lanes. Its weights are sharded along fsdp; the block
-gathers them whole once, however many segments it then goes through, and reduces the sum of their gradients once. Left
-to the compiler, a loop over segments would do both for every segment. The axis `tensor` is left to the compiler.
+A block runs on every device by itself, for the device's own lanes and, along `context`, its own tokens of them. Its
+weights are sharded along fsdp and context; the block gathers them whole once, however many segments it then goes
+through, and reduces the sum of their gradients once. Left to the compiler, a loop over segments would do both for every
+segment. The axis `tensor` is left to the compiler.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import flax.linen as nn
 import jax
 from jax.sharding import AbstractMesh, PartitionSpec
 
+MESH_AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")  # the mesh axes that lanes are spread over
+WEIGHT_AXES = ("fsdp", "context")  # those that weights are spread over, besides tensor
 
 
 def with_logical_constraint(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -40,15 +43,21 @@ def can_shard_batch(num_lanes: int) -> bool:
     return not mesh.empty and not mesh.manual_axes and num_lanes % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
 
 
+def context_shards(num_lanes: int) -> int:
+    """The number of devices that share the tokens of a segment, of windows of `num_lanes` lanes."""
+    return jax.sharding.get_abstract_mesh().shape["context"] if can_shard_batch(num_lanes) else 1
+
+
 def per_device(run: Callable[..., Any], weights: Any, axes: Any, arrays: Any) -> tuple[Any, Any]:
-    """Runs `run` under `shard_map`: every device has its own batch rows and its FSDP shard of the weights.
+    """Runs `run` under `shard_map`: every device has its own lanes (and tokens) and its FSDP shard of the weights.
 
     `run(shards, specs, arrays) -> (arrays, means)` gets whole weights from `all_gather_params(shards, specs, dtype)`.
 
     Args:
       weights: float32.
       axes: PartitionSpecs of their logical axes.
-      arrays: lanes are their first axis, as of the arrays that `run` returns.
+      arrays: lanes are their first axis, and tokens the third if they have so many; so it is with all arrays that
+        `run` returns.
 
     Returns:
       the arrays of all lanes, and the means averaged over devices, without a gradient.
@@ -56,24 +65,28 @@ def per_device(run: Callable[..., Any], weights: Any, axes: Any, arrays: Any) ->
     if not can_shard_batch(jax.tree.leaves(arrays)[0].shape[0]):
         return run(weights, jax.tree.map(lambda weight: PartitionSpec(*[None] * weight.ndim), weights), arrays)
     mesh = jax.sharding.get_abstract_mesh()
-    manual = {"data", "fsdp", "tensor"} if mesh.shape["tensor"] == 1 else set(BATCH_AXES)
-    shards = mesh.shape["fsdp"]  # gathered from one device, a weight would still be copied (XLA on CPUs, jax 0.10.2)
+    manual = set(MESH_AXES) if mesh.shape["tensor"] == 1 else set(MESH_AXES) - {"tensor"}
+    # gathered from one device, a weight would still be copied (XLA on CPUs, jax 0.10.2)
+    shards = math.prod(mesh.shape[axis] for axis in WEIGHT_AXES)
 
     def stored(weight: jax.Array, axes: PartitionSpec) -> PartitionSpec:
         spec = nn.logical_to_mesh_axes(axes)
         sharded = [
-            axis == "fsdp" and shards > 1 and size % shards == 0 for size, axis in zip(weight.shape, spec, strict=True)
+            axis == WEIGHT_AXES and shards > 1 and size % shards == 0
+            for size, axis in zip(weight.shape, spec, strict=True)
         ]
-        return PartitionSpec(*("fsdp" if along else None for along in sharded))
+        return PartitionSpec(*(WEIGHT_AXES if along else None for along in sharded))
 
     def local(shards: Any, arrays: Any) -> tuple[Any, Any]:
         arrays, means = run(shards, specs, arrays)
         return arrays, jax.lax.pmean(jax.lax.stop_gradient(means), BATCH_AXES)
 
-    specs, lanes = jax.tree.map(stored, weights, axes), PartitionSpec(BATCH_AXES)
-    sharded = jax.shard_map(
-        local, in_specs=(specs, lanes), out_specs=(lanes, PartitionSpec()), axis_names=manual, check_vma=False
-    )
+    lanes = PartitionSpec(BATCH_AXES)
+    tokens = PartitionSpec(BATCH_AXES, None, "context") if mesh.shape["context"] > 1 else lanes
+    specs = jax.tree.map(stored, weights, axes)
+    in_specs = (specs, jax.tree.map(lambda array: tokens if array.ndim >= 3 else lanes, arrays))
+    out_specs = (tokens, PartitionSpec())
+    sharded = jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, axis_names=manual, check_vma=False)
     return sharded(weights, arrays)
 
 
@@ -84,9 +97,9 @@ def all_gather_params(shards: Any, specs: Any, dtype: str) -> Any:
     """
 
     def gather(shard: jax.Array, spec: PartitionSpec) -> jax.Array:
-        if "fsdp" not in spec:
+        if WEIGHT_AXES not in spec:
             return shard
-        whole = jax.lax.all_gather(shard.astype(dtype), "fsdp", axis=spec.index("fsdp"), tiled=True)
+        whole = jax.lax.all_gather(shard.astype(dtype), WEIGHT_AXES, axis=spec.index(WEIGHT_AXES), tiled=True)
         return whole.astype(shard.dtype)
 
     return jax.tree.map(gather, shards, specs)

@@ -1,4 +1,4 @@
-"""The device mesh (data, fsdp, tensor), and the sharding of every array over it."""
+"""The device mesh (data, fsdp, context, tensor), and the sharding of every array over it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from lm2_jax.batch import Batch
 from lm2_jax.common.errors import UserError
 from lm2_jax.config import Config
-from lm2_jax.parallel.fsdp import BATCH_AXES
+from lm2_jax.parallel.fsdp import BATCH_AXES, MESH_AXES, WEIGHT_AXES
 
 # Batches hold NumPy arrays until they are on devices, and data does without jax: here they become a pytree.
 jax.tree_util.register_dataclass(
@@ -28,12 +28,14 @@ jax.tree_util.register_dataclass(
 # Logical axis of a weight or activation -> mesh axis.
 RULES = (
     ("batch", BATCH_AXES),
-    ("embed", "fsdp"),
+    ("tokens", "context"),
+    ("embed_of_tokens", "context"),
+    ("embed", WEIGHT_AXES),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
     ("mlp", "tensor"),
     ("vocab", "tensor"),
-    ("slot_in", "fsdp"),
+    ("slot_in", WEIGHT_AXES),
     ("slot_out", "tensor"),
     ("activation", None),
     ("norm", None),
@@ -47,7 +49,7 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     Raises UserError if the devices do not make up the mesh, or the lanes do not divide over it.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = {"data": config.mesh.data, "fsdp": config.mesh.fsdp, "tensor": config.mesh.tensor}
+    sizes = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
     fixed = math.prod(size for size in sizes.values() if size > 0)
     asked = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
     sizes = {axis: len(devices) // fixed if size == -1 else size for axis, size in sizes.items()}
@@ -59,7 +61,11 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
             f"data.batch_size {config.data.batch_size} with optim.accumulation_steps "
             f"{config.optim.accumulation_steps}: {lanes} lanes do not divide over data x fsdp = {shards} devices"
         )
-    shape, axis_types = tuple(sizes.values()), (AxisType.Auto,) * 3
+    shared = sizes["context"]
+    for length in {stage.segment_length for stage in config.stages} if shared > 1 else ():
+        if length % (2 * shared):
+            raise UserError(f"mesh.context {shared}: the segment length {length} does not divide by {2 * shared}")
+    shape, axis_types = tuple(sizes.values()), (AxisType.Auto,) * len(sizes)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         return jax.make_mesh(shape, tuple(sizes), axis_types=axis_types, devices=devices)
@@ -68,13 +74,13 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
             f"mesh.data {sizes['data']} does not divide over {slices} slices; set it to a multiple of {slices}"
         )
     within = (sizes["data"] // slices, *shape[1:])
-    arranged = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
+    arranged = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1, 1), devices)
     return Mesh(arranged, tuple(sizes), axis_types=axis_types)
 
 
 def one_device_mesh() -> Mesh:
     """The mesh of one device of this process."""
-    return jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3, devices=jax.local_devices()[:1])
+    return jax.make_mesh((1,) * 4, MESH_AXES, (AxisType.Auto,) * 4, devices=jax.local_devices()[:1])
 
 
 @contextlib.contextmanager

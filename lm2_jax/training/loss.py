@@ -109,7 +109,7 @@ def window_loss(
         if weighted_only:
             cross_entropy = of_counted_tokens(cross_entropy, most_B[0] * len(most_B))
         sums = cross_entropy(hidden_ND, shards, targets_N)
-        return jax.tree.map(lambda a: a[None], sums), {}
+        return jax.tree.map(lambda a: a[None, None, None], sums), {}
 
     sums, _ = per_device(run, table_VD, PartitionSpec("vocab", "embed"), (hidden_BSTD, targets, most_B))
     return jax.tree.map(jnp.sum, sums)

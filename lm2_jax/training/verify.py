@@ -49,7 +49,7 @@ def verify_run(run_dir: AnyPath) -> Iterator[Finding]:
         raise UserError(f"{run_dir}: not a run directory (no config.yaml)")
     yield Finding("config.yaml", "", f"{config.memory.kind}, {config.train.steps} steps")
 
-    config = replace(config, mesh={"data": 1, "fsdp": 1, "tensor": 1})
+    config = replace(config, mesh={"data": 1, "fsdp": 1, "context": 1, "tensor": 1})
     mesh = make_mesh(config, jax.devices()[:1])
     newest = 0
     with use_mesh(mesh), contextlib.closing(Checkpoints(run_dir, config.checkpoint, read_only=True)) as checkpoints:

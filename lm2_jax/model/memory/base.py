@@ -27,9 +27,10 @@ Parameters = Mapping[str, jax.Array]
 class BlockMemory(nn.Module):
     """A block's part of the memory: `before_attention`, `__call__` behind it, `after_feed_forward`.
 
-    Each is given the bank and returns it; by default it adds nothing to x and writes nothing. While a segment is
-    unfinished (the layout has cache indices) the bank is what `MemoryKind.project_memory` made of it, and is not
-    written, unless the kind decodes in place. A lane without tokens keeps its bank.
+    Each is given the bank and returns it; `__call__` is also given what `MemoryKind.prepare` made. By default it adds
+    nothing to x and writes nothing. While a segment is unfinished (the layout has cache indices) the bank is what
+    `MemoryKind.project_memory` made of it, and is not written, unless the kind decodes in place. A lane without tokens
+    keeps its bank.
     """
 
     spec: ModelSpec
@@ -100,6 +101,13 @@ class MemoryKind:
     def block_memory(self) -> Callable[[], BlockMemory] | None:
         """Makes the module that a block with a bank calls."""
         return None
+
+    def prepare(self, block_parameters: Parameters, layout: Layout) -> tuple[Any, ...]:
+        """Makes what all segments of a window read alike: further arguments of `BlockMemory.__call__`.
+
+        There, while a model is initialised, they are missing. block_parameters: of this block's `BlockMemory`.
+        """
+        return ()
 
     def project_memory(self, memory: Memory, block_parameters: Any) -> Any:
         """Projects the memory for the blocks to read while a segment is unfinished, once for all of its tokens.

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from lm2_jax.config import MemoryConfig
 from lm2_jax.config.spec import ModelSpec
 from lm2_jax.model.attention import attention, attention_to_cache, attention_weights
+from lm2_jax.model.chosen_tiles import attend_to_either, can_choose_tiles
 from lm2_jax.model.layers import Initializer, Layout, linear_init, replicated_dense, rms_norm, vector
 from lm2_jax.model.memory.base import BlockMemory, Memory, MemoryKind, Parameters, select_lanes
 from lm2_jax.parallel.fsdp import with_logical_constraint
@@ -73,6 +74,18 @@ def attend(
     return attention(q, k, v, **documents).reshape(q_BQM.shape)
 
 
+def attend_either(
+    q_BTD: jax.Array, bank: Projections, start: Projections, reads_start_BT: jax.Array, num_heads: int
+) -> jax.Array:
+    """`attend` to the bank, or to the initial bank where reads_start_BT; the tokens that do are a row's last."""
+    if can_choose_tiles(q_BTD.shape[1], bank[0].shape[1], q_BTD.shape[2] // num_heads):
+        q_BTHK, *arrays = (split(x, num_heads) for x in (q_BTD, *bank, *start))
+        return attend_to_either(q_BTHK, arrays[:2], arrays[2:], reads_start_BT).reshape(q_BTD.shape)
+    start = (jnp.broadcast_to(one, of_bank.shape) for one, of_bank in zip(start, bank, strict=True))
+    of_start_BTD, of_bank_BTD = (attend(q_BTD, *slots, num_heads) for slots in (start, bank))
+    return jnp.where(reads_start_BT[..., None], of_start_BTD, of_bank_BTD)
+
+
 def by_heads(x_BKM: jax.Array, num_heads: int) -> jax.Array:
     """Keys or values [B,H,K,M/H], as single queries want them."""
     return with_logical_constraint(split(x_BKM, num_heads).swapaxes(1, 2), "batch", "heads", None, None)
@@ -115,17 +128,17 @@ def read(
     Args:
       x_BTD: x', the normalised input of the block's self-attention.
       bank: `project_bank` of the bank, [B,N,D].
-      start: `project_bank` of the initial bank, [N,D], which the tokens of reads_start_BT read instead.
+      start: `project_bank` of the initial bank, [N,D], which the tokens of reads_start_BT, the last of a segment, read
+        instead.
 
     Returns:
       g_out ⊙ E_mem and g_out, both [B,T,D].
     """
     queries_BTD = replicated_dense(x_BTD, p["read_query"])
-    e_mem_BTD = attend(queries_BTD, *bank, config.num_heads)
-    if start is not None:
-        keys_BND, values_BND = (jnp.broadcast_to(one, of_bank.shape) for one, of_bank in zip(start, bank, strict=True))
-        e_start_BTD = attend(queries_BTD, keys_BND, values_BND, config.num_heads)
-        e_mem_BTD = jnp.where(reads_start_BT[..., None], e_start_BTD, e_mem_BTD)
+    if start is None:
+        e_mem_BTD = attend(queries_BTD, *bank, config.num_heads)
+    else:
+        e_mem_BTD = attend_either(queries_BTD, bank, start, reads_start_BT, config.num_heads)
     e_mem_BTD = replicated_dense(e_mem_BTD, p["read_output"])
     g_out_BTD = nn.sigmoid(replicated_dense(e_mem_BTD, p["output_gate"]) + p["output_gate_bias"].astype(x_BTD.dtype))
     return g_out_BTD * e_mem_BTD, g_out_BTD
@@ -199,9 +212,12 @@ class BankMemory(BlockMemory):
 
     @nn.compact
     def __call__(
-        self, x_BSTD: jax.Array, a_BSTD: jax.Array, bank: Memory | Projections, layout: Layout
+        self, x_BSTD: jax.Array, a_BSTD: jax.Array, bank: Memory | Projections, layout: Layout, *prepared: Projections
     ) -> tuple[jax.Array, Memory | Projections]:
-        """x' [B,S,T,D] and the bank before the window to (g_out ⊙ E_mem [B,S,T,D], the bank after the window)."""
+        """x' [B,S,T,D] and the bank before the window to (g_out ⊙ E_mem [B,S,T,D], the bank after the window).
+
+        prepared: by `LM2.prepare`.
+        """
         kind, memory, eps = self.kind, self.spec.memory, self.spec.model.norm_eps
         p = {name: self.param(name, init, shape) for name, (init, shape) in kind.block_parameters().items()}
         if layout.cache_index_BST is not None:
@@ -226,12 +242,11 @@ class BankMemory(BlockMemory):
         def merge(a_BS: jax.Array) -> jax.Array:  # every segment reads by itself
             return a_BS.reshape(B * S, *a_BS.shape[2:])
 
-        def project(bank: Memory) -> Projections:
-            return project_bank(p, eps, kind.as_slots(bank), x_BSTD.dtype)
-
-        packing = (project(kind.block_start()), merge(layout.document_BST) > 1) if layout.packed else ()
+        of_start = prepared or kind.prepare(p, layout)
+        packing = (*of_start, merge(layout.document_BST) != 1) if layout.packed else ()
         before = jax.tree.map(lambda x: merge(jnp.moveaxis(x, 0, 1)), before_S)
-        gated_BTD, g_out_BTD = read(p, memory, merge(x_BSTD), project(before), *packing)
+        projected = project_bank(p, eps, kind.as_slots(before), x_BSTD.dtype)
+        gated_BTD, g_out_BTD = read(p, memory, merge(x_BSTD), projected, *packing)
 
         if self.is_mutable_collection("intermediates"):
             self._sow_weights(p, merge(x_BSTD), merge(layout.document_BST) > 0, before)
@@ -282,6 +297,13 @@ class LM2(MemoryKind):
     def block_memory(self) -> Callable[[], BlockMemory]:
         """Read and write of one bank."""
         return functools.partial(BankMemory, self.spec, self)
+
+    def prepare(self, block_parameters: Parameters, layout: Layout) -> tuple[Projections, ...]:
+        """`project_bank` of the initial bank, [N,D], where documents begin inside segments."""
+        if not layout.packed or layout.cache_index_BST is not None:
+            return ()
+        slots_NM, eps = self.as_slots(self.block_start()), self.spec.model.norm_eps
+        return (project_bank(block_parameters, eps, slots_NM, jnp.dtype(self.spec.dtype)),)
 
     def block_parameters(self) -> dict[str, tuple[Initializer, tuple[int, ...]]]:
         """Name to (initialiser, shape) of one block's memory."""
