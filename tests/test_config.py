@@ -190,7 +190,9 @@ def test_unknown_keys_at_every_level(text, key, suggestion):
 
 
 def test_an_unknown_key_like_no_other_lists_those_known():
-    assert problems("mesh: {zzz: 1}") == ["my.yaml: mesh.zzz: unknown key; known keys: data, fsdp, context, tensor, context_keys"]
+    assert problems("mesh: {zzz: 1}") == [
+        "my.yaml: mesh.zzz: unknown key; known keys: data, fsdp, context, tensor, context_keys"
+    ]
 
 
 TEXT = "tokenizer: {kind: bytes}\ndata: {source: text, path: a.txt"

@@ -41,6 +41,7 @@ def test_jaxs_notice_stops_a_run_of_one_process(tmp_path, monkeypatch, capsys):
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_save_that_outlives_the_grace_period_costs_the_steps_since_the_last(tmp_path):
     """SIGTERM, and SIGKILL while the run saves: it resumes from the checkpoint before."""
     for name in ("whole", "killed"):

@@ -26,6 +26,12 @@ from lm2_jax.training.step import make_eval_step, make_train_step
 
 V, B, S, T = 64, 8, 3, 8
 EDGES = ("model.window=6", "model.sinks=2", "model.max_distance=9")
+LOW_RANK = (
+    "optim.train=[memory, lora]",
+    "optim.lm_loss_weight=0",
+    "memory.first_layer=1",
+    "model.lora={rank: 4, targets: [attention, mlp, embedding]}",
+)
 
 
 def config_of(*overrides):
@@ -94,24 +100,28 @@ def test_eight_devices_are_one(kind, remat, schedule, optimizer):
 @pytest.mark.parametrize(
     ("kind", "schedule"), [("lm2", "layer"), pytest.param("none", "segment", marks=pytest.mark.slow)]
 )
-def test_edges_on_eight_devices_and_in_microbatches(kind, schedule):
+def test_edges_on_eight_devices(kind, schedule):
     run = (f"memory.kind={kind}", f"train.schedule={schedule}", *EDGES)
     one = trained(1, *run)
     eight = trained(8, *run, "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
     assert_same_run(one, eight)
     for leaf in jax.tree.leaves(eight[2].memory.edges):
         assert leaf.sharding.shard_shape(leaf.shape)[1] == B // 4
-    assert_same_run(one, trained(1, *run, "optim.accumulation_steps=4"))
 
 
-def test_low_rank_additions_on_eight_devices_and_in_microbatches():
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "run", [("memory.kind=lm2", "train.schedule=layer", *EDGES), LOW_RANK], ids=["edges", "low-rank additions"]
+)
+def test_edges_and_additions_in_microbatches(run):
+    assert_same_run(trained(1, *run), trained(1, *run, "optim.accumulation_steps=4"))
+
+
+def test_low_rank_additions_on_eight_devices():
     """Beside a frozen base, with the answers alone in the loss."""
-    run = ("optim.train=[memory, lora]", "optim.lm_loss_weight=0", "memory.first_layer=1")
-    run += ("model.lora={rank: 4, targets: [attention, mlp, embedding]}",)
-    one = trained(1, *run)
-    eight = trained(8, *run, "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
+    one = trained(1, *LOW_RANK)
+    eight = trained(8, *LOW_RANK, "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
     assert_same_run(one, eight)
-    assert_same_run(one, trained(1, *run, "optim.accumulation_steps=4"))
     for name, leaf in flatten_dict(eight[2].frozen, sep="/").items():
         np.testing.assert_array_equal(leaf, flatten_dict(one[2].frozen, sep="/")[name], err_msg=name)
     for name, leaf in flatten_dict(one[2].params, sep="/").items():
