@@ -113,10 +113,8 @@ def dense(x: jax.Array, weight: Weight) -> jax.Array:
     """x [..., in] times weight [in, out], in x's dtype; a low-rank addition is multiplied factor by factor."""
     if isinstance(weight, LowRank):
         return dense(x, weight.weight) + weight.scale * dense(dense(x, weight.a), weight.b)
-    if on_tpu():
-        return x @ weight.astype(x.dtype)
-    y_NO = x.reshape(-1, x.shape[-1]) @ weight.astype(x.dtype)  # as a matrix: XLA copies less on CPUs, and more on TPUs
-    return y_NO.reshape(*x.shape[:-1], weight.shape[1])
+    rows = x if on_tpu() else x.reshape(-1, x.shape[-1])  # as a matrix XLA copies less on CPUs, and more on TPUs
+    return (rows @ weight.astype(x.dtype)).reshape(*x.shape[:-1], weight.shape[1])
 
 
 def replicated_dense(x: jax.Array, weight: jax.Array) -> jax.Array:
