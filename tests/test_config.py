@@ -229,8 +229,8 @@ TEXT = "tokenizer: {kind: bytes}\ndata: {source: text, path: a.txt"
         ("tokenizer: {kind: bytes, path: x}", "tokenizer.path 'x' given, but kind bytes reads no file"),
         ("optim: {accumulation_steps: 5}", "optim.accumulation_steps 5 does not divide data.batch_size 32"),
         ("optim: {warmup_steps: 5}\ntrain: {steps: 4}", "optim.warmup_steps 5 is above train.steps 4"),
-        ("mesh: {data: 0}", "mesh.data 0, fsdp -1, tensor 1: each must be at least 1"),
-        ("mesh: {tensor: -1}", "mesh.data 1, fsdp -1, tensor -1: each must be at least 1"),
+        ("mesh: {data: 0}", "mesh.data 0, fsdp -1, context 1, tensor 1: each must be at least 1"),
+        ("mesh: {tensor: -1}", "mesh.data 1, fsdp -1, context 1, tensor -1: each must be at least 1"),
         ("train: {seed: 4294967296}", "train.seed: found 4294967296; should be less than 4294967296"),
         ("train: {curriculum: [{segments: 1}]}", "train.curriculum.0.segment_length: is missing"),
         (

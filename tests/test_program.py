@@ -174,7 +174,7 @@ def test_sharding_is_explained(name):
         ROOT / "configs" / name, ["model.vocab_size=96", "data.batch_size=8", "optim.accumulation_steps=1"]
     )
     text = explain_sharding(config, jax.devices())
-    assert "mesh: data 1 x fsdp 8 x tensor 1, 8 devices" in text
+    assert "mesh: data 1 x fsdp 8 x context 1 x tensor 1, 8 devices" in text
     assert "embedding" in text and "parameters: " in text and "on one device" in text
 
 
@@ -238,7 +238,12 @@ def test_recorded_figures_are_of_the_oldest_and_the_newest_jax():
     assert [version["jax"].split(".")[:2] for version in recorded] == [["0", "10"], ["0", "12"]]
 
 
-@pytest.mark.parametrize("name", ["lm2_1b7", "lm2_1b7 decode", pytest.param("llama_1b7", marks=pytest.mark.slow)])
+SLOW = ("llama_1b7", "full attention gathered", "full attention in a ring")
+
+
+@pytest.mark.parametrize(
+    "name", ["lm2_1b7", "lm2_1b7 decode", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+)
 def test_compiled_figures_are_those_recorded(name, tmp_path):
     """Peak, bytes sent, cycles and traffic of a two-layer variant, within 2% of what was recorded."""
     needs_libtpu()

@@ -24,7 +24,7 @@ def explain_sharding(config: Config, devices: Sequence[Any]) -> str:
     lines = [
         f"mesh: {' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}, {mesh.size} devices",
         f"axis rules: {', '.join(used)}; all other axes are whole on every device",
-        "a block gathers its weights whole along fsdp, once for all segments of a window",
+        "a block gathers its weights whole along fsdp and context, once for all segments of a window",
     ]
     state = programs.state
     trees = {
