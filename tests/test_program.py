@@ -19,6 +19,7 @@ from lm2_jax.compiled.explain import explain_sharding
 from lm2_jax.compiled.report import describe, too_large
 from lm2_jax.compiled.roofline import roofline
 from lm2_jax.config import load_config
+from lm2_jax.measurements import race
 from lm2_jax.measurements.configs import table, topology_of
 from lm2_jax.parallel.chips import CHIPS
 
@@ -210,6 +211,11 @@ def test_the_table_shows_what_does_not_fit(tmp_path):
     figures = {"topology": "v5e:1x1", "slices": 1, "parameters": 10**9, "programs": {"train": {"fits": False}}}
     (tmp_path / "big.json").write_text(json.dumps(figures))
     assert "| big | v5e:1x1 | 1,000 M | | does not fit |" in table(tmp_path)
+
+
+def test_the_page_has_the_table_of_the_race():
+    page = (ROOT / "docs" / "results" / "performance.md").read_text(encoding="utf-8")
+    assert race.table(ROOT / "docs" / "results" / "race") in page
 
 
 # --- libtpu --------------------------------------------------------------------------------------------------------
