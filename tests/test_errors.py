@@ -242,8 +242,11 @@ def test_run_directory_with_a_broken_config(fails):
     ("override", "said"),
     [
         ("data.batch_size=12", "data.batch_size 12 with optim.accumulation_steps 1: 12 lanes do not divide over"),
-        ("mesh={data: 16, fsdp: 1}", "mesh: data 16 x fsdp 1 x tensor 1 does not make up 8 devices; set one axis to"),
-        ("mesh={data: 2, fsdp: 2}", "mesh: data 2 x fsdp 2 x tensor 1 does not make up 8 devices"),
+        (
+            "mesh={data: 16, fsdp: 1}",
+            "mesh: data 16 x fsdp 1 x context 1 x tensor 1 does not make up 8 devices; set one axis to",
+        ),
+        ("mesh={data: 2, fsdp: 2}", "mesh: data 2 x fsdp 2 x context 1 x tensor 1 does not make up 8 devices"),
     ],
 )
 def test_mesh(fails, override, said):
