@@ -50,6 +50,25 @@ def test_kernel_equals_its_formula(sees):
     jax.tree.map(near, found, expected)
 
 
+def test_a_prefix_is_attended_to(monkeypatch):
+    """The kernel and its own gradient, where documents are packed."""
+    N, G, R = 1, 2, 2
+    q, k, v, d_out = normal((N, G, R, Q, K), (N, G, 2 * Q, K), (N, G, 2 * Q, K), (N, G, R, Q, K))
+    document_NU1 = jnp.sort(jnp.array(np.random.default_rng(0).integers(1, 4, (N, 2 * Q, 1))), axis=1)
+    last_Q = jnp.arange(Q) + 100
+
+    def results(q, k, v):
+        queries = chosen_tiles.Queries(q / np.sqrt(K), document_NU1[:, last_Q])
+        return chosen_tiles.attend_to_prefix(queries, chosen_tiles.Keys(k, v, document_NU1), last_Q)
+
+    expected, pull = jax.vjp(results, q, k, v)
+    expected = expected, pull(d_out)
+    monkeypatch.setattr(chosen_tiles, "can_choose_tiles", lambda *sizes: True)
+    monkeypatch.setattr(chosen_tiles, "_of_prefix", in_interpreter(chosen_tiles._of_prefix))
+    found, pull = jax.vjp(results, q, k, v)
+    jax.tree.map(near, (found, pull(d_out)), expected)
+
+
 def test_one_of_two_banks_is_read(monkeypatch):
     """Rows that read the bank alone, the initial bank alone, and both, from within a tile and from its edge."""
     B, N, H = 4, 256, 2

@@ -9,8 +9,7 @@ from lm2_jax.common.errors import UserError
 from lm2_jax.decoding import batching, placement, sampling
 from lm2_jax.decoding.memory_file import save_state
 from lm2_jax.model import attention
-from lm2_jax.parallel.fsdp import MESH_AXES
-from lm2_jax.parallel.mesh import boxed_shardings
+from lm2_jax.parallel.mesh import boxed_shardings, mesh_of_shape
 
 EIGHT_HEADS = ("model.num_heads=8", "model.num_kv_heads=8", "memory.num_heads=8")
 
@@ -32,7 +31,7 @@ def test_decoding_over_eight_devices_is_teacher_forced(kind, overrides, rows, sh
     prompts = [3, 8, 13, 5][:rows]
     whole = texts(*(n + T + 3 for n in prompts))
     expected = teacher_forced(model, params, whole)
-    training = jax.make_mesh((2, 2, 1, 2), MESH_AXES, (jax.sharding.AxisType.Auto,) * 4)
+    training = mesh_of_shape((2, 2, 1, 2))
     params = jax.device_put(params, boxed_shardings(training, model.abstract_params(with_axes=True)))
     params = placement.prepare(model, params)
     assert jax.tree.leaves(params)[0].sharding.mesh.devices.shape == shape

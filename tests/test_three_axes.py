@@ -10,12 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import random_params
-from jax.sharding import AxisType
 
 from lm2_jax.config import parse_config
 from lm2_jax.model import build_model
-from lm2_jax.parallel.fsdp import MESH_AXES
-from lm2_jax.parallel.mesh import batch_sharding, boxed_shardings, use_mesh
+from lm2_jax.parallel.mesh import batch_sharding, boxed_shardings, mesh_of_shape, use_mesh
 from lm2_jax.segments import run_segments
 
 V, ROWS = 64, 4  # one row for every device along data and fsdp
@@ -78,7 +76,7 @@ def test_three_axes_are_one_device(kind, tokens, overrides, schedule):
     model, params, tokens_BST, weights_BSTV = case(kind, tokens, overrides)
     run = jax.jit(functools.partial(results, model, schedule=schedule))
     expected = run(params, tokens_BST, weights_BSTV)
-    mesh = jax.make_mesh((2, 2, 1, 2), MESH_AXES, (AxisType.Auto,) * 4)
+    mesh = mesh_of_shape((2, 2, 1, 2))
     placed = jax.device_put(params, boxed_shardings(mesh, model.abstract_params(with_axes=True)))
     with use_mesh(mesh):
         found = run(placed, *jax.device_put((tokens_BST, weights_BSTV), batch_sharding(mesh)))

@@ -22,6 +22,7 @@ _COLLECTIVES = (
 )  # fmt: skip
 
 
+_SLICES = ("dynamic-slice", "slice", "gather")
 _IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}  # opcode -> the operand that is written into the first
 
 
@@ -192,7 +193,7 @@ def memory_bytes(instruction: Instruction, computation: Computation, program: Pr
     if instruction.opcode in _NO_TRAFFIC or instruction.opcode.endswith("-done"):
         return 0.0
     operands = [computation.instructions[name] for name in instruction.operands if name in computation.instructions]
-    if instruction.opcode in ("dynamic-slice", "slice", "gather"):
+    if instruction.opcode in _SLICES:
         return 2.0 * hlo.size_in_bytes(instruction.type, True)
     if instruction.opcode in _IN_PLACE:
         return 2.0 * hlo.size_in_bytes(operands[_IN_PLACE[instruction.opcode]].type, True)
@@ -225,7 +226,7 @@ def _sliced_bytes(array: Instruction, body: Computation, program: Program) -> in
     """Bytes that a fusion, or one inside it, reads of an array that it only slices; None if it reads all."""
     total, users = 0, [user for user in body.instructions.values() if array.name in user.operands]
     for user in users:
-        if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == array.name:
+        if user.opcode in _SLICES and user.operands[0] == array.name:
             total += hlo.size_in_bytes(user.type)
             continue
         if user.opcode != "fusion" or user.operands.count(array.name) > 1:

@@ -15,14 +15,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lm2_jax.model.decode import DecodeState, by_layer
 from lm2_jax.model.decoder import Decoder
 from lm2_jax.model.edge import join_edges, split_edges
 from lm2_jax.model.layers import KVCache
-from lm2_jax.parallel.fsdp import BATCH_AXES, MESH_AXES
-from lm2_jax.parallel.mesh import boxed_shardings, fit, use_mesh
+from lm2_jax.parallel.fsdp import BATCH_AXES
+from lm2_jax.parallel.mesh import boxed_shardings, fit, mesh_of_shape, use_mesh
 
 
 def decode_mesh(model: Decoder, devices: Sequence[Any]) -> Mesh:
@@ -30,8 +30,7 @@ def decode_mesh(model: Decoder, devices: Sequence[Any]) -> Mesh:
     c, memory = model.spec.model, model.spec.memory
     heads = (c.num_heads, c.num_kv_heads, memory.num_heads if model.kind.num_bank_layers else 0)
     tensor = math.gcd(len(devices), *heads)
-    shape = (len(devices) // tensor, 1, 1, tensor)
-    return jax.make_mesh(shape, MESH_AXES, (AxisType.Auto,) * 4, devices=devices)
+    return mesh_of_shape((len(devices) // tensor, 1, 1, tensor), devices)
 
 
 def prepare(model: Decoder, params: Any) -> Any:

@@ -2,7 +2,7 @@
 
 Each cell is compiled for a v5e:4x4 by `python -m lm2_jax.aot` in a process of its own, and its figures are kept as
 OUTPUT/NAME.json; what is there already is not compiled again. lm2 and rmt read a text in segments; full attention has
-it as one segment, whose tokens are shared by as many chips as that is faster with.
+it as one segment, whose tokens several chips share where one would take longer or has not enough memory.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Attention to a range of the keys that is known when the program runs, not when it is compiled.
 
 On TPUs it is JAX's splash attention, which visits the tiles of keys that some query of a tile sees; elsewhere it is
-written out. There are two forms:
+written out. There are three forms:
 
+    `attend_to_prefix`: each query sees the keys up to one of them;
     `attend`, `gradient`, `join`: a part of a softmax, over some of its keys, with the log of what it was divided by, so
       that parts can be joined; the gradient of a part is that of the whole softmax, given the whole's result;
     `attend_to_either`: one of two sets of keys, of which the later queries see the second.
@@ -81,8 +82,15 @@ def join(a: Part, b: Part) -> Part:
     return Part(share(a) + share(b), log_sum)
 
 
+def attend_to_prefix(queries: Queries, keys: Keys, last_Q: jax.Array) -> jax.Array:
+    """Values by their weights, [N,G,R,Q,K]; every query sees a key. last_Q: see `attend`."""
+    if can_choose_tiles(queries.q_NGRQK.shape[-2], keys.k_NGUK.shape[-2], keys.k_NGUK.shape[-1]):
+        return _run(_of_prefix(last_Q, keys, save_residuals=False), queries, keys)
+    return attend(queries, keys, last_Q).out_NGRQK.astype(queries.q_NGRQK.dtype)
+
+
 def attend(queries: Queries, keys: Keys, last_Q: jax.Array) -> Part:
-    """The part of these keys.
+    """The part of these keys. On TPUs it has no gradient: `gradient` is to be given instead.
 
     last_Q: int32 index of the last key that a query sees, of its document; -1: none. It never falls.
     """
@@ -127,9 +135,7 @@ def _scores(queries: Queries, keys: Keys, last_Q: jax.Array) -> jax.Array:
 
 def splash_part(queries: Queries, keys: Keys, last_Q: jax.Array, interpret: bool = False) -> Part:
     """`attend` by the kernel. interpret: run it where there is no TPU."""
-    kernel = _of_prefix(last_Q, keys.k_NGUK.shape[2], interpret)
-    run = jax.vmap(jax.vmap(kernel, in_axes=(0, 0, 0, None)))
-    out_NGRQK, (log_sum_NGRQ,) = run(queries.q_NGRQK, keys.k_NGUK, keys.v_NGUK, _documents(queries, keys))
+    out_NGRQK, (log_sum_NGRQ,) = _run(_of_prefix(last_Q, keys, interpret), queries, keys)
     return Part(out_NGRQK.astype(jnp.float32), log_sum_NGRQ[..., None])
 
 
@@ -137,7 +143,7 @@ def splash_gradient(
     queries: Queries, keys: Keys, last_Q: jax.Array, whole: Part, d_out_NGRQK: jax.Array, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`gradient` by the kernel's backward pass, which has no public name in JAX 0.10 to 0.12."""
-    kernel, dtype = _of_prefix(last_Q, keys.k_NGUK.shape[2], interpret), queries.q_NGRQK.dtype
+    kernel, dtype = _of_prefix(last_Q, keys, interpret), queries.q_NGRQK.dtype
     names = ("save_residuals", "mask_value", "is_mqa", "block_sizes", "residual_checkpoint_name", "mask_function")
     static = (*(kernel.kwargs[name] for name in (*names, "attn_logits_soft_cap")), interpret)
 
@@ -155,10 +161,18 @@ def _documents(queries: Queries, keys: Keys) -> splash.SegmentIds:
     return splash.SegmentIds(queries.document_NQ1[..., 0], keys.document_NU1[..., 0])
 
 
-def _of_prefix(last_Q: jax.Array, U: int, interpret: bool) -> splash.SplashAttentionKernel:
+def _run(kernel: splash.SplashAttentionKernel, queries: Queries, keys: Keys) -> Any:
+    of_rows = jax.vmap(jax.vmap(kernel, in_axes=(0, 0, 0, None)))
+    return of_rows(queries.q_NGRQK, keys.k_NGUK, keys.v_NGUK, _documents(queries, keys))
+
+
+def _of_prefix(
+    last_Q: jax.Array, keys: Keys, interpret: bool = False, save_residuals: bool = True
+) -> splash.SplashAttentionKernel:
+    U = keys.k_NGUK.shape[-2]
     sizes = tile_sizes(len(last_Q), U)
     last_I1 = last_Q[sizes.block_q - 1 :: sizes.block_q, None] // sizes.block_kv
-    return _kernel(jnp.arange(U // sizes.block_kv) <= last_I1, last_Q, sizes, interpret, save_residuals=True)
+    return _kernel(jnp.arange(U // sizes.block_kv) <= last_I1, last_Q, sizes, interpret, save_residuals)
 
 
 def _kernel(

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from lm2_jax.model.chosen_tiles import Keys, Part, Queries, attend, gradient, join
+from lm2_jax.model.chosen_tiles import Keys, Part, Queries, attend, attend_to_prefix, gradient, join
 from lm2_jax.parallel.fsdp import BATCH_AXES, MESH_AXES
 
 _AXIS = "context"
@@ -98,30 +98,7 @@ def _gathered_attention(queries: Queries, own: Keys) -> jax.Array:
         return pieces.reshape(*x.shape[:-2], -1, x.shape[-1])
 
     with jax.named_scope("causal_attention"):
-        return _prefix_attention(queries, jax.tree.map(gather, own), _places(jax.lax.axis_index(_AXIS), T))
-
-
-@jax.custom_vjp
-def _prefix_attention(queries: Queries, keys: Keys, last_T: jax.Array) -> jax.Array:
-    return _prefix_forward(queries, keys, last_T)[0]
-
-
-def _prefix_forward(queries: Queries, keys: Keys, last_T: jax.Array) -> tuple[jax.Array, Any]:
-    whole = attend(queries, keys, last_T)
-    return whole.out_NGRQK.astype(queries.q_NGRQK.dtype), (queries, keys, last_T, whole)
-
-
-def _prefix_backward(saved: Any, d_out_NGRTK: jax.Array) -> tuple[Queries, Keys, None]:
-    queries, keys, last_T, whole = saved
-    d_q, *d_keys = gradient(queries, keys, last_T, whole, d_out_NGRTK.astype(jnp.float32))
-    return (
-        Queries(d_q.astype(d_out_NGRTK.dtype), None),
-        Keys(*(d.astype(d_out_NGRTK.dtype) for d in d_keys), None),
-        None,
-    )
-
-
-_prefix_attention.defvjp(_prefix_forward, _prefix_backward)
+        return attend_to_prefix(queries, jax.tree.map(gather, own), _places(jax.lax.axis_index(_AXIS), T))
 
 
 @jax.custom_vjp

@@ -46,7 +46,7 @@ RULES = (
 def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh that config.mesh asks for; an axis of -1 takes the devices that the others leave.
 
-    Raises UserError if the devices do not make up the mesh, or the lanes do not divide over it.
+    Raises UserError if the devices do not make up the mesh, or lanes or segments do not divide over it.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
@@ -65,22 +65,27 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     for length in {stage.segment_length for stage in config.stages} if shared > 1 else ():
         if length % (2 * shared):
             raise UserError(f"mesh.context {shared}: the segment length {length} does not divide by {2 * shared}")
-    shape, axis_types = tuple(sizes.values()), (AxisType.Auto,) * len(sizes)
+    shape = tuple(sizes.values())
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        return jax.make_mesh(shape, tuple(sizes), axis_types=axis_types, devices=devices)
+        return mesh_of_shape(shape, devices)
     if sizes["data"] % slices:  # slices are joined by the data-centre network, which only gradients should cross
         raise UserError(
             f"mesh.data {sizes['data']} does not divide over {slices} slices; set it to a multiple of {slices}"
         )
     within = (sizes["data"] // slices, *shape[1:])
     arranged = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1, 1), devices)
-    return Mesh(arranged, tuple(sizes), axis_types=axis_types)
+    return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def one_device_mesh() -> Mesh:
     """The mesh of one device of this process."""
-    return jax.make_mesh((1,) * 4, MESH_AXES, (AxisType.Auto,) * 4, devices=jax.local_devices()[:1])
+    return mesh_of_shape((1,) * len(MESH_AXES), jax.local_devices()[:1])
+
+
+def mesh_of_shape(shape: tuple[int, ...], devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh with so many devices along each of MESH_AXES; None: all devices."""
+    return jax.make_mesh(shape, MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
 
 @contextlib.contextmanager
